@@ -1,0 +1,95 @@
+# Every target prepares what it needs: a virtual environment in .venv, with the versions that constraints.txt pins.
+# A stamp file remembers what was installed, so that a second run starts at once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ASYNCPG_BEFORE := 0.30.0 0.31.0
+
+CHAOS_SECONDS ?= 60
+CHAOS_SEED ?= 1
+
+# A test that hangs shows where, and ends the run.
+NO_HANGING := -o faulthandler_timeout=180 -o faulthandler_exit_on_timeout=true
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+export PIP_NO_INPUT := 1
+export PIP_DEFAULT_TIMEOUT ?= 60
+
+# An environment whose Python is gone (upgraded, say) is of no use, and its stamps would lie.
+$(shell test -x $(BIN)/python || rm -rf $(VENV))
+
+PIP_INSTALL := $(BIN)/python -m pip install --quiet
+DEVELOP := $(VENV)/.develop
+# The demo is content with the tools of development where these are installed already.
+DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
+
+.PHONY: help demo test chaos check bench format readme clean
+
+help:
+	@echo "make demo   an application on asyncpg.Pool and one on ResilientPool, under the same mistreatment"
+	@echo "make test   all tests, on the installed wheel and on every supported asyncpg"
+	@echo "make chaos  a ledger of reads and writes under mistreatment, for a minute (CHAOS_SECONDS=60, CHAOS_SEED=1)"
+	@echo "make check  formatting, lint, types, import contracts"
+	@echo "make bench  what a call costs, beside other pools"
+	@echo "make format / make readme / make clean"
+
+demo: $(DEMO)
+	$(BIN)/python -m resilient_pool.demo
+
+# The tests import the wheel that users would install, not the sources: `pytest`, unlike `python -m pytest`, leaves the
+# current directory out of the path. While you edit, `.venv/bin/python -m pytest tests/unit` tests the sources instead.
+test: $(VENV)/.wheel $(ASYNCPG_BEFORE:%=$(VENV)/asyncpg-%)
+	@for version in $(ASYNCPG_BEFORE); do \
+		echo "the classification tests on asyncpg $$version"; \
+		PYTHONPATH=$(VENV)/asyncpg-$$version $(BIN)/python -P -c \
+			"import asyncpg; assert asyncpg.__version__ == '$$version', asyncpg.__file__" && \
+		PYTHONPATH=$(VENV)/asyncpg-$$version $(BIN)/pytest --quiet $(NO_HANGING) \
+			tests/unit/policy tests/integration/test_classifier_on_a_real_server.py || exit 1; \
+	done
+	$(BIN)/pytest $(NO_HANGING)
+
+chaos: $(VENV)/.wheel
+	RESILIENT_POOL_CHAOS_SECONDS=$(CHAOS_SECONDS) RESILIENT_POOL_CHAOS_SEED=$(CHAOS_SEED) \
+		$(BIN)/pytest --capture=no $(NO_HANGING) -o faulthandler_timeout=$$(($(CHAOS_SECONDS) + 180)) tests/chaos
+
+check: $(DEVELOP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy resilient_pool tests/typing
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.wheel
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python scripts/update_readme.py
+
+format: $(DEVELOP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+readme: $(VENV)/.wheel
+	$(BIN)/python scripts/update_readme.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed')"
+	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# Without build isolation, so that the build's own tools are pinned as well.
+$(VENV)/.demo $(DEVELOP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV)"
+	@$(PIP_INSTALL) --constraint constraints.txt hatchling
+	@$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation '.[$(if $(filter %.demo,$@),demo,dev)]'
+	@touch $@
+
+$(VENV)/.wheel: $(DEVELOP) README.md LICENSE $(shell find resilient_pool -type f -not -name '*.pyc')
+	@$(PIP_INSTALL) --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+$(VENV)/asyncpg-%: | $(BIN)/python
+	@rm -rf $@ $@.partial
+	@$(PIP_INSTALL) --no-deps --target $@.partial asyncpg==$*
+	@mv $@.partial $@
