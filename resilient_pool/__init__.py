@@ -1,0 +1,41 @@
+"""An asyncio connection pool for PostgreSQL that finds stale connections before use and repeats only what is safe."""
+
+from resilient_pool._version import __version__
+from resilient_pool.connection import ResilientConnection
+from resilient_pool.errors import AcquireTimeoutError, ConfigurationError, OutcomeUnknownError, ResilientPoolError
+from resilient_pool.observe.events import Event, Observer
+from resilient_pool.observe.log import StructlogObserver
+from resilient_pool.observe.stats import PoolStats
+from resilient_pool.policy.backoff import BackoffPolicy
+from resilient_pool.policy.budget import RetryBudget
+from resilient_pool.policy.classifier import PostgresClassifier
+from resilient_pool.policy.verdict import Classifier, Disposition, Failure, Fault, Outcome, Phase, Verdict
+from resilient_pool.pool import ResilientPool, create_pool
+from resilient_pool.transaction import Attempt, RetriedTransaction
+
+__all__ = [
+    "AcquireTimeoutError",
+    "Attempt",
+    "BackoffPolicy",
+    "Classifier",
+    "ConfigurationError",
+    "Disposition",
+    "Event",
+    "Failure",
+    "Fault",
+    "Observer",
+    "Outcome",
+    "OutcomeUnknownError",
+    "Phase",
+    "PoolStats",
+    "PostgresClassifier",
+    "ResilientConnection",
+    "ResilientPool",
+    "ResilientPoolError",
+    "RetriedTransaction",
+    "RetryBudget",
+    "StructlogObserver",
+    "Verdict",
+    "__version__",
+    "create_pool",
+]

@@ -1,0 +1,572 @@
+"""Tells from an error what is known about it: a table of rules as data, and the reading of an error chain they need."""
+
+from __future__ import annotations
+
+import errno
+import re
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from asyncpg import exceptions as driver
+
+from resilient_pool.errors import OutcomeUnknownError, ResilientPoolError
+from resilient_pool.policy.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
+
+_EVERY_PHASE = frozenset(Phase)
+_CONNECT = frozenset({Phase.CONNECT})
+_COMMIT = frozenset({Phase.COMMIT})
+
+_SPEAKING = (driver.PostgresError, driver.InterfaceError, driver.InternalClientError, ResilientPoolError)
+_LOST_TYPES = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+_LOST_ERRNOS = frozenset(
+    {
+        errno.ETIMEDOUT,
+        errno.EHOSTUNREACH,
+        errno.EHOSTDOWN,
+        errno.ENETUNREACH,
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.ENOTCONN,
+        errno.EPIPE,
+    }
+)
+# Codes that end a session, for errors which do not tell their severity. A server that does tell may mean another
+# server's connection by them (a foreign table's, say): then the session lives.
+_LAST_WORDS = frozenset(
+    {"08000", "08001", "08003", "08004", "08006", "25P03", "25P04", "57P01", "57P02", "57P03", "57P04", "57P05"}
+)
+_CLOSED = re.compile(r"connection is closed$")
+_HALF_WAY = re.compile(r"^(cannot switch to state |not connected$)")
+_MASK = re.compile(r"^cannot call Transaction\..*underlying connection is closed$")
+# What PgBouncer says when it could not give a waiting client a server: the statement is still in its queue.
+_POOLER_IS_FULL = re.compile(
+    r"^(query_wait_timeout$|no more connections allowed \(|sorry, too many clients already"
+    r"|too many connections for |remaining connection slots are reserved)"
+)
+_POOLER_HAS_NO_SERVER = re.compile(
+    r"^(server login has been failing|client_login_timeout \(server down\)"
+    r"|pgbouncer cannot connect to server|the database system is )"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """A failure as the rules see it.
+
+    Attributes:
+        failure: What was seen.
+        error: The error that speaks for it. Of a lost connection this is the server's last word, where the driver
+            passes it on (asyncpg 0.32 does, 0.31 and older do not), else the driver's `ConnectionDoesNotExistError`.
+        lost: Whether the connection ended with it, or had ended before.
+    """
+
+    failure: Failure
+    error: BaseException
+    lost: bool
+
+    @property
+    def text(self) -> str:
+        """The message, without the details and hints that a server may add."""
+        return _text(self.error)
+
+    @property
+    def sqlstate(self) -> str:
+        """The SQLSTATE, or nothing."""
+        return _sqlstate(self.error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One line of the table: it matches when everything that it names holds.
+
+    Attributes:
+        evidence: What this line recognises, in words for a reader.
+        fault: The kind of trouble.
+        outcome: What is known of the statement. In the phases CONNECT and CHECKOUT, and where nothing was sent, it is
+            `NOT_EXECUTED` whatever stands here.
+        connection: What becomes of the connection.
+        others: What becomes of the connections opened before.
+        phases: In which phases it applies.
+        errors: Types of which the error must be one; empty means any.
+        sqlstates: Codes of which the error must have one, whole or by their first two characters (a class).
+        text: A pattern which the message must contain.
+        lost: Whether the connection must, or must not, have ended with the error; `None` means either.
+        when: What else must hold.
+    """
+
+    evidence: str
+    fault: Fault
+    outcome: Outcome
+    connection: Disposition = Disposition.DISCARD
+    others: Disposition = Disposition.KEEP
+    phases: frozenset[Phase] = _EVERY_PHASE
+    errors: tuple[type[BaseException], ...] = ()
+    sqlstates: frozenset[str] = frozenset()
+    text: re.Pattern[str] | None = None
+    lost: bool | None = None
+    when: Callable[[Sighting], bool] | None = None
+
+    def matches(self, seen: Sighting) -> bool:
+        """Say whether everything that this rule names holds for `seen`, cheap questions first."""
+        return (
+            seen.failure.phase in self.phases
+            and (self.lost is None or self.lost is seen.lost)
+            and (not self.errors or isinstance(seen.error, self.errors))
+            and (not self.sqlstates or not self.sqlstates.isdisjoint({seen.sqlstate, seen.sqlstate[:2]}))
+            and (self.text is None or self.text.search(seen.text) is not None)
+            and (self.when is None or self.when(seen))
+        )
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of this line."""
+        return Verdict(fault=self.fault, outcome=self.outcome, connection=self.connection, others=self.others)
+
+
+def _text(error: BaseException) -> str:
+    first = error.args[0] if error.args else ""
+    return first if isinstance(first, str) else ""
+
+
+def _sqlstate(error: BaseException) -> str:
+    state = getattr(error, "sqlstate", None)
+    return state if isinstance(state, str) else ""
+
+
+def _severity(error: BaseException) -> str:
+    """Tell the severity as the server sent it; nothing for an error that the driver made by itself.
+
+    The field "severity" is translated to the server's language, "severity_en" (PostgreSQL 9.6 and up) is not.
+    """
+    return getattr(error, "severity_en", None) or getattr(error, "severity", None) or ""
+
+
+def _waking(seen: Sighting) -> bool:
+    return seen.failure.waking
+
+
+def _writable(seen: Sighting) -> bool:
+    return seen.failure.writable
+
+
+def _unsent(seen: Sighting) -> bool:
+    return seen.failure.phase is Phase.CHECKOUT or not seen.failure.sent
+
+
+def _from_the_server(seen: Sighting) -> bool:
+    return _severity(seen.error) != ""
+
+
+RULES: tuple[Rule, ...] = (
+    # First what this package has decided already.
+    Rule(
+        evidence="`OutcomeUnknownError`: already decided, never repeated",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.UNKNOWN,
+        errors=(OutcomeUnknownError,),
+    ),
+    Rule(
+        evidence="this package's own errors, such as `AcquireTimeoutError`: nothing was sent",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.NOT_EXECUTED,
+        connection=Disposition.KEEP,
+        errors=(ResilientPoolError,),
+    ),
+    # Whatever is lost with a COMMIT: before anything that could sound like a guarantee.
+    Rule(
+        evidence="the connection lost during COMMIT, whatever the reason",
+        fault=Fault.DISCONNECTED,
+        outcome=Outcome.UNKNOWN,
+        phases=_COMMIT,
+        lost=True,
+    ),
+    Rule(
+        evidence="40003 completion unknown, 08007 transaction resolution unknown",
+        fault=Fault.DISCONNECTED,
+        outcome=Outcome.UNKNOWN,
+        sqlstates=frozenset({"40003", "08007"}),
+    ),
+    # A server, or a pooler, which has no room or is not there.
+    Rule(
+        evidence="53300 too many clients",
+        fault=Fault.OVERLOADED,
+        outcome=Outcome.NOT_EXECUTED,
+        sqlstates=frozenset({"53300"}),
+    ),
+    Rule(
+        evidence="a pooler's capacity message (08P01, FATAL: `query_wait_timeout`, `no more connections allowed`, ...)",
+        fault=Fault.OVERLOADED,
+        outcome=Outcome.NOT_EXECUTED,
+        # Newer poolers send 57014 with `query_wait_timeout`; a server never says that as its last word.
+        sqlstates=frozenset({"08P01", "57014"}),
+        lost=True,
+        text=_POOLER_IS_FULL,
+    ),
+    Rule(
+        evidence="a pooler that cannot log in to its server (08P01, FATAL: `server login has been failing`, ...)",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        sqlstates=frozenset({"08P01"}),
+        lost=True,
+        text=_POOLER_HAS_NO_SERVER,
+    ),
+    # Opening a connection.
+    Rule(
+        evidence="connecting: 57P03 (starting up, shutting down, in recovery, no hot standby), 57P01, 57P02",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        sqlstates=frozenset({"57P01", "57P02", "57P03"}),
+    ),
+    Rule(
+        evidence="connecting: closed during the handshake (08003 and its kin)",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        sqlstates=frozenset({"08000", "08001", "08003", "08004", "08006"}),
+    ),
+    Rule(
+        evidence="connecting: a pooler's server went away during the login (08P01 `server conn crashed?`)",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        sqlstates=frozenset({"08P01"}),
+        text=re.compile(r"^server conn crashed\?"),
+    ),
+    Rule(
+        evidence="connecting: closed while the new connection was being set up (`InterfaceError`, `InternalClientError`)",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(driver.InterfaceError, driver.InternalClientError),
+        text=re.compile(f"{_CLOSED.pattern}|{_HALF_WAY.pattern}"),
+    ),
+    Rule(
+        evidence="connecting, while the server wakes up: 28000 `no pg_hba.conf entry`",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        sqlstates=frozenset({"28000"}),
+        text=re.compile(r"^no pg_hba\.conf entry"),
+        when=_waking,
+    ),
+    Rule(
+        evidence="connecting, while the server wakes up: `rejected SSL upgrade`",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(ConnectionError,),
+        text=re.compile(r"rejected SSL upgrade$"),
+        when=_waking,
+    ),
+    Rule(
+        evidence="connecting: `TargetServerAttributeNotMatched` (no primary yet)",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(driver.TargetServerAttributeNotMatched,),
+    ),
+    Rule(
+        evidence="connecting: closed during the TLS handshake",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError),
+    ),
+    Rule(
+        evidence="connecting: certificate, TLS version or TLS itself refused",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(ssl.SSLError,),
+    ),
+    Rule(
+        evidence="connecting: `rejected SSL upgrade`",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(ConnectionError,),
+        text=re.compile(r"rejected SSL upgrade$"),
+    ),
+    Rule(
+        evidence="connecting: missing socket or file, no permission, a host name that cannot be encoded",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, UnicodeError),
+    ),
+    Rule(
+        evidence="connecting: refused, reset, no route, name not resolved, timed out",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(OSError,),
+    ),
+    Rule(
+        evidence="connecting: 28P01 wrong password, 28000, 3D000 no such database, any other refusal by the server",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(driver.PostgresError,),
+    ),
+    # A connection that had died before it was used.
+    Rule(
+        evidence="57P05 idle-session timeout, itself or as the cause of a loss",
+        fault=Fault.STALE,
+        outcome=Outcome.NOT_EXECUTED,
+        sqlstates=frozenset({"57P05"}),
+        lost=True,
+    ),
+    Rule(
+        evidence="the connection found lost while nothing of the statement was sent",
+        fault=Fault.STALE,
+        outcome=Outcome.NOT_EXECUTED,
+        lost=True,
+        when=_unsent,
+    ),
+    Rule(
+        evidence="no answer in time to the check before use",
+        fault=Fault.STALE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=frozenset({Phase.CHECKOUT}),
+        errors=(TimeoutError,),
+    ),
+    Rule(
+        evidence="`InterfaceError` at the end of a transaction: the connection was lost inside it",
+        fault=Fault.DISCONNECTED,
+        outcome=Outcome.UNKNOWN,
+        errors=(driver.InterfaceError,),
+        text=_MASK,
+    ),
+    Rule(
+        evidence="`InterfaceError`: the connection was already closed when the operation was about to be sent",
+        fault=Fault.STALE,
+        outcome=Outcome.NOT_EXECUTED,
+        errors=(driver.InterfaceError,),
+        text=_CLOSED,
+    ),
+    # What the server said about the statement, keeping the session: its effects, if any, are undone.
+    Rule(
+        evidence="40001 serialization failure, 40P01 deadlock, as an ERROR",
+        fault=Fault.CONTENTION,
+        outcome=Outcome.ROLLED_BACK,
+        connection=Disposition.KEEP,
+        sqlstates=frozenset({"40001", "40P01"}),
+        lost=False,
+    ),
+    Rule(
+        evidence="53100 disk full, 53200 out of memory, 53400 limit exceeded, while executing",
+        fault=Fault.OVERLOADED,
+        outcome=Outcome.ROLLED_BACK,
+        connection=Disposition.KEEP,
+        sqlstates=frozenset({"53100", "53200", "53400"}),
+        lost=False,
+    ),
+    Rule(
+        evidence="25006 read-only, on a pool that expects to write: the old primary",
+        fault=Fault.WRONG_SERVER,
+        outcome=Outcome.NOT_EXECUTED,
+        others=Disposition.EXPIRE,
+        sqlstates=frozenset({"25006"}),
+        lost=False,
+        when=_writable,
+    ),
+    Rule(
+        evidence="26000, 42P05: the prepared statement is missing, or there already",
+        fault=Fault.STATEMENT_CACHE,
+        outcome=Outcome.NOT_EXECUTED,
+        sqlstates=frozenset({"26000", "42P05"}),
+        lost=False,
+    ),
+    Rule(
+        evidence="`InvalidCachedStatementError` (0A000, the cached plan is out of date)",
+        fault=Fault.STATEMENT_CACHE,
+        outcome=Outcome.NOT_EXECUTED,
+        errors=(driver.InvalidCachedStatementError,),
+        lost=False,
+    ),
+    Rule(
+        evidence="XX000 `cache lookup failed for type`: a type was created anew",
+        fault=Fault.STATEMENT_CACHE,
+        outcome=Outcome.ROLLED_BACK,
+        sqlstates=frozenset({"XX000"}),
+        lost=False,
+        text=re.compile(r"^cache lookup failed for type "),  # an internal error: never translated
+    ),
+    Rule(
+        # Raised while rows are decoded, when the statement has already run to its end.
+        evidence="`OutdatedSchemaCacheError`: a composite type changed; the statement has run",
+        fault=Fault.STATEMENT_CACHE,
+        outcome=Outcome.UNKNOWN,
+        errors=(driver.OutdatedSchemaCacheError,),
+    ),
+    # The connection lost on the way.
+    Rule(
+        evidence="`InternalClientError`: `cannot switch to state`, `not connected` (a loss noticed half-way)",
+        fault=Fault.POISONED,
+        outcome=Outcome.UNKNOWN,
+        errors=(driver.InternalClientError,),
+        text=_HALF_WAY,
+    ),
+    Rule(
+        evidence="the connection lost while executing: 08003 with any cause or none, 57P01, 57P02, any FATAL, "
+        "a pooler's `server conn crashed?`, `query timeout`, `database removed`",
+        fault=Fault.DISCONNECTED,
+        outcome=Outcome.UNKNOWN,
+        lost=True,
+    ),
+    # Errors for the application to see.
+    Rule(
+        # The kernel's, with errno 110, is a loss. On Python 3.11 both are `TimeoutError` and `OSError`.
+        evidence="the caller's own time-out (`TimeoutError` without errno)",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.UNKNOWN,
+        errors=(TimeoutError,),
+    ),
+    Rule(
+        evidence="`InterfaceError`: another operation is in progress, or the connection was given back",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.NOT_EXECUTED,
+        connection=Disposition.KEEP,
+        errors=(driver.InterfaceError,),
+        text=re.compile(r"another operation is |has been released back to the pool|^pool is clos"),
+    ),
+    Rule(
+        evidence="classes 22, 23, 42, 55P03 lock not available, 57014 cancelled, from the server",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.ROLLED_BACK,
+        connection=Disposition.KEEP,
+        sqlstates=frozenset({"22", "23", "42", "55P03", "57014"}),
+        when=_from_the_server,
+    ),
+    Rule(
+        evidence="08P01 as an ERROR: the server did not understand the driver",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.ROLLED_BACK,
+        sqlstates=frozenset({"08P01"}),
+        when=_from_the_server,
+    ),
+    Rule(
+        evidence="any other error from the server",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.ROLLED_BACK,
+        connection=Disposition.KEEP,
+        when=_from_the_server,
+    ),
+    Rule(
+        evidence="anything else: arguments that cannot be encoded, errors of the driver or of the application",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.UNKNOWN,
+    ),
+)
+"""The table, first match first. Facts were provoked on real servers (tests/unit/policy/measured_failures.json)."""
+
+
+Match = Callable[[Failure], bool]
+VerdictSource = Verdict | Callable[[Failure], Verdict]
+
+
+class PostgresClassifier:
+    """Classifies what asyncpg (0.30 and up) raises when it talks to PostgreSQL, directly or through a pooler.
+
+    Only what was raised for this operation counts: the error itself, and what explicitly caused it. An error that an
+    application happened to be handling meanwhile is Python's `__context__` of every error raised since, and says
+    nothing about them.
+    """
+
+    __slots__ = ("_custom",)
+
+    def __init__(self) -> None:
+        self._custom: tuple[tuple[Match, VerdictSource], ...] = ()
+
+    def with_rule(self, match: Match, verdict: VerdictSource) -> PostgresClassifier:
+        """Return a new classifier that asks one more rule before all others; this one stays as it is.
+
+        Args:
+            match: Says whether the rule applies to a failure. `False` defers to the rules after it.
+            verdict: The verdict for failures that match, or a function that gives it.
+
+        Returns:
+            A classifier with this rule first, then those added earlier, then the built-in ones.
+        """
+        extended = PostgresClassifier()
+        extended._custom = ((match, verdict), *self._custom)
+        return extended
+
+    def classify(self, failure: Failure) -> Verdict:
+        """Say what is known about `failure`: by the first rule that matches.
+
+        An `OutcomeUnknownError` is `PERMANENT` before any rule is asked, because repeating what it stands for could
+        apply it twice.
+        """
+        seen = _see(failure)
+        if not isinstance(seen.error, OutcomeUnknownError):
+            for match, verdict in self._custom:
+                if match(failure):
+                    return verdict if isinstance(verdict, Verdict) else verdict(failure)
+        rule = next(rule for rule in RULES if rule.matches(seen))
+        return _settle(rule.verdict, seen)
+
+
+def describe_rules() -> list[tuple[str, str, str]]:
+    """List the built-in rules for a reader, in the order in which they are asked: evidence, fault, outcome."""
+    return [(rule.evidence, rule.fault.value, rule.outcome.value) for rule in RULES]
+
+
+def _see(failure: Failure) -> Sighting:
+    """Find the error that speaks for a failure, and whether the connection is gone."""
+    error = _speaker(failure.error)
+    last_word = error
+    if isinstance(error, driver.ConnectionDoesNotExistError):
+        causes = (cause for cause in _causes(error) if cause is not error)
+        last_word = next((cause for cause in causes if isinstance(cause, driver.PostgresError)), error)
+    return Sighting(failure=failure, error=last_word, lost=_is_loss(error))
+
+
+def _speaker(error: BaseException) -> BaseException:
+    """Find the driver's error, or ours, in what an application may have raised `from` it."""
+    if isinstance(error, OSError):
+        return error
+    return next((cause for cause in _causes(error) if isinstance(cause, _SPEAKING)), error)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and what explicitly caused it, nearest first, each once."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Say whether the connection ended with this error, or had ended before."""
+    if isinstance(error, driver.PostgresError):
+        severity = _severity(error)
+        return severity in {"FATAL", "PANIC"} or (severity != "ERROR" and _sqlstate(error) in _LAST_WORDS)
+    if isinstance(error, driver.InterfaceError):
+        return _CLOSED.search(_text(error)) is not None
+    return isinstance(error, _LOST_TYPES) or (isinstance(error, OSError) and error.errno in _LOST_ERRNOS)
+
+
+def _settle(verdict: Verdict, seen: Sighting) -> Verdict:
+    """Add what holds whichever rule matched.
+
+    There are two such things: before a statement was sent it cannot have run, and a peer that fell silent until the
+    kernel gave up has most likely left the other connections hanging as well.
+    """
+    failure = seen.failure
+    never_ran = failure.phase is Phase.CONNECT or (failure.phase is not Phase.COMMIT and _unsent(seen))
+    if never_ran and verdict.outcome is not Outcome.NOT_EXECUTED:
+        verdict = replace(verdict, outcome=Outcome.NOT_EXECUTED)
+    if seen.lost and failure.phase is not Phase.CONNECT and _fell_silent(failure):
+        verdict = replace(verdict, others=Disposition.EXPIRE)
+    return verdict
+
+
+def _fell_silent(failure: Failure) -> bool:
+    # Along `__context__` too: a masked loss keeps its reason there, and a false alarm costs no more than new connections.
+    return any(isinstance(error, OSError) and error.errno == errno.ETIMEDOUT for error in failure.chain())
