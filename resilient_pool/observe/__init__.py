@@ -1,0 +1,1 @@
+"""What is told: events, counters and logs, none of which ever holds a secret."""

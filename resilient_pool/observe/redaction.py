@@ -1,0 +1,150 @@
+"""The only module that knows how to keep a secret: `Secret` holds one, `scrub` takes them out of text."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn
+from urllib.parse import quote, quote_plus
+
+MASK = "****"
+"""What stands where a secret was. Its length says nothing about the secret's."""
+
+_SHORTEST_PART = 4
+_LONGEST_PART = 8
+
+_LOWER_CASE_ESCAPE = re.compile(r"%[0-9A-F]{2}")
+
+# Greedy up to the last "@": a password that was not URL-quoted may hold any of the characters that end a URL's parts.
+_USERINFO = re.compile(r"(?P<kept>[A-Za-z][A-Za-z0-9+.\-]*://[^\s:/?#@]*:)\S+(?=@)")
+
+_KEY = r"(?:\w*password|passwd|pwd|passphrase)"
+_QUOTED = r"'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\""
+_PAIRS = (
+    re.compile(rf"(?P<kept>{_KEY}\s*=\s*)(?:{_QUOTED}|\S+)", re.IGNORECASE),
+    re.compile(rf"(?P<kept>['\"]{_KEY}['\"]\s*:\s*)(?:{_QUOTED}|\S+)", re.IGNORECASE),
+    re.compile(rf"(?P<kept>\bpassword\s+)(?:{_QUOTED})", re.IGNORECASE),
+)
+
+
+class Secret:
+    """A text that shows itself only when asked to: masked by `repr`, `str` and `format`, not to be pickled or listed.
+
+    It is not a `str`, so that nothing which takes text can take it by mistake.
+
+    Args:
+        value: The secret text.
+
+    Raises:
+        TypeError: `value` is not a `str`. The message says its type only.
+    """
+
+    # A function, not the text: whoever lists an object's attributes sees nothing.
+    __slots__ = ("_read",)
+
+    def __init__(self, value: str) -> None:
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            del value
+            raise TypeError(f"a secret must be a str, not {kind}")
+        self._read: Callable[[], str] = lambda: value
+
+    def reveal(self) -> str:
+        """Return the secret text."""
+        return self._read()
+
+    def __repr__(self) -> str:
+        return f"Secret({MASK!r})"
+
+    def __str__(self) -> str:
+        return MASK
+
+    def __format__(self, specification: str) -> str:
+        return MASK
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        return hmac.compare_digest(_bytes(self.reveal()), _bytes(other.reveal()))
+
+    def __hash__(self) -> int:
+        return hash((Secret, self.reveal()))
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Secret:
+        return self
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("a Secret cannot be pickled")
+
+
+def scrub(text: str, secrets: Iterable[Secret] = ()) -> str:
+    """Return `text` without secrets.
+
+    Taken out are the known `secrets`: whole, in part, URL-quoted, and escaped as by `repr` or JSON; and, known or not, the
+    password of every `scheme://user:password@host` and the value of every `password=...`. A part is a run of half the
+    secret's length, of at least 4 and at most 8 characters. It rather takes out too much than too little.
+
+    Args:
+        text: Any text, such as an error message or a command's output.
+        secrets: What is known to be secret. Default: nothing.
+    """
+    for secret in secrets:
+        text = _without(text, secret.reveal())
+    text = _USERINFO.sub(_masked, text)
+    for pair in _PAIRS:
+        text = pair.sub(_masked, text)
+    return text
+
+
+def _masked(match: re.Match[str]) -> str:
+    return match["kept"] + MASK
+
+
+def _without(text: str, value: str) -> str:
+    """Return `text` with each run of characters masked that `value` could have left in it."""
+    if not value:
+        return text
+    size = max(_SHORTEST_PART, min(_LONGEST_PART, (len(value) + 1) // 2))
+    hidden = bytearray(len(text))
+    for form in _forms(value):
+        _hide(text, form, min(size, len(form)), hidden)
+    return "".join(_unhidden(text, hidden))
+
+
+def _hide(text: str, form: str, size: int, hidden: bytearray) -> None:
+    """Mark in `hidden` each position of `text` that belongs to a run of `size` characters found in `form`."""
+    # No regular expression is made of a secret: the `re` module would remember it.
+    runs = {form[start : start + size] for start in range(len(form) - size + 1)}
+    for start in range(len(text) - size + 1):
+        if text[start : start + size] in runs:
+            hidden[start : start + size] = b"\x01" * size
+
+
+def _unhidden(text: str, hidden: bytearray) -> Iterator[str]:
+    before = 0
+    for character, mark in zip(text, hidden, strict=True):
+        if not mark:
+            yield character
+        elif not before:
+            yield MASK
+        before = mark
+
+
+def _forms(value: str) -> set[str]:
+    """Return how `value` may be written."""
+    quoted = {quote(value, errors="surrogatepass"), quote(value, safe="", errors="surrogatepass")}
+    quoted.add(quote_plus(value, errors="surrogatepass"))
+    lower = {_LOWER_CASE_ESCAPE.sub(lambda escape: escape[0].lower(), form) for form in quoted}
+    doubled = value.replace("\\", "\\\\")
+    escaped = {repr(value)[1:-1], ascii(value)[1:-1], doubled, doubled.replace("'", "\\'"), value.replace("'", "''")}
+    escaped |= {json.dumps(value, ensure_ascii=plain)[1:-1] for plain in (True, False)}
+    return {value} | quoted | lower | escaped
+
+
+def _bytes(value: str) -> bytes:
+    return value.encode("utf-8", "surrogatepass")
