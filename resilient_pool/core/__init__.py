@@ -1,0 +1,1 @@
+"""What moves: connections, slots, waiting and retrying."""

@@ -1,0 +1,117 @@
+"""From a slot to a healthy connection: check it, replace it, open it."""
+
+from __future__ import annotations
+
+from resilient_pool.config import PoolConfig
+from resilient_pool.core.clock import Clock
+from resilient_pool.core.slots import Slot, Slots
+from resilient_pool.core.upkeep import Upkeep
+from resilient_pool.core.wire import Link
+from resilient_pool.observe.events import DiscardReason
+from resilient_pool.observe.stats import Counters
+
+
+class Checkout:
+    """Hands out slots whose connections were checked a moment ago.
+
+    Args:
+        config: How long a connection may be idle unasked, and how long a ping may take.
+        slots: Where slots come from.
+        upkeep: Opens and closes.
+        clock: Tells idle times and deadlines.
+        counters: Where it counts.
+    """
+
+    def __init__(
+        self, config: PoolConfig, slots: Slots[Link], upkeep: Upkeep, clock: Clock, counters: Counters
+    ) -> None:
+        self._ping_after = config.ping_after
+        self._ping_timeout = config.ping_timeout
+        self._slots = slots
+        self._upkeep = upkeep
+        self._clock = clock
+        self._counters = counters
+
+    async def take(self, deadline: float | None) -> Slot[Link]:
+        """Take a slot with a healthy connection in it.
+
+        Args:
+            deadline: Until when to wait for a slot and for a connection, on the line of `Clock.monotonic()`.
+
+        Raises:
+            AcquireTimeoutError: No slot became free in time.
+            Exception: Whatever opening a connection raises. No slot is held then.
+        """
+        slot = self._slots.take() if self._slots.idle or not self._is_worth_waiting() else None
+        if slot is None:
+            slot = await self._wait(deadline)
+        now = self._clock.now()
+        link = slot.resource
+        if (
+            link is None
+            or now - slot.idle_since >= self._ping_after
+            or now >= slot.expires_at
+            or not link.is_quiet()
+            or self._upkeep.is_outdated(slot)
+        ):
+            await self.mend(slot, deadline)
+        self._counters.acquired += 1
+        return slot
+
+    def _is_worth_waiting(self) -> bool:
+        # A connection that is being reset comes back sooner than a new one could be opened, as long as nobody else waits
+        # for it. One to spare is opened all the same: then a caller whose writes follow each other need not wait for the
+        # resets between them, and still it does not open one connection after the other.
+        return self._upkeep.returning > self._slots.waiting + 1
+
+    async def _wait(self, deadline: float | None) -> Slot[Link]:
+        started = self._clock.monotonic()
+        self._counters.waits += 1
+        try:
+            return await self._slots.wait(None if deadline is None else deadline - started)
+        finally:
+            self._counters.wait_seconds += self._clock.monotonic() - started
+
+    async def mend(self, slot: Slot[Link], deadline: float | None) -> None:
+        """Make sure that a slot in the caller's hands has a healthy connection: the one it has, or another.
+
+        Raises:
+            Exception: Whatever opening a connection raises. The slot is given up then, and somebody else's.
+        """
+        healthy = False
+        try:
+            reason = await self._examine(slot)
+            if reason is not None:
+                self._upkeep.close_connection(slot, reason)
+            if slot.resource is None:
+                await self._upkeep.open_into(slot, None if deadline is None else deadline - self._clock.monotonic())
+            healthy = True
+        finally:
+            if not healthy:
+                self._upkeep.discard(slot, DiscardReason.FAILED)
+
+    async def _examine(self, slot: Slot[Link]) -> DiscardReason | None:
+        """Say why a slot's connection must not be used, or `None`: it may be, or there is none."""
+        link, now = slot.resource, self._clock.now()
+        if link is None:
+            return None
+        if link.doomed:
+            return DiscardReason.FAILED
+        if self._upkeep.is_outdated(slot) or now >= slot.expires_at:
+            return DiscardReason.GENERATION if now < slot.expires_at else DiscardReason.EXPIRED_LIFETIME
+        if not link.is_quiet() and not await link.settle():
+            self._counters.stale_found += 1
+            return DiscardReason.STALE
+        if now - slot.idle_since >= self._ping_after:
+            return await self._ping(slot, link)
+        return None
+
+    async def _ping(self, slot: Slot[Link], link: Link) -> DiscardReason | None:
+        self._counters.pings += 1
+        if await link.ping(self._ping_timeout):
+            slot.idle_since = self._clock.now()
+            return None
+        self._counters.pings_failed += 1
+        # Asking the others in turn would add up.
+        self._upkeep.condemn(slot.idle_since)
+        return DiscardReason.PING_FAILED

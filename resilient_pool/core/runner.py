@@ -1,0 +1,311 @@
+"""The one retry loop: run, classify, decide, wait."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Generic, TypeVar
+
+from resilient_pool.config import PoolConfig
+from resilient_pool.core import wire
+from resilient_pool.core.clock import Clock
+from resilient_pool.core.connector import Connector
+from resilient_pool.core.upkeep import Upkeep
+from resilient_pool.core.wire import AnyConnection, Link
+from resilient_pool.errors import OutcomeUnknownError
+from resilient_pool.observe.events import Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
+from resilient_pool.observe.redaction import scrub
+from resilient_pool.observe.stats import Counters
+from resilient_pool.policy.atomicity import is_atomic
+from resilient_pool.policy.backoff import OPERATION_BACKOFF
+from resilient_pool.policy.retry import GiveUp, GiveUpReason, Retry, RetryState, decide
+from resilient_pool.policy.statements import StatementReader
+from resilient_pool.policy.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
+
+T = TypeVar("T")
+
+
+class Call(Generic[T]):
+    """One thing the application asked for, through all its attempts.
+
+    Attributes:
+        operation: Its kind, as the application calls it: `"fetch"`.
+        execute: Does it, on a connection.
+        sql: Its text, or `None` if it has none that could be judged.
+        idempotent: Whether the caller said that it may run twice.
+        replayable: Whether its arguments can be read twice. Those of a COPY from a file cannot.
+        started: When it began, on the line of `Clock.monotonic()`.
+        deadline: Until when attempts may begin, on the same line; `None` for ever.
+        phase: How far the present attempt has come.
+        link: The connection of the present attempt, once there is one.
+        telling: The last error that says more than that time ran out.
+        settled: What is known of the present attempt's outcome from elsewhere; it overrules what the error alone tells.
+        xid: The id of the present attempt's transaction, where it is known.
+    """
+
+    __slots__ = (
+        "deadline",
+        "execute",
+        "idempotent",
+        "link",
+        "operation",
+        "phase",
+        "replayable",
+        "settled",
+        "sql",
+        "started",
+        "telling",
+        "xid",
+    )
+
+    def __init__(
+        self,
+        operation: str,
+        sql: str | None,
+        execute: Callable[[AnyConnection], Awaitable[T]],
+        started: float,
+        deadline: float | None,
+        *,
+        idempotent: bool = False,
+        replayable: bool = True,
+    ) -> None:
+        self.operation = operation
+        self.sql = sql
+        self.execute = execute
+        self.idempotent = idempotent
+        self.replayable = replayable
+        self.started = started
+        self.deadline = deadline
+        self.phase = Phase.CONNECT
+        self.link: Link | None = None
+        self.telling: Exception | None = None
+        self.settled: Outcome | None = None
+        self.xid: int | None = None
+
+    def begin_attempt(self) -> None:
+        """Forget how far the attempt before came."""
+        self.phase, self.link = Phase.CONNECT, None
+        self.settled = self.xid = None
+
+    def remember(self, error: Exception) -> None:
+        """Keep an error for the end, if it tells anything."""
+        if self.telling is None or not isinstance(error, TimeoutError):
+            self.telling = error
+
+    def most_telling(self, last: Exception) -> Exception:
+        """Choose what the caller sees in the end: not that time ran out, if it is known what it ran out with."""
+        return self.telling if self.telling is not None and isinstance(last, TimeoutError) else last
+
+    async def run_on(self, link: Link) -> T:
+        """Execute on a connection."""
+        self.phase = Phase.EXECUTE
+        self.link = link
+        return await self.execute(link.connection)
+
+
+class Runner:
+    """Runs calls until they succeed or must not be tried again.
+
+    Args:
+        config: Policies, budget and classifier.
+        reader: Tells which statements are read-only.
+        upkeep: Expires connections when a verdict says so.
+        connector: Knows whether writes are expected to work.
+        clock: Waits.
+        counters: Where it counts.
+        dispatcher: Who is told.
+    """
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        reader: StatementReader,
+        upkeep: Upkeep,
+        connector: Connector,
+        clock: Clock,
+        counters: Counters,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self._config = config
+        self._reader = reader
+        self._upkeep = upkeep
+        self._connector = connector
+        self._clock = clock
+        self._counters = counters
+        self._dispatcher = dispatcher
+        self._deposit = config.retry_budget.deposit
+
+    def begin_transaction(self, call: Call[T]) -> RetryState:
+        """Count a call whose attempts somebody else makes, and return what is remembered of its failures.
+
+        Unless the application chose a policy of its own, conflicts are limited by the deadline only: under contention
+        somebody always gets through, but nobody can say after how many attempts.
+        """
+        self._deposit()
+        operations = self._config.backoff
+        contention = None
+        if operations is OPERATION_BACKOFF and call.deadline is not None:
+            contention = replace(operations, max_attempts=None)
+        return RetryState(
+            operations=operations, reconnect=self._config.reconnect, contention=contention, started=call.started
+        )
+
+    async def run(self, call: Call[T], attempt: Callable[[Call[T]], Awaitable[T]]) -> T:
+        """Make attempts until one succeeds.
+
+        Raises:
+            OutcomeUnknownError: The call may have taken effect, and may not be repeated.
+            Exception: The driver's own error, when repeating does not help or is not allowed any longer.
+        """
+        self._deposit()
+        try:
+            return await attempt(call)
+        except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+            failure = error
+        return await self._try_again(call, attempt, failure)
+
+    async def _try_again(self, call: Call[T], attempt: Callable[[Call[T]], Awaitable[T]], error: Exception) -> T:
+        state = RetryState(operations=self._config.backoff, reconnect=self._config.reconnect, started=call.started)
+        while True:
+            await self._clock.sleep(self.next_delay(call, state, error))
+            call.begin_attempt()
+            try:
+                return await attempt(call)
+            except Exception as failure:  # noqa: BLE001 - every error is classified, none is swallowed
+                error = failure
+
+    def next_delay(self, call: Call[T], state: RetryState, error: Exception) -> float:
+        """Say how long to wait before the next attempt.
+
+        Args:
+            call: What failed.
+            state: What is remembered of its failures. It is changed.
+            error: How it failed this time.
+
+        Returns:
+            Seconds.
+
+        Raises:
+            OutcomeUnknownError: The call may have taken effect, and may not be repeated.
+            Exception: `error`, or the last one that told more, when no further attempt may be made.
+        """
+        failure = self._see(call, error)
+        verdict = self._weigh(call, failure, self._classify(failure))
+        self._take_measures(call, verdict)
+        now = self._clock.monotonic()
+        decision = decide(
+            verdict,
+            state,
+            phase=failure.phase,
+            repeatable=verdict.outcome is not Outcome.UNKNOWN or self._is_repeatable(call),
+            now=now,
+            deadline=call.deadline,
+            budget=self._config.retry_budget,
+        )
+        if isinstance(decision, Retry) and failure.sent and not call.replayable and failure.phase is Phase.EXECUTE:
+            unknown = verdict.outcome is Outcome.UNKNOWN
+            decision = GiveUp(reason=GiveUpReason.OUTCOME_UNKNOWN if unknown else GiveUpReason.PERMANENT)
+        if isinstance(decision, GiveUp):
+            raise self._farewell(call, state, failure, verdict, decision.reason)
+        call.remember(error)
+        self._counters.retries[verdict.fault] += 1
+        if self._dispatcher:
+            self._dispatcher.tell(
+                RetryScheduled(
+                    operation=call.operation,
+                    fault=verdict.fault,
+                    outcome=verdict.outcome,
+                    sqlstate=_nearest(failure),
+                    attempt=state.attempts,
+                    delay=decision.delay,
+                    elapsed=state.elapsed(now),
+                )
+            )
+        return decision.delay
+
+    def _see(self, call: Call[T], error: Exception) -> Failure:
+        link = call.link
+        return Failure(
+            error=error,
+            phase=call.phase,
+            sent=call.phase is Phase.COMMIT
+            or (call.phase is Phase.EXECUTE and not (link is not None and wire.nothing_sent(error, link))),
+            writable=self._connector.expects_writes,
+        )
+
+    def _classify(self, failure: Failure) -> Verdict:
+        try:
+            return self._config.classifier.classify(failure)
+        except Exception as broken:  # noqa: BLE001 - the application must see its own error, not the classifier's
+            reason = scrub(f"{type(broken).__name__}: {broken}", self._config.secrets())
+            failure.error.add_note(f"resilient_pool: not retried, because the classifier failed with {reason}")
+            return Verdict(fault=Fault.PERMANENT, outcome=Outcome.UNKNOWN)
+
+    @staticmethod
+    def _weigh(call: Call[T], failure: Failure, verdict: Verdict) -> Verdict:
+        if call.settled is not None:
+            # One whose fate nobody could tell is not the application's own time-out any more.
+            lost = call.settled is Outcome.UNKNOWN and verdict.fault is Fault.PERMANENT
+            return replace(verdict, outcome=call.settled, fault=Fault.DISCONNECTED if lost else verdict.fault)
+        # The classifier sees no text, and so cannot see that a part of it may have been committed before the error.
+        if failure.sent and verdict.outcome is not Outcome.UNKNOWN and not (call.sql is None or is_atomic(call.sql)):
+            return replace(verdict, outcome=Outcome.UNKNOWN)
+        return verdict
+
+    def _take_measures(self, call: Call[T], verdict: Verdict) -> None:
+        # The connection is on its way back already; it is looked at again before anyone gets it.
+        # After an error of the application's own making a reset is enough, and it has begun.
+        discard = verdict.connection is Disposition.DISCARD and verdict.fault is not Fault.PERMANENT
+        if call.link is not None and discard:
+            call.link.doomed = True
+        if verdict.others is Disposition.EXPIRE:
+            self._upkeep.expire()
+
+    def _is_repeatable(self, call: Call[T]) -> bool:
+        return (
+            call.idempotent
+            or self._config.retry_unknown
+            or (call.sql is not None and self._reader.is_read_only(call.sql))
+        )
+
+    def _farewell(
+        self, call: Call[T], state: RetryState, failure: Failure, verdict: Verdict, reason: GiveUpReason
+    ) -> Exception:
+        # What the statement itself met is told as it is, also that the time it was given has run out.
+        error = failure.error if failure.phase is Phase.EXECUTE else call.most_telling(failure.error)
+        elapsed = state.elapsed(self._clock.monotonic())
+        if state.attempts > 1:
+            error.add_note(
+                f"resilient_pool: gave up after {state.attempts} attempts in {elapsed:.2f} s ({reason.value}); "
+                f"the last fault was {verdict.fault.value}"
+            )
+        if reason is GiveUpReason.PERMANENT:
+            return error
+        attempt, sqlstate = state.attempts, _nearest(failure)
+        if reason is GiveUpReason.OUTCOME_UNKNOWN:
+            self._counters.outcomes_unknown += 1
+            self._dispatcher.tell(
+                OutcomeUnknown(
+                    operation=call.operation, fault=verdict.fault, sqlstate=sqlstate, attempt=attempt, elapsed=elapsed
+                )
+            )
+            unknown = OutcomeUnknownError(call.operation, xid=call.xid)
+            unknown.__cause__ = error
+            return unknown
+        self._counters.exhausted += 1
+        self._dispatcher.tell(
+            RetryExhausted(
+                operation=call.operation,
+                reason=reason.value,
+                fault=verdict.fault,
+                outcome=verdict.outcome,
+                sqlstate=sqlstate,
+                attempt=attempt,
+                elapsed=elapsed,
+            )
+        )
+        return error
+
+
+def _nearest(failure: Failure) -> str | None:
+    return next(iter(failure.sqlstates), None)

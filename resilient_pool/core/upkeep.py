@@ -1,0 +1,295 @@
+"""What becomes of a connection after use: given back, reset, aged, replaced, closed. No caller ever waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import TypeVar
+
+import asyncpg
+
+from resilient_pool.config import PoolConfig
+from resilient_pool.core.clock import Clock, Timer
+from resilient_pool.core.connector import Connector
+from resilient_pool.core.slots import Slot, Slots
+from resilient_pool.core.wire import Link
+from resilient_pool.observe.events import ConnectionDiscarded, ConnectionOpened, DiscardReason, Dispatcher
+from resilient_pool.observe.stats import Counters
+
+T = TypeVar("T")
+
+_LOGGER = logging.getLogger("resilient_pool")
+
+_CLOSE_LIMIT = 2.0
+# These connections are beyond a goodbye: it could only hang.
+_HANG_UP = frozenset({DiscardReason.STALE, DiscardReason.PING_FAILED, DiscardReason.FAILED, DiscardReason.RESET_FAILED})
+
+
+class Upkeep:
+    """Keeps the slots of one pool fit, in the background.
+
+    Args:
+        config: Lifetimes, limits and the application's `reset`.
+        slots: Whose connections are kept.
+        connector: Opens what `min_size` lacks.
+        clock: Tells ages.
+        lifetime: Gives one connection's lifetime in seconds; called once for each.
+        counters: Where it counts.
+        dispatcher: Who is told.
+
+    Attributes:
+        closing: Whether connections are no longer kept.
+        resetting: How many connections are being reset now.
+        returning: How many of them are expected back within a round trip: those that have nothing to cancel before.
+    """
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        slots: Slots[Link],
+        connector: Connector,
+        clock: Clock,
+        lifetime: Callable[[], float],
+        counters: Counters,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self._config = config
+        self._slots = slots
+        self._connector = connector
+        self._clock = clock
+        self._lifetime = lifetime
+        self._counters = counters
+        self._dispatcher = dispatcher
+        self._background: set[asyncio.Task[object]] = set()
+        self._reaper: Timer | None = None
+        self._filler: asyncio.Task[None] | None = None
+        self._generation = 0
+        self.closing = False
+        self.resetting = 0
+        self.returning = 0
+
+    # Opening
+
+    async def open_into(self, slot: Slot[Link], seconds: float | None) -> None:
+        """Open a connection into an empty slot; `seconds` bound it. Raises whatever opening raises; the slot stays empty."""
+        self._require_open()
+        generation = self._generation
+        started = self._clock.now()
+        link = await self._connector.open(seconds)
+        if self.closing:
+            link.terminate()
+            self._require_open()
+        now = self._clock.now()
+        slot.fill(link, now=now, expires_at=now + self._lifetime(), generation=generation)
+        if self._dispatcher:
+            self._dispatcher.tell(ConnectionOpened(elapsed=now - started, server_pid=link.pid, size=self._slots.size))
+
+    def _require_open(self) -> None:
+        if self.closing:
+            raise asyncpg.InterfaceError("pool is closing: no connection is opened any more")
+
+    # Giving back
+
+    def give_back(self, slot: Slot[Link]) -> None:
+        """Take back a slot whose session is as it was: ready for the next caller at once."""
+        reason = self._unfit(slot)
+        if reason is not None:
+            self.discard(slot, reason)
+            return
+        slot.idle_since = self._clock.now()
+        self._slots.put(slot)
+        if self._reaper is None:
+            self._schedule_reaping()
+
+    def recondition(self, slot: Slot[Link], seconds: float | None = None) -> asyncio.Task[Exception | None] | None:
+        """Take back a slot whose session may have changed: reset it in the background, or give it up.
+
+        Args:
+            slot: The slot.
+            seconds: How long the reset may take; by default `reset_timeout`.
+
+        Returns:
+            The reset, whose result is what it raised, or `None`; nobody has to wait for it, and whoever does must not
+            cancel it. `None` if there is nothing to reset.
+        """
+        reason = self._unfit(slot)
+        if reason is not None:
+            self.discard(slot, reason)
+            return None
+        prompt = slot.resource is not None and not slot.resource.is_cancelling
+        self.resetting += 1
+        self.returning += prompt
+        task = self._spawn(self._reset(slot, self._config.reset_timeout if seconds is None else seconds))
+        # Not the task itself: one that is cancelled before its first step would never give its slot back.
+        task.add_done_callback(lambda task: self._settle(slot, task, prompt=prompt))
+        return task
+
+    def _settle(self, slot: Slot[Link], task: asyncio.Task[Exception | None], *, prompt: bool) -> None:
+        self.resetting -= 1
+        self.returning -= prompt
+        if task.cancelled() or task.exception() is not None or task.result() is not None:
+            self.discard(slot, DiscardReason.RESET_FAILED)
+        else:
+            self.give_back(slot)
+
+    async def _reset(self, slot: Slot[Link], seconds: float) -> Exception | None:
+        link = slot.resource
+        if link is None or self._unfit(slot) is not None:
+            return None
+        self._counters.resets += 1
+        try:
+            await link.restore(self._config.reset, seconds)
+        except Exception as error:  # noqa: BLE001 - whatever failed, the session is in an unknown state
+            return error
+        return None
+
+    def _unfit(self, slot: Slot[Link]) -> DiscardReason | None:
+        link = slot.resource
+        if link is None or link.doomed or link.connection.is_closed():
+            return DiscardReason.FAILED
+        if self.closing:
+            return DiscardReason.CLOSING
+        if slot.generation != self._generation:
+            return DiscardReason.GENERATION
+        if link.queries >= self._config.max_queries:
+            return DiscardReason.MAX_QUERIES
+        return None
+
+    def links(self) -> list[Link]:
+        """List the open connections, whatever they are doing."""
+        links = (slot.resource for slot in self._slots)
+        return [link for link in links if link is not None and not link.connection.is_closed()]
+
+    # Discarding
+
+    def is_outdated(self, slot: Slot[Link]) -> bool:
+        """Whether a slot is older than the last `expire()`."""
+        return slot.generation != self._generation
+
+    def close_connection(self, slot: Slot[Link], reason: DiscardReason) -> None:
+        """Close a slot's connection without waiting, and keep the slot, now empty."""
+        link = slot.empty()
+        if link is None:
+            return
+        self._counters.discarded[reason] += 1
+        if self._dispatcher:
+            self._dispatcher.tell(
+                ConnectionDiscarded(reason=reason, age=self._clock.now() - slot.opened_at, server_pid=link.pid)
+            )
+        if reason in _HANG_UP or link.connection.is_closed():
+            link.terminate()
+        else:
+            self._spawn(link.close(_CLOSE_LIMIT)).add_done_callback(lambda _: link.terminate())
+
+    def discard(self, slot: Slot[Link], reason: DiscardReason) -> None:
+        """Close a slot's connection without waiting, and give the slot to whoever waits for one."""
+        self.close_connection(slot, reason)
+        self._slots.put(slot)
+        self.maintain_minimum()
+
+    def expire(self) -> None:
+        """Condemn every connection opened before now: the idle ones at once, the others when they are given back."""
+        self._generation += 1
+        for slot in self._slots.withdraw(lambda _: True):
+            self.discard(slot, DiscardReason.GENERATION)
+
+    def condemn(self, idle_since: float) -> None:
+        """Discard every connection that is idle since then or longer: one like them has just failed to answer."""
+        for slot in self._slots.withdraw(lambda slot: slot.idle_since <= idle_since):
+            self.discard(slot, DiscardReason.PING_FAILED)
+
+    # Ageing
+
+    def _schedule_reaping(self) -> None:
+        limit = self._config.max_inactive_connection_lifetime
+        oldest = self._slots.oldest_idle_since
+        if not limit or oldest is None or self.closing or self._slots.size <= self._config.min_size:
+            return
+        self._reaper = self._clock.call_later(max(oldest + limit - self._clock.now(), 0.0), self._reap)
+
+    def _reap(self) -> None:
+        self._reaper = None
+        # A timer may fire a little early; whoever is as good as due goes too, or the timer would have to run again.
+        due = self._clock.now() - self._config.max_inactive_connection_lifetime + 0.01
+        for slot in self._slots.withdraw(lambda slot: slot.idle_since <= due, keep=self._config.min_size):
+            self.discard(slot, DiscardReason.IDLE)
+        self._schedule_reaping()
+
+    def maintain_minimum(self) -> None:
+        """Open in the background what `min_size` lacks."""
+        if self.closing or self._slots.size >= self._config.min_size:
+            return
+        if self._filler is None or self._filler.done():
+            self._filler = self._spawn(self._fill())
+
+    async def _fill(self) -> None:
+        delays = self._config.reconnect.delays()
+        while not self.closing and self._slots.size < self._config.min_size:
+            slot = self._slots.reserve()
+            if slot is None:
+                return
+            opened = await self._open_quietly(slot)
+            if opened:
+                self.give_back(slot)
+            else:
+                await self._clock.sleep(next(delays))
+
+    async def _open_quietly(self, slot: Slot[Link]) -> bool:
+        try:
+            await self.open_into(slot, None)
+        except Exception:  # noqa: BLE001 - nobody waits for this connection; whoever needs one will see the error
+            return False
+        finally:
+            if slot.resource is None:
+                self._slots.put(slot)
+        return True
+
+    # The end
+
+    def begin_closing(self) -> None:
+        """Keep nothing from now on, and close what is idle."""
+        self.closing = True
+        if self._reaper is not None:
+            self._reaper.cancel()
+            self._reaper = None
+        if self._filler is not None:
+            self._filler.cancel()
+        for slot in self._slots.withdraw(lambda _: True):
+            self.discard(slot, DiscardReason.CLOSING)
+
+    async def finish(self) -> None:
+        """Wait until every connection is back and closed."""
+        await self._slots.drained()
+        while self._background:
+            await asyncio.wait(self._background)
+
+    def report_long_close(self, seconds: float) -> None:
+        """Warn that connections have not come back, and say how many."""
+        _LOGGER.warning(
+            "closing the pool takes over %g s: %d connections have not been released", seconds, self._slots.size
+        )
+
+    def hang_up(self) -> None:
+        """Close every connection at once, also those in use. It needs no running event loop."""
+        for slot in self._slots:
+            if slot.resource is not None:
+                slot.resource.doomed = True
+                slot.resource.terminate()
+        self.begin_closing()
+        for task in self._background:
+            task.cancel()
+        self._slots.abandon()
+
+    def run_in_background(self, work: Coroutine[object, object, object]) -> None:
+        """Do something that nobody waits for, except `finish()`."""
+        if self.closing:
+            work.close()
+        else:
+            self._spawn(work)
+
+    def _spawn(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task

@@ -1,0 +1,310 @@
+"""The only module that touches asyncpg's inside: the socket, its options, liveness, and what a pool must tell a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import socket
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import anyio
+import asyncpg
+from asyncpg.connection import _ConnectionProxy
+
+ConnectionProxy = _ConnectionProxy
+"""The base that makes `isinstance(lease, asyncpg.Connection)` true."""
+
+AnyConnection: TypeAlias = "asyncpg.Connection[Any]"
+
+# Turns of the event loop granted to a socket that has something to read. At most 5 were needed to see a loss through
+# to its end (asyncio with TLS; 3 on uvloop).
+_TURNS = 32
+# macOS and Windows know no POLLRDHUP; there an orderly close shows as readable, and is found by letting the loop read.
+_RDHUP: int = getattr(select, "POLLRDHUP", 0)
+_DEAD = _RDHUP | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
+_WATCHED = getattr(select, "POLLIN", 0) | _RDHUP
+# From asyncpg 0.32 on, waiting for a pending cancellation takes a time limit.
+_WAITS_WITHIN_A_LIMIT = tuple(map(int, asyncpg.__version__.split(".")[:2])) >= (0, 32)
+
+_FACTS = """
+    SELECT pg_catalog.pg_backend_pid(),
+           pg_catalog.pg_is_in_recovery(),
+           EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFacts:
+    """What stands at the other end, asked once per pool.
+
+    Attributes:
+        version: The server's major version.
+        in_recovery: Whether it is a standby.
+        idle_session_timeout: After how many idle seconds it closes a session; `None` or 0 for never.
+        handshake_pid: The process id given in the handshake.
+        backend_pid: The process id of the process that answered.
+    """
+
+    version: int
+    in_recovery: bool
+    idle_session_timeout: float | None
+    handshake_pid: int
+    backend_pid: int
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether somebody else than the backend made the handshake."""
+        return self.handshake_pid != self.backend_pid
+
+
+def _always_readable(_timeout: int) -> list[tuple[int, int]]:
+    return [(-1, 0)]
+
+
+class Link:
+    """One open connection, seen from below.
+
+    Attributes:
+        connection: The driver's connection.
+        doomed: Whether it must not be used again; it is closed when it is given back.
+        pid: The process id the server gave in the handshake.
+    """
+
+    __slots__ = ("_poll", "connection", "doomed", "pid")
+
+    def __init__(self, connection: AnyConnection) -> None:
+        self.connection = connection
+        self.doomed = False
+        self.pid = connection.get_server_pid()
+        self._poll = self._watch()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.connection.is_closed() else "open"
+        return f"<Link pid={self.pid} {state}{' doomed' if self.doomed else ''}>"
+
+    def _watch(self) -> Callable[[int], list[tuple[int, int]]]:
+        fd = self._fd()
+        if fd is None or not hasattr(select, "poll"):
+            return _always_readable
+        poll = select.poll()
+        poll.register(fd, _WATCHED)
+        return poll.poll
+
+    def _fd(self) -> int | None:
+        transport = getattr(self.connection, "_transport", None)
+        sock = None if transport is None else transport.get_extra_info("socket")
+        return None if sock is None else int(sock.fileno())
+
+    @property
+    def queries(self) -> int:
+        """How many queries were sent on this connection."""
+        return 0 if self.connection.is_closed() else int(self.connection._protocol.queries_count)  # type: ignore[attr-defined] # noqa: SLF001
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the connection is open and wanted."""
+        return not (self.doomed or self.connection.is_closed())
+
+    @property
+    def is_cancelling(self) -> bool:
+        """Whether the driver waits for the server to cancel a statement."""
+        return self.is_usable and bool(self.connection._protocol._is_cancelling())  # type: ignore[attr-defined] # noqa: SLF001
+
+    def is_quiet(self) -> bool:
+        """Whether the connection is open and wanted and nothing at all has happened to its socket. About a microsecond."""
+        return not (self.doomed or self.connection.is_closed() or self._poll(0))
+
+    async def settle(self) -> bool:
+        """Let the loop read until the socket is quiet or the connection closed, and say whether it can be used.
+
+        Something to read is not a loss: a notification, a setting that changed, a record of TLS. No operation may be
+        started in between: it would fail half-way.
+        """
+        for _ in range(_TURNS):
+            if self.connection.is_closed():
+                return False
+            events = self._poll(0)
+            if not events:
+                return True
+            if events[0][1] & _DEAD:
+                return False
+            await asyncio.sleep(0)
+        return self._poll is _always_readable
+
+    async def ping(self, seconds: float) -> bool:
+        """Make one round trip, and say whether it was answered in time."""
+        try:
+            # Not an empty statement: asyncpg 0.32 raises AttributeError on its answer.
+            await self.connection.execute("SELECT 1", timeout=seconds)
+        except Exception:  # noqa: BLE001 - whatever it is, there was no answer
+            return False
+        return True
+
+    async def restore(self, reset: Callable[[AnyConnection], Awaitable[None]] | None, seconds: float) -> None:
+        """Wait for a pending cancellation, then reset the session, all within a time limit.
+
+        Args:
+            reset: The application's own reset; `None` for the driver's.
+            seconds: The limit.
+
+        Raises:
+            TimeoutError: It took longer.
+            Exception: Whatever the driver or the application's reset raises. The session is then in an unknown state.
+        """
+        protocol: Any = self.connection._protocol  # type: ignore[attr-defined] # noqa: SLF001
+        if reset is None and not protocol._is_cancelling():  # noqa: SLF001
+            # What follows every write: the driver's own time limit is enough, and cheaper.
+            await self.connection.reset(timeout=seconds)
+            return
+        with anyio.fail_after(seconds):
+            if protocol._is_cancelling():  # noqa: SLF001
+                await protocol._wait_for_cancellation(*((seconds,) if _WAITS_WITHIN_A_LIMIT else ()))  # noqa: SLF001
+            if reset is None:
+                await self.connection.reset()
+            else:
+                await self.connection._reset()  # noqa: SLF001
+                await reset(self.connection)
+
+    async def close(self, seconds: float) -> None:
+        """Say goodbye to the server; after `seconds` without an end, hang up."""
+        try:
+            await self.connection.close(timeout=seconds)
+        except Exception:  # noqa: BLE001 - asyncpg has hung up already; there is nobody to tell
+            self.connection.terminate()
+
+    def terminate(self) -> None:
+        """Hang up at once, unless the connection is closed already."""
+        if not self.connection.is_closed():
+            self.connection.terminate()
+
+    async def inspect(self, seconds: float | None) -> ServerFacts:
+        """Ask, in one query that is safe behind any pooler and within `seconds`, what stands at the other end."""
+        try:
+            with self._uncached():
+                row = await self.connection.fetchrow(_FACTS, timeout=seconds)
+        except asyncpg.PostgresError:
+            # Databases that only speak PostgreSQL's protocol lack some of these functions.
+            if self.connection.is_closed():
+                raise
+            row = None
+        backend_pid, in_recovery, idle_session_timeout = row or (self.pid, False, None)
+        return ServerFacts(
+            version=self.connection.get_server_version().major,
+            in_recovery=in_recovery,
+            idle_session_timeout=idle_session_timeout,
+            handshake_pid=self.pid,
+            backend_pid=backend_pid,
+        )
+
+    @contextlib.contextmanager
+    def _uncached(self) -> Iterator[None]:
+        # Without its cache the driver prepares under no name and in the same message as it executes: all that a pooler
+        # in transaction mode allows.
+        connection: Any = self.connection
+        enabled = connection._stmt_cache_enabled  # noqa: SLF001
+        connection._stmt_cache_enabled = False  # noqa: SLF001
+        try:
+            yield
+        finally:
+            connection._stmt_cache_enabled = enabled  # noqa: SLF001
+
+    def disable_statement_cache(self) -> None:
+        """Prepare under no name from now on."""
+        self.connection._stmt_cache_enabled = False  # type: ignore[attr-defined] # noqa: SLF001
+
+    def drop_statement_cache(self) -> None:
+        """Forget the prepared statements."""
+        self.connection._drop_local_statement_cache()  # type: ignore[attr-defined] # noqa: SLF001
+
+    def drop_type_cache(self) -> None:
+        """Forget what is known of types."""
+        self.connection._drop_local_type_cache()  # type: ignore[attr-defined] # noqa: SLF001
+
+    def lend(self, proxy: object) -> None:
+        """Make `proxy` the face of this connection, for its listeners and its caches."""
+        self.connection._set_proxy(proxy)  # type: ignore[attr-defined] # noqa: SLF001
+
+    def take_back(self) -> None:
+        """End a lease: cursors and prepared statements made in it become invalid, listeners left behind are warned of."""
+        self.connection._set_proxy(None)  # type: ignore[attr-defined] # noqa: SLF001
+        self.connection._on_release()  # type: ignore[attr-defined] # noqa: SLF001
+
+    async def begin(self, *, isolation: str | None, readonly: bool, deferrable: bool) -> None:
+        """Begin a transaction, within which the driver's own `transaction()` makes savepoints."""
+        transaction: Any = self.connection.transaction(
+            isolation=isolation,  # type: ignore[arg-type]
+            readonly=readonly,
+            deferrable=deferrable,
+        )
+        transaction._managed = True  # noqa: SLF001 - otherwise a reset that finds it open complains to the event loop
+        await transaction.start()
+
+    async def end_transaction(self, command: str, *, timeout: float | None = None) -> str:
+        """Send COMMIT or ROLLBACK for what `begin()` began, and return what the server says that it did."""
+        self.connection._top_xact = None  # type: ignore[attr-defined] # noqa: SLF001
+        return await self.connection.execute(command, timeout=timeout)
+
+    def tune(self, *, keepalive: bool, user_timeout: float | None) -> None:
+        """Let the kernel notice a peer that vanished. asyncpg sets neither option; unix sockets need none.
+
+        Args:
+            keepalive: Whether to probe an idle peer: after half of `user_timeout`, three times within the other half.
+            user_timeout: After how many seconds unacknowledged data ends the connection; `None` for the kernel's own.
+        """
+        fd = self._fd()
+        if fd is None:
+            return
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                return
+            for option, value in _socket_options(keepalive=keepalive, user_timeout=user_timeout):
+                sock.setsockopt(*option, value)
+
+
+def _socket_options(*, keepalive: bool, user_timeout: float | None) -> Iterator[tuple[tuple[int, int], int]]:
+    # Names that the operating system does not have are left out.
+    def tcp(name: str, value: float) -> Iterator[tuple[tuple[int, int], int]]:
+        if hasattr(socket, name):
+            yield (socket.IPPROTO_TCP, getattr(socket, name)), max(1, int(value))
+
+    if user_timeout is not None:
+        yield from tcp("TCP_USER_TIMEOUT", user_timeout * 1000)
+    if keepalive:
+        whole = 30.0 if user_timeout is None else user_timeout
+        yield (socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1
+        yield from tcp("TCP_KEEPIDLE", whole / 2)
+        yield from tcp("TCP_KEEPINTVL", whole / 6)
+        yield from tcp("TCP_KEEPCNT", 3)
+
+
+def nothing_sent(error: Exception, link: Link) -> bool:
+    """Whether `error` proves that no byte of the statement left this process.
+
+    asyncpg raises a plain `InterfaceError` itself when it is asked to start on a closed connection; a loss after the
+    start is another exception (measured cases B01 to B04 and C24).
+    """
+    return type(error) is asyncpg.InterfaceError and link.connection.is_closed()
+
+
+def forget_locals(error: BaseException) -> None:
+    """Clear the local variables of every finished frame behind `error`, along its whole chain.
+
+    The driver's frames hold the password while a connection is being made; a report with captured locals would show it.
+    """
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        link = queue.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        if link.__traceback__ is not None:
+            traceback.clear_frames(link.__traceback__)
+        queue += [link.__cause__, link.__context__]
+        if isinstance(link, BaseExceptionGroup):
+            queue += link.exceptions
