@@ -1,0 +1,463 @@
+"""The pool: `fetch` is `run` of an operation; to run is to take a connection, execute, and give it back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Generator
+from enum import Enum
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack, cast
+
+import asyncpg
+import backoff
+
+from resilient_pool.arguments import ConnectArguments, PoolArguments
+from resilient_pool.config import PoolConfig, SealedDsn, seal
+from resilient_pool.connection import Lender, ResilientConnection
+from resilient_pool.core.checkout import Checkout
+from resilient_pool.core.clock import Clock, SystemClock
+from resilient_pool.core.connector import Connector
+from resilient_pool.core.runner import Call, Runner
+from resilient_pool.core.slots import Slots
+from resilient_pool.core.upkeep import Upkeep
+from resilient_pool.core.wire import AnyConnection, Link
+from resilient_pool.inquiry import Inquiry
+from resilient_pool.observe.events import Dispatcher
+from resilient_pool.observe.stats import Counters, PoolStats
+from resilient_pool.policy.statements import StatementReader
+from resilient_pool.queries import Queries
+from resilient_pool.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
+
+T = TypeVar("T")
+
+# max_lifetime is shortened by up to this share, so that connections opened together do not end together.
+_LIFETIME_JITTER = 0.1
+_LONG_CLOSE = 60.0
+
+
+class _State(Enum):
+    NEW = "is not initialized: write `await pool` or `async with pool` first"
+    OPENING = "is being initialized, but not yet ready: likely there is a race between creating it and using it"
+    OPEN = "is open"
+    CLOSING = "is closing"
+    CLOSED = "is closed"
+
+
+class ResilientPool(Queries):
+    """A pool of connections to one PostgreSQL database, for one event loop.
+
+    It takes what `asyncpg.create_pool` takes, with the same meaning, and the arguments listed in the README beside. Use
+    it as `async with ResilientPool(dsn) as pool`, or `await` it and `close()` it.
+
+    Args:
+        dsn: `postgresql://user:password@host:port/database?option=value`. It is parsed once and not kept.
+        **arguments: See the table of arguments in the README, or `resilient_pool.config.ARGUMENTS`.
+
+    Raises:
+        ConfigurationError: An argument or an option of the DSN is unknown or out of range.
+    """
+
+    def __init__(self, dsn: str | SealedDsn = None, /, **arguments: Unpack[PoolArguments]) -> None:
+        self._state = _State.NEW
+        sealed, settled = seal(dsn, arguments)
+        del dsn, arguments  # a report that shows this frame must not show them
+        config = PoolConfig.from_arguments(sealed, **settled)
+        clock: Clock = config.clock or SystemClock()
+        self._config = config
+        self._clock = clock
+        self._counters = Counters()
+        dispatcher = Dispatcher(config.observers)
+        self._slots: Slots[Link] = Slots(config.max_size, clock)
+        self._reader = StatementReader(config.pure_functions)
+        self._connector = Connector(config, clock, self._counters, dispatcher)
+        self._upkeep = Upkeep(
+            config, self._slots, self._connector, clock, self._draw_lifetime, self._counters, dispatcher
+        )
+        self._checkout = Checkout(config, self._slots, self._upkeep, clock, self._counters)
+        self._runner = Runner(config, self._reader, self._upkeep, self._connector, clock, self._counters, dispatcher)
+        self._lender = Lender(config, self._checkout, self._upkeep, self._runner, clock)
+        inquiry = Inquiry(config, self._lender, clock, dispatcher)
+        self._transactions = Transactions(config, self._lender, self._reader, inquiry, clock, self._require_open)
+        self._waits_for_reset = config.session_reset == "on_release"
+        self._never_resets = config.session_reset == "off"
+        # The application's own callbacks may leave anything behind, so with them every use is followed by a reset.
+        self._trusts_reads = config.session_reset == "auto" and config.setup is None and config.reset is None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __repr__(self) -> str:
+        # Also of a pool whose arguments are being refused: a report of that may show it.
+        return f"<{type(self).__name__} {self._state.name.lower()} {getattr(self, '_slots', None)!r}>"
+
+    def _draw_lifetime(self) -> float:
+        longest = self._config.max_lifetime
+        return longest - backoff.full_jitter(longest * _LIFETIME_JITTER) if longest else float("inf")
+
+    # Running
+
+    async def _run(
+        self,
+        operation: str,
+        sql: str | None,
+        execute: Callable[[AnyConnection], Awaitable[T]],
+        *,
+        idempotent: bool,
+        deadline: float | None,
+        replayable: bool = True,
+        exactly_once: bool = False,
+    ) -> T:
+        self._require_open()
+        if exactly_once and not idempotent and (sql is None or not self._reader.is_read_only(sql)):
+            return await self.run_in_transaction(_on_lease, execute, deadline=deadline)
+        call = self._lender.call(
+            operation, sql, execute, idempotent=idempotent, deadline=deadline, replayable=replayable
+        )
+        return await self._runner.run(call, self._attempt)
+
+    async def _attempt(self, call: Call[T]) -> T:
+        self._require_open()
+        slot = await self._checkout.take(call.deadline)
+        if self._config.setup is not None:
+            return await self._attempt_on_loan(await self._lender.lend_slot(slot, call), call)
+        answered = False
+        try:
+            result = await call.run_on(slot.resource)  # type: ignore[arg-type]
+            answered = True
+        finally:
+            if answered and (self._never_resets or (self._trusts_reads and self._proven_read_only(call))):
+                self._upkeep.give_back(slot)
+                reset = None
+            else:
+                reset = self._upkeep.recondition(slot)
+        if self._waits_for_reset:
+            await _end_of(reset)
+        return result
+
+    async def _attempt_on_loan(self, lease: ResilientConnection, call: Call[T]) -> T:
+        try:
+            result = await call.run_on(await lease.adopt(call))
+        finally:
+            reset = self._lender.take_back(lease)
+        if self._waits_for_reset:
+            await _end_of(reset)
+        return result
+
+    def _proven_read_only(self, call: Call[T]) -> bool:
+        return call.sql is not None and self._reader.is_read_only(call.sql)
+
+    # Transactions
+
+    def transaction(
+        self,
+        *,
+        isolation: Isolation | None = None,
+        readonly: bool = False,
+        deferrable: bool = False,
+        resolve_commit: bool = True,
+        deadline: float | None = None,
+    ) -> RetriedTransaction:
+        """Make a transaction that is repeated as a whole when it fails in a curable way.
+
+            async for attempt in pool.transaction():
+                async with attempt as connection:
+                    await connection.execute(...)
+
+        Args:
+            isolation: As asyncpg's `Connection.transaction()` takes it.
+            readonly: Likewise.
+            deferrable: Likewise.
+            resolve_commit: Whether to ask the server what became of a COMMIT whose answer was lost. It costs one round trip
+                for each transaction that may have written.
+            deadline: How many seconds further attempts may begin, and the server may be asked. Default: the pool's.
+
+        Raises:
+            OutcomeUnknownError: The answer to COMMIT was lost, and nobody can tell what became of it.
+            Exception: The driver's own error, when repeating does not help or is not allowed any longer.
+        """
+        self._require_open()
+        options = TransactionOptions(
+            isolation=isolation,
+            readonly=readonly,
+            deferrable=deferrable,
+            resolve_commit=resolve_commit,
+            deadline=deadline,
+        )
+        return RetriedTransaction(self._transactions, options)
+
+    async def run_in_transaction(
+        self, function: Callable[..., Awaitable[T]], *args: object, **options: Unpack[TransactionOptions]
+    ) -> T:
+        """Call `function(connection, *args)` in a transaction that is repeated as `transaction()` says.
+
+        Args:
+            function: It may be called more than once.
+            *args: What to call it with, after the connection.
+            **options: What `transaction()` takes.
+
+        Returns:
+            What the function returned in the attempt that committed.
+        """
+        self._require_open()
+        return await run(self._transactions, function, args, options)
+
+    # Lending
+
+    def acquire(self, *, timeout: float | None = None) -> Acquisition:
+        """Acquire a connection: `async with pool.acquire() as connection`, or `await` it and `release()` it.
+
+        Args:
+            timeout: How many seconds to wait for a healthy connection. Default: the pool's `deadline`.
+
+        Raises:
+            AcquireTimeoutError: None became free in time.
+            Exception: The driver's own error, when no connection could be opened in time.
+        """
+        return Acquisition(self, timeout)
+
+    async def _acquire(self, timeout: float | None) -> ResilientConnection:
+        self._require_open()
+        return await self._lender.lend(timeout)
+
+    async def release(self, connection: ResilientConnection, *, timeout: float | None = None) -> None:
+        """Release an acquired connection. Releasing it twice does no harm.
+
+        The session is reset in the background, unless the pool was made with `session_reset="on_release"`: then the
+        reset is waited for, and what it raises is raised here.
+
+        Args:
+            connection: What `acquire()` returned.
+            timeout: How many seconds the reset may take. Default: the pool's `reset_timeout`.
+
+        Raises:
+            asyncpg.InterfaceError: The connection was not acquired from this pool.
+        """
+        if not isinstance(connection, ResilientConnection) or not connection.belongs_to(self._lender):
+            raise asyncpg.InterfaceError(
+                f"ResilientPool.release() received invalid connection: {connection!r} is not a member of this pool"
+            )
+        if connection.is_released:
+            return
+        self._require_loop()
+        reset = self._lender.take_back(connection, timeout)
+        error = await _end_of(reset) if self._waits_for_reset else None
+        if error is not None:
+            raise error
+
+    # Opening and closing
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Self:
+        return await self._open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _open(self) -> Self:
+        if self._state is _State.OPEN:
+            return self
+        if self._state is _State.OPENING:
+            raise asyncpg.InterfaceError("pool is being initialized in another task")
+        if self._state is not _State.NEW:
+            raise self._refusal()
+        self._loop = asyncio.get_running_loop()
+        self._state = _State.OPENING
+        opened = False
+        try:
+            await self._open_connections(self._config.init_size)
+            opened = True
+        finally:
+            if opened:
+                self._state = _State.OPEN
+            else:
+                self._state = _State.CLOSED
+                self._upkeep.hang_up()
+        self._upkeep.maintain_minimum()
+        return self
+
+    async def _open_connections(self, number: int) -> None:
+        # The first one alone: if it cannot be opened, the others would only knock at the same door.
+        if number:
+            await self._open_connection()
+        others = [asyncio.ensure_future(self._open_connection()) for _ in range(number - 1)]
+        try:
+            await asyncio.gather(*others)
+        finally:
+            for other in others:
+                other.cancel()
+
+    async def _open_connection(self) -> None:
+        async def attempt(call: Call[None]) -> None:
+            slot = self._slots.reserve()
+            if slot is not None:
+                await self._checkout.mend(slot, call.deadline)
+                self._upkeep.give_back(slot)
+
+        call: Call[None] = self._lender.call("open", None, _nothing, idempotent=True, deadline=None)
+        await self._runner.run(call, attempt)
+
+    async def close(self) -> None:
+        """Wait until every connection is released, close them all, and with them the pool.
+
+        Whoever waits for a connection is refused at once. If closing is cancelled, the pool is terminated.
+        """
+        if self._state is _State.CLOSED:
+            return
+        self._require_usable()
+        self._require_loop()
+        self._state = _State.CLOSING
+        self._slots.dismiss_waiters(self._refusal)
+        self._upkeep.begin_closing()
+        warning = self._clock.call_later(_LONG_CLOSE, self._warn_of_long_close)
+        closed = False
+        try:
+            await self._upkeep.finish()
+            closed = True
+        finally:
+            warning.cancel()
+            if not closed:
+                self._upkeep.hang_up()
+            self._state = _State.CLOSED
+
+    def terminate(self) -> None:
+        """Close every connection without waiting, also those in use, and with them the pool."""
+        if self._state is _State.CLOSED:
+            return
+        self._require_usable()
+        self._state = _State.CLOSED
+        self._slots.dismiss_waiters(self._refusal)
+        self._upkeep.hang_up()
+
+    def _warn_of_long_close(self) -> None:
+        self._upkeep.report_long_close(_LONG_CLOSE)
+
+    def _refusal(self) -> Exception:
+        return asyncpg.InterfaceError(f"pool {self._state.value}")
+
+    def _require_open(self) -> None:
+        if self._state is not _State.OPEN:
+            raise self._refusal()
+        if asyncio.get_running_loop() is not self._loop:
+            self._require_loop()
+
+    def _require_usable(self) -> None:
+        if self._state in (_State.NEW, _State.OPENING):
+            raise self._refusal()
+
+    def _require_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise asyncpg.InterfaceError(
+                "pool is used from another event loop than the one it was opened in; make one pool for each loop"
+            )
+
+    # What else asyncpg's pool has
+
+    async def expire_connections(self) -> None:
+        """Replace every connection that is open now before its next use."""
+        self._upkeep.expire()
+
+    def set_connect_args(self, dsn: str | None = None, /, **connect_kwargs: Unpack[ConnectArguments]) -> None:
+        """Use other connection arguments for every connection opened from now on.
+
+        Args:
+            dsn: As in the constructor.
+            **connect_kwargs: What `asyncpg.connect` takes, as in the constructor.
+
+        Raises:
+            ConfigurationError: An argument is unknown or out of range.
+        """
+        sealed, settled = seal(dsn, connect_kwargs)
+        del dsn, connect_kwargs
+        self._connector.redirect(PoolConfig.from_arguments(sealed, **settled))
+
+    def is_closing(self) -> bool:
+        """Whether the pool is closing or closed."""
+        return self._state in (_State.CLOSING, _State.CLOSED)
+
+    def get_size(self) -> int:
+        """How many connections are open."""
+        return len(self._upkeep.links())
+
+    def get_idle_size(self) -> int:
+        """How many connections could be handed out at once."""
+        return self._slots.idle
+
+    def get_min_size(self) -> int:
+        """Return `min_size`."""
+        return self._config.min_size
+
+    def get_max_size(self) -> int:
+        """Return `max_size`."""
+        return self._config.max_size
+
+    def get_init_size(self) -> int:
+        """Return `init_size`."""
+        return self._config.init_size
+
+    def stats(self) -> PoolStats:
+        """Take a snapshot of the pool and of what it has done so far."""
+        size, idle, resetting = self.get_size(), self._slots.idle, self._upkeep.resetting
+        return self._counters.snapshot(
+            size=size,
+            idle=idle,
+            in_use=max(size - idle - resetting, 0),
+            resetting=resetting,
+            waiting=self._slots.waiting,
+            min_size=self._config.min_size,
+            max_size=self._config.max_size,
+        )
+
+
+async def _end_of(reset: asyncio.Task[Exception | None] | None) -> Exception | None:
+    # Not by shield: a reset that terminate() cuts short would look like a cancellation of whoever waits for it.
+    if reset is None:
+        return None
+    await asyncio.wait([reset])
+    return None if reset.cancelled() else reset.result()
+
+
+class Acquisition:
+    """What `acquire()` returns: await it, or enter it."""
+
+    __slots__ = ("_connection", "_pool", "_timeout", "_used")
+
+    def __init__(self, pool: ResilientPool, timeout: float | None) -> None:
+        self._pool = pool
+        self._timeout = timeout
+        self._connection: ResilientConnection | None = None
+        self._used = False
+
+    def __await__(self) -> Generator[Any, None, ResilientConnection]:
+        self._used = True
+        return self._pool._acquire(self._timeout).__await__()  # noqa: SLF001
+
+    async def __aenter__(self) -> ResilientConnection:
+        if self._used:
+            raise asyncpg.InterfaceError("a connection is already acquired")
+        self._used = True
+        self._connection = await self._pool._acquire(self._timeout)  # noqa: SLF001
+        return self._connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await self._pool.release(connection)
+
+
+def create_pool(dsn: str | None = None, /, **arguments: Unpack[PoolArguments]) -> ResilientPool:
+    """Make a `ResilientPool`; `await` it or enter it to open it. It takes what the class takes."""
+    sealed, settled = seal(dsn, arguments)
+    del dsn, arguments
+    return ResilientPool(sealed, **cast("PoolArguments", settled))
+
+
+async def _on_lease(connection: ResilientConnection, execute: Callable[[AnyConnection], Awaitable[T]]) -> T:
+    return await execute(cast("AnyConnection", connection))
+
+
+async def _nothing(_connection: AnyConnection) -> None:
+    return None
