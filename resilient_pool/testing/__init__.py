@@ -1,0 +1,18 @@
+"""Tools for testing programs against a PostgreSQL that misbehaves on command; needs the extra `testing`."""
+
+from __future__ import annotations
+
+from resilient_pool.testing.clock import ScriptedClock, ScriptedTimer
+from resilient_pool.testing.postgres import ConnectArguments, EmbeddedPostgres
+from resilient_pool.testing.proxy import FaultProxy, ProxiedConnection
+from resilient_pool.testing.tls import TlsCertificates
+
+__all__ = [
+    "ConnectArguments",
+    "EmbeddedPostgres",
+    "FaultProxy",
+    "ProxiedConnection",
+    "ScriptedClock",
+    "ScriptedTimer",
+    "TlsCertificates",
+]

@@ -1,0 +1,141 @@
+"""The PostgreSQL protocol's message boundaries, and which statement a request carries out; no I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+
+TLS_REQUEST = 80877103
+GSS_REQUEST = 80877104
+CANCEL_REQUEST = 80877102
+
+_LENGTH = struct.Struct("!i")
+_TYPED_HEADER = 5
+_UNTYPED_HEADER = 4
+_LEAST_LENGTH = 4
+
+KEY_DATA = b"K"
+READY = b"Z"
+COPY_IN = b"G"
+COPY_BOTH = b"W"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One whole message.
+
+    Attributes:
+        kind: Its type byte, or empty for the messages that begin a connection and have none.
+        data: All its bytes, header included.
+    """
+
+    kind: bytes
+    data: bytes
+
+    @property
+    def body(self) -> bytes:
+        """What follows the header."""
+        return self.data[_TYPED_HEADER if self.kind else _UNTYPED_HEADER :]
+
+    @property
+    def code(self) -> int:
+        """The request or protocol number of a message without a type."""
+        number: int = _LENGTH.unpack_from(self.data, _UNTYPED_HEADER)[0]
+        return number
+
+
+class Splitter:
+    """Cuts a stream into messages.
+
+    Args:
+        untyped: Whether the stream begins with messages that have no type byte; `began()` ends that.
+    """
+
+    def __init__(self, *, untyped: bool) -> None:
+        self._untyped = untyped
+        self._buffer = bytearray()
+
+    def began(self) -> None:
+        """From here on every message has a type."""
+        self._untyped = False
+
+    def feed(self, data: bytes) -> None:
+        """Add what was received."""
+        self._buffer += data
+
+    def next(self) -> Message | None:
+        """Take the next message, or None while it is not complete.
+
+        Raises:
+            ValueError: This is not the PostgreSQL protocol.
+        """
+        skip = 0 if self._untyped else 1
+        if len(self._buffer) < skip + _LENGTH.size:
+            return None
+        length: int = _LENGTH.unpack_from(self._buffer, skip)[0]
+        if length < _LEAST_LENGTH:
+            raise ValueError(f"a message cannot be {length} bytes long")
+        if len(self._buffer) < skip + length:
+            return None
+        data = bytes(self._buffer[: skip + length])
+        del self._buffer[: skip + length]
+        return Message(kind=data[:skip], data=data)
+
+    def rest(self) -> bytes:
+        """Take the incomplete message that a stream may end with."""
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        return data
+
+
+class RequestReader:
+    """Follows a client's requests: which one makes the server execute something, and in which round.
+
+    A *round* ends with the server's ReadyForQuery. Round 0 is the connection's start; each simple query, function call
+    and Sync ends one. So the answer to a request sent in round n is all that the server says after its nth ReadyForQuery.
+    """
+
+    def __init__(self) -> None:
+        self.round = 1
+        self._statements: dict[bytes, bytes] = {}
+        self._portals: dict[bytes, bytes] = {}
+
+    def read(self, message: Message) -> bytes | None:
+        """Follow one message; return the SQL with its arguments if the server executes it, else None."""
+        body = message.body
+        match message.kind:
+            case b"Q" | b"F":
+                return body
+            case b"P":
+                name, _, sql = body.partition(b"\0")
+                self._statements[name] = sql.partition(b"\0")[0]
+            case b"B":
+                portal, _, remainder = body.partition(b"\0")
+                name, _, arguments = remainder.partition(b"\0")
+                self._portals[portal] = self._statements.get(name, b"") + b"\0" + arguments
+            case b"E":
+                return self._portals.get(body.partition(b"\0")[0], b"")
+            case b"C":
+                known = self._statements if body[:1] == b"S" else self._portals
+                known.pop(body[1:].partition(b"\0")[0], None)
+            case _:
+                pass
+        return None
+
+    def passed(self, message: Message) -> None:
+        """Count the round that this message ends."""
+        if message.kind in {b"Q", b"F", b"S"}:
+            self.round += 1
+
+
+def startup_parameters(message: Message) -> dict[str, str]:
+    """Read what a client says of itself when it connects."""
+    words = [word.decode(errors="replace") for word in message.body[_LENGTH.size :].split(b"\0")]
+    return {name: value for name, value in zip(words[0::2], words[1::2], strict=False) if name}
+
+
+def fatal_error(sqlstate: str, text: str) -> bytes:
+    """Compose the ErrorResponse with which a server turns a connection away."""
+    fields = ("SFATAL", "VFATAL", f"C{sqlstate}", f"M{text}")
+    body = b"".join(field.encode() + b"\0" for field in fields) + b"\0"
+    return b"E" + _LENGTH.pack(len(body) + _LENGTH.size) + body

@@ -1,0 +1,526 @@
+"""A TCP proxy that breaks connections on command; the only module here that owns a thread.
+
+from resilient_pool.testing import EmbeddedPostgres, FaultProxy, TlsCertificates
+
+async with EmbeddedPostgres() as server:
+    with FaultProxy(server.host, server.port) as proxy:
+        connection = await asyncpg.connect(proxy.dsn(server.dsn()))
+        proxy.swallow_next_answer(matching=b"COMMIT")   # committed, and the client will never know
+        proxy.rst()                                     # every connection is reset, now
+        proxy.refuse()                                  # nobody listens any more ...
+        proxy.accept()                                  # ... and again, on the same port
+        proxy.delay(0.05)                               # a far-away server: 0.1 s per round trip
+        proxy.connections[0].forget()                   # a firewall lost this one from its table
+        proxy.blackhole()                               # the cable is cut ...
+        proxy.restore()                                 # ... and mended
+    certificates = TlsCertificates()
+    with FaultProxy(server.host, server.port, tls=certificates) as proxy:
+        await asyncpg.connect(proxy.dsn(server.dsn()), ssl=certificates.client_context())
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Literal, Self, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from resilient_pool.testing._flow import Ending, Flow, Manner, OneShot, Rules, State, Stream
+from resilient_pool.testing._messages import fatal_error
+from resilient_pool.testing.tls import TlsCertificates
+
+Result = TypeVar("Result")
+Matcher = bytes | str | Callable[[bytes], bool] | None
+"""Which request a fault is meant for: text that its SQL or its arguments contain, a function of both, or None: any."""
+
+_PATIENCE = 30.0
+_LISTEN_BACKLOG = 512
+_CHUNK = 1 << 20
+
+
+class _Faults(abc.ABC):
+    """The faults that a whole proxy and a single connection have in common."""
+
+    @abc.abstractmethod
+    def _flows(self) -> list[Flow]: ...
+
+    @abc.abstractmethod
+    def _armed(self) -> list[OneShot]: ...
+
+    @abc.abstractmethod
+    def _do(self, action: Callable[[], Result]) -> Result: ...
+
+    @abc.abstractmethod
+    def _closing(self, server_sees_close: bool | None) -> bool: ...
+
+    def fin(self, *, server_sees_close: bool | None = None) -> None:
+        """Close in an orderly way, as a server that shuts down does.
+
+        Args:
+            server_sees_close: Whether the server's side is closed too; by default as the proxy was told.
+        """
+        self._end("fin", server_sees_close)
+
+    def rst(self, *, server_sees_close: bool | None = None) -> None:
+        """Reset, as a host does that knows nothing of the connection; arguments as in `fin()`."""
+        self._end("rst", server_sees_close)
+
+    def forget(self) -> None:
+        """Swallow every byte in both directions from now on, without closing, as an idle firewall or NAT table does.
+
+        It is for ever: what was swallowed is lost. New connections are not concerned.
+        """
+        self._end("hang", server_sees_close=False)
+
+    def swallow_next_answer(
+        self,
+        then: Ending = "fin",
+        *,
+        matching: Matcher = None,
+        times: int = 1,
+        server_sees_close: bool | None = None,
+    ) -> None:
+        """Let the next request be executed, and keep the answer from the client.
+
+        The server is given all the time it needs: the connection ends when its answer has arrived at the proxy, up to
+        and including ReadyForQuery. Preparing a statement is not a request that executes, so its answer passes.
+
+        Args:
+            then: "fin" or "rst" the connection, or "hang": silence for ever.
+            matching: Which request; by default the next on any connection. A prepared statement is known by its SQL.
+            times: How many requests this happens to; 1 by default.
+            server_sees_close: As in `fin()`.
+        """
+        self._arm(then, 0, matching, times, server_sees_close)
+
+    def cut_next_answer(
+        self,
+        after_bytes: int = 7,
+        then: Ending = "fin",
+        *,
+        matching: Matcher = None,
+        times: int = 1,
+        server_sees_close: bool | None = None,
+    ) -> None:
+        """Do as `swallow_next_answer()`, but give the client the first bytes of the answer, and never all of it.
+
+        Args:
+            after_bytes: How many bytes; by default 7, which is within a message.
+            then: As there, and so are the others.
+            matching: Likewise.
+            times: Likewise.
+            server_sees_close: Likewise.
+        """
+        self._arm(then, after_bytes, matching, times, server_sees_close)
+
+    def lose_next_request(
+        self,
+        then: Ending = "fin",
+        *,
+        matching: Matcher = None,
+        times: int = 1,
+        server_sees_close: bool | None = None,
+    ) -> None:
+        """Keep the next request from the server, which is not executed; arguments as in `swallow_next_answer()`."""
+        self._arm(then, 0, matching, times, server_sees_close, reaches_server=False)
+
+    def _end(self, how: Ending, server_sees_close: bool | None) -> None:
+        closing = self._closing(server_sees_close)
+
+        def end() -> None:
+            for flow in self._flows():
+                flow.end(how, server_sees_close=closing)
+
+        self._do(end)
+
+    def _arm(
+        self,
+        then: Ending,
+        after_bytes: int,
+        matching: Matcher,
+        times: int,
+        server_sees_close: bool | None,
+        *,
+        reaches_server: bool = True,
+    ) -> None:
+        fault = OneShot(
+            matches=_matcher(matching),
+            reaches_server=reaches_server,
+            after_bytes=after_bytes,
+            then=then,
+            server_sees_close=self._closing(server_sees_close),
+        )
+        self._do(lambda: self._armed().extend([fault] * times))
+
+
+class FaultProxy(_Faults):
+    """A proxy on 127.0.0.1 in front of a PostgreSQL server.
+
+    It lives in a thread with an event loop of its own and keeps working while the client's loop is blocked. Every
+    method may be called from any thread and returns when it has taken effect. It cannot be told from a server by its
+    TCP behaviour, except that the kernel acknowledges what the proxy does not read.
+
+    Args:
+        host: Where the server is.
+        port: Where it listens, unencrypted.
+        tls: Certificates with which the proxy speaks TLS to clients that ask for it; by default it answers that it
+            has none. Either way the server itself is never asked for TLS.
+        server_sees_close: Whether a fault that closes a connection closes the server's side too; by default it does.
+            Otherwise the server's session stays, with its locks, until the proxy is closed.
+        listen_port: The proxy's own port; by default any.
+    """
+
+    host = "127.0.0.1"
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        tls: TlsCertificates | None = None,
+        server_sees_close: bool = True,
+        listen_port: int = 0,
+    ) -> None:
+        self._rules = Rules((host, port), None if tls is None else tls.server_context())
+        self._server_sees_close = server_sees_close
+        self._listen_port = listen_port
+        self._running: dict[Flow, asyncio.Task[None]] = {}
+        self._attempted_at: list[float] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._reserved: socket.socket | None = None
+        self._listener: asyncio.Server | None = None
+
+    def __repr__(self) -> str:
+        host, port = self._rules.target
+        return f"<FaultProxy {self.host}:{self._listen_port} to {host}:{port}>"
+
+    # Being there
+
+    def start(self) -> None:
+        """Begin to listen."""
+        if self._thread is not None:
+            return
+        self._reserved = _reserve(self._listen_port)
+        self._listen_port = self._reserved.getsockname()[1]
+        # Not whatever loop the program under test uses: this one is known to close sockets as told.
+        self._loop = asyncio.SelectorEventLoop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=repr(self), daemon=True)
+        self._thread.start()
+        self.accept()
+
+    def close(self) -> None:
+        """Stop listening and drop every connection, on both sides."""
+        if self._loop is None or self._thread is None:
+            return
+        self._await(self._shut_down())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._loop = self._thread = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What there is to see
+
+    @property
+    def port(self) -> int:
+        """Where the proxy listens, or will again."""
+        return self._listen_port
+
+    def dsn(self, dsn: str) -> str:
+        """Point a server's URL at the proxy instead, everything else as it is."""
+        parts = urlsplit(dsn)
+        account = parts.netloc.rpartition("@")[0]
+        place = f"{self.host}:{self.port}"
+        return urlunsplit(parts._replace(netloc=f"{account}@{place}" if account else place))
+
+    @property
+    def connections(self) -> list[ProxiedConnection]:
+        """The connections whose client is still there, oldest first."""
+        return self._do(lambda: [ProxiedConnection(self, flow) for flow in self._flows()])
+
+    def connection(self, backend_pid: int) -> ProxiedConnection:
+        """Find a connection by its session's process id, which `asyncpg.Connection.get_server_pid()` tells.
+
+        Raises:
+            LookupError: There is none.
+        """
+        for connection in self.connections:
+            if connection.backend_pid == backend_pid:
+                return connection
+        raise LookupError(f"no connection of backend {backend_pid} passes through {self!r}")
+
+    @property
+    def attempts(self) -> int:
+        """How many connections have arrived. Those that `refuse()` turned away cannot be counted: see `reject()`."""
+        return len(self._attempted_at)
+
+    @property
+    def attempted_at(self) -> list[float]:
+        """When each of them arrived, in seconds of a monotonic clock."""
+        return list(self._attempted_at)
+
+    @property
+    def accepted(self) -> int:
+        """How many of them were passed on to the server, requests to cancel included."""
+        return self._rules.accepted
+
+    @property
+    def fired(self) -> int:
+        """How many armed faults have happened."""
+        return self._rules.fired
+
+    @property
+    def armed(self) -> int:
+        """How many faults that were armed for any connection still wait for their request."""
+        return len(self._rules.armed)
+
+    @property
+    def bytes_to_server(self) -> int:
+        """How many bytes were passed to the server."""
+        return self._rules.bytes_to_server
+
+    @property
+    def bytes_to_client(self) -> int:
+        """How many bytes were passed to clients."""
+        return self._rules.bytes_to_client
+
+    # How new connections are met
+
+    def refuse(self) -> None:
+        """Stop listening: new connections are refused, present ones stay. The port remains reserved."""
+        self._await(self._stop_listening())
+
+    def accept(self) -> None:
+        """Listen (again), on the same port."""
+        self._await(self._listen())
+
+    def hang(self) -> None:
+        """Accept new connections and never answer them, not even after `restore()`."""
+        self._meet(Manner.HANG)
+
+    def reject(self, then: Literal["fin", "rst"] = "rst") -> None:
+        """Accept new connections only to close them at once; unlike refused ones they are counted."""
+        self._meet(Manner.RST if then == "rst" else Manner.FIN)
+
+    def answer_with_error(self, sqlstate: str = "57P03", text: str = "the database system is starting up") -> None:
+        """Turn new connections away with a FATAL error in answer to their startup message."""
+        self._rules.error = fatal_error(sqlstate, text)
+        self._meet(Manner.ERROR)
+
+    def refuse_tls(self) -> None:
+        """Answer requests for TLS with "N" from now on."""
+        self._rules.tls_refused = True
+
+    def retarget(self, host: str, port: int) -> None:
+        """Lead new connections to another server, as a name does after a fail-over."""
+        self._rules.target = (host, port)
+
+    # How all are treated
+
+    def delay(self, seconds: float) -> None:
+        """Hold everything back that long, in either direction; 0 ends it."""
+        self._rules.delay = seconds
+
+    def blackhole(self) -> None:
+        """Let nothing pass, on present and new connections, until `restore()`; then everything held back arrives."""
+        self._do(self._rules.passable.clear)
+
+    def restore(self) -> None:
+        """Serve again: undo all but what is final, and disarm what has not happened yet."""
+        self.accept()
+        self._do(self._undo)
+
+    # Inside
+
+    def _undo(self) -> None:
+        rules = self._rules
+        rules.manner, rules.delay, rules.tls_refused = Manner.SERVE, 0.0, False
+        rules.armed.clear()
+        rules.passable.set()
+        for flow in self._running:
+            _undo(flow)
+
+    def _meet(self, manner: Manner) -> None:
+        self.accept()
+        self._rules.manner = manner
+
+    def _flows(self) -> list[Flow]:
+        return [flow for flow in self._running if flow.client_is_there and flow.state is not State.ENDED]
+
+    def _armed(self) -> list[OneShot]:
+        return self._rules.armed
+
+    def _closing(self, server_sees_close: bool | None) -> bool:
+        return self._server_sees_close if server_sees_close is None else server_sees_close
+
+    async def _listen(self) -> None:
+        if self._reserved is not None:
+            self._listener = await asyncio.start_server(
+                self._arrived, sock=self._reserved, limit=_CHUNK, backlog=_LISTEN_BACKLOG
+            )
+            self._reserved = None
+
+    async def _stop_listening(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        # asyncio accepts a connection in one turn of the loop and serves it in the next: a listener that is closed in
+        # between would leave its socket to nobody.
+        for listening in listener.sockets:
+            asyncio.get_running_loop().remove_reader(listening.fileno())
+        await _let_the_loop_turn()
+        listener.close()
+        # Bound but not listening: nobody else can take the port, and connecting to it is refused.
+        self._reserved = _reserve(self._listen_port)
+
+    def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        self._attempted_at.append(loop.time())
+        flow = Flow(self._rules, Stream(reader, writer), len(self._attempted_at))
+        self._running[flow] = task = loop.create_task(flow.run())
+        task.add_done_callback(lambda _: self._running.pop(flow))
+
+    async def _shut_down(self) -> None:
+        await self._stop_listening()
+        if self._reserved is not None:
+            self._reserved.close()
+        tasks = list(self._running.values())
+        for flow, task in list(self._running.items()):
+            flow.drop()
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await _let_the_loop_turn()
+
+    def _do(self, action: Callable[[], Result]) -> Result:
+        async def act() -> Result:
+            result = action()
+            await _let_the_loop_turn()
+            return result
+
+        return self._await(act())
+
+    def _await(self, work: Coroutine[object, object, Result]) -> Result:
+        if self._loop is None:
+            work.close()
+            raise RuntimeError("the proxy was not started, or is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE)
+
+
+class ProxiedConnection(_Faults):
+    """One connection through a `FaultProxy`, with the same faults for it alone."""
+
+    def __init__(self, proxy: FaultProxy, flow: Flow) -> None:
+        self._proxy = proxy
+        self._flow = flow
+
+    def __repr__(self) -> str:
+        return f"<ProxiedConnection {self.number} {self.state} backend={self.backend_pid}>"
+
+    @property
+    def number(self) -> int:
+        """Which of the proxy's connections it is, counted from 1."""
+        return self._flow.number
+
+    @property
+    def state(self) -> str:
+        """What became of it: "open", "forgotten" (it hangs for ever) or "ended"."""
+        return self._flow.state.value if self._flow.client_is_there else State.ENDED.value
+
+    @property
+    def backend_pid(self) -> int | None:
+        """Its session's process id, known once the server has let the client in."""
+        return self._flow.backend_pid
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What the client said of itself at the start: `user`, `database`, `application_name` and others."""
+        return dict(self._flow.parameters)
+
+    @property
+    def bytes_to_server(self) -> int:
+        """How many bytes were passed to the server."""
+        return self._flow.bytes_to_server
+
+    @property
+    def bytes_to_client(self) -> int:
+        """How many bytes were passed to the client."""
+        return self._flow.bytes_to_client
+
+    def delay(self, seconds: float) -> None:
+        """Hold everything back that long, on top of the proxy's own delay; 0 ends it."""
+        self._flow.delay = seconds
+
+    def blackhole(self) -> None:
+        """Let nothing pass until `restore()`."""
+        self._do(self._flow.passable.clear)
+
+    def restore(self) -> None:
+        """Undo what this connection's own methods did, as far as it is not final."""
+        self._do(lambda: _undo(self._flow))
+
+    def _flows(self) -> list[Flow]:
+        return [self._flow]
+
+    def _armed(self) -> list[OneShot]:
+        return self._flow.armed
+
+    def _do(self, action: Callable[[], Result]) -> Result:
+        return self._proxy._do(action)  # noqa: SLF001 - its own proxy
+
+    def _closing(self, server_sees_close: bool | None) -> bool:
+        return self._proxy._closing(server_sees_close)  # noqa: SLF001 - its own proxy
+
+
+def _undo(flow: Flow) -> None:
+    flow.delay = 0.0
+    flow.armed.clear()
+    flow.passable.set()
+
+
+def _matcher(matching: Matcher) -> Callable[[bytes], bool]:
+    if matching is None:
+        return lambda _: True
+    if callable(matching):
+        return matching
+    needle = matching.encode() if isinstance(matching, str) else matching
+    return lambda subject: needle in subject
+
+
+def _reserve(port: int) -> socket.socket:
+    # With the protocol named asyncio turns Nagle's algorithm off, which else costs 40 ms per small answer.
+    reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind((FaultProxy.host, port))
+    except OSError:
+        reserved.close()
+        raise
+    return reserved
+
+
+async def _let_the_loop_turn() -> None:
+    # A transport that was aborted closes its socket in the loop's next turn.
+    for _ in range(3):
+        await asyncio.sleep(0)
