@@ -1,0 +1,1 @@
+"""The demo: one application on two pools, side by side, while its database is mistreated."""
