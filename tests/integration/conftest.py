@@ -1,0 +1,46 @@
+"""Servers and proxies that the integration tests share; no server belongs to any one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from resilient_pool.testing import EmbeddedPostgres, FaultProxy
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[EmbeddedPostgres]:
+    """PostgreSQL 18; a test that stops or freezes it, or changes its settings, leaves it as it was."""
+    yield from _run(EmbeddedPostgres(18, settings={"max_connections": 60}))
+
+
+@pytest.fixture(scope="session")
+def postgres16() -> Iterator[EmbeddedPostgres]:
+    """PostgreSQL 16, started when the first test asks for it."""
+    yield from _run(EmbeddedPostgres(16, settings={"max_connections": 60}))
+
+
+@pytest.fixture
+def dsn(postgres: EmbeddedPostgres) -> str:
+    """The superuser's way to PostgreSQL 18, without a proxy."""
+    return postgres.dsn()
+
+
+@pytest.fixture
+def proxy(postgres: EmbeddedPostgres) -> Iterator[FaultProxy]:
+    """A fault proxy of the test's own in front of PostgreSQL 18; `proxy.dsn(dsn)` leads through it."""
+    with FaultProxy(postgres.host, postgres.port) as proxy:
+        yield proxy
+
+
+def _run(server: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
+    # In a thread, because a test may ask for the fixture while its own event loop runs.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: asyncio.run(server.start())).result()
+        try:
+            yield server
+        finally:
+            thread.submit(lambda: asyncio.run(server.close())).result()

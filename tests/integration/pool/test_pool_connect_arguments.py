@@ -1,0 +1,287 @@
+"""How connections are made: arguments, later changes to them, classes of the application's own, and standbys."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+import pytest
+
+from resilient_pool import ResilientPool, create_pool
+
+both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+
+
+class Counting(asyncpg.Connection):
+    """A connection with a method of its own, an attribute, and one method changed."""
+
+    motto = "ours"
+
+    async def answer(self, *, plus=0):
+        return await super().fetchval("SELECT 42") + plus
+
+    async def fetchval(self, query, *args, **options):
+        return await super().fetchval(query, *args, **options) + 1
+
+
+class ByName(asyncpg.Record):
+    """A record whose columns are attributes."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+async def test_keywords_are_passed_to_every_connection(make_pool):
+    """What asyncpg.connect takes beside the DSN holds for each connection the pool ever makes."""
+    async with make_pool(
+        max_size=3, max_queries=1, statement_cache_size=0, server_settings={"application_name": "passed on"}
+    ) as pool:
+
+        async def look(_):
+            async with pool.acquire() as connection:
+                await connection.fetch("SELECT $1::int", 1)
+                return await connection.fetchrow(
+                    "SELECT current_setting('application_name'), (SELECT count(*) FROM pg_prepared_statements),"
+                    " pg_backend_pid()"
+                )
+
+        rows = await asyncio.gather(*map(look, range(12)))
+    assert {tuple(row)[:2] for row in rows} == {("passed on", 0)}
+    assert len({row[2] for row in rows}) == 12
+
+
+async def test_a_command_timeout_bounds_every_statement(make_pool):
+    """`command_timeout` cuts one-shot calls and those on leases, and a statement may have its own."""
+    async with make_pool(max_size=1, command_timeout=0.05) as pool:
+        with pytest.raises(asyncio.TimeoutError):
+            await pool.execute("SELECT pg_sleep(60)")
+        async with pool.acquire() as connection:
+            with pytest.raises(asyncio.TimeoutError):
+                await connection.execute("SELECT pg_sleep(60)")
+        assert await pool.fetchval("SELECT 1 FROM pg_sleep(0.1)", timeout=10) == 1
+
+
+async def test_a_pool_can_be_made_without_a_dsn(postgres):
+    """Host, port, user and database may all be keywords, and `loop=` is accepted."""
+    arguments = postgres.connect_arguments()
+    async with ResilientPool(**arguments, loop=asyncio.get_running_loop()) as pool:
+        assert await pool.fetchval("SELECT current_database()") == arguments["database"]
+    async with create_pool(**arguments, min_size=1) as pool:
+        assert pool.get_size() == 1
+
+
+async def test_a_password_may_be_made_for_each_connection(postgres):
+    """A function, plain or asynchronous, is asked for the password at every connect."""
+    await postgres.create_role("by_function", "p@ss:wörd/%")
+    asked = 0
+
+    def password():
+        nonlocal asked
+        asked += 1
+        return "p@ss:wörd/%"
+
+    async def awaited_password():
+        return password()
+
+    try:
+        for supplier in (password, awaited_password):
+            asked = 0
+            arguments = postgres.connect_arguments("postgres", "by_function")
+            arguments["password"] = supplier
+            async with ResilientPool(**arguments, max_size=1, max_queries=1) as pool:
+                for _ in range(3):
+                    assert await pool.fetchval("SELECT current_user") == "by_function"
+            assert asked == 3
+    finally:
+        async with postgres.admin() as connection:
+            await connection.execute("DROP ROLE by_function")
+
+
+async def test_a_password_that_is_wrong_ends_at_once(postgres):
+    """Waiting does not cure a wrong password, so nobody waits."""
+    await postgres.create_role("mistyped", "right")
+    try:
+        async with asyncio.timeout(5), ResilientPool(postgres.dsn("postgres", "mistyped", "wrong")) as pool:
+            for _ in range(2):
+                with pytest.raises(asyncpg.InvalidPasswordError):
+                    await pool.fetchval("SELECT 1")
+    finally:
+        async with postgres.admin() as connection:
+            await connection.execute("DROP ROLE mistyped")
+
+
+@both_loops
+async def test_connect_arguments_can_be_changed(make_pool, dsn):
+    """New arguments hold for new connections; `expire_connections()` hurries, in a lease and when idle."""
+    async with make_pool(max_size=1, server_settings={"application_name": "first"}) as pool:
+
+        async def name():
+            return await pool.fetchval("SHOW application_name")
+
+        async with pool.acquire() as connection:
+            assert await connection.fetchval("SHOW application_name") == "first"
+            pool.set_connect_args(dsn, server_settings={"application_name": "second"})
+            await pool.expire_connections()
+            assert await connection.fetchval("SHOW application_name") == "first"
+        assert await name() == "second"
+        pool.set_connect_args(dsn, server_settings={"application_name": "third"})
+        assert await name() == "second"
+        await pool.expire_connections()
+        assert await name() == "third"
+        async with pool.acquire() as connection:
+            assert connection.get_settings().application_name == "third"
+
+
+async def test_changed_arguments_need_no_dsn(make_pool, postgres):
+    """They may be keywords alone; what was given before is not kept."""
+    async with make_pool(max_size=1, server_settings={"lock_timeout": "7s"}) as pool:
+        pool.set_connect_args(**postgres.connect_arguments(), statement_cache_size=0)
+        assert await pool.fetchval("SHOW lock_timeout") == "0"
+
+
+@both_loops
+async def test_the_application_may_connect_by_itself(make_pool, dsn):
+    """`connect=` is awaited with what asyncpg.connect would get, and its connection is used."""
+    calls = []
+
+    async def connect(*arguments, **keywords):
+        calls.append(keywords)
+        connection = await asyncpg.connect(*arguments, **keywords)
+        await connection.execute("SET lock_timeout = '9s'")
+        return connection
+
+    async with make_pool(
+        max_size=1, connect=connect, connection_class=Counting, server_settings={"application_name": "by itself"}
+    ) as pool:
+        assert await pool.fetchval("SELECT 1") == 2
+        async with pool.acquire() as connection:
+            assert isinstance(connection, Counting)
+            assert await connection.answer() == 42
+    assert len(calls) == 1
+    assert calls[0]["connection_class"] is Counting
+
+
+async def test_what_connect_returns_must_be_a_connection(make_pool):
+    """A `connect=` that returns something else is told so, by name."""
+
+    async def connect(*_arguments, **_keywords):
+        return object()
+
+    async with make_pool(connect=connect) as pool:
+        with pytest.raises(asyncpg.InterfaceError, match=r"connect.*return.*object"):
+            await pool.acquire()
+        with pytest.raises(asyncpg.InterfaceError, match=r"connect.*return.*object"):
+            await pool.fetchval("SELECT 1")
+
+
+async def test_what_connect_raises_reaches_the_caller(make_pool):
+    """An error of the application's own passes unchanged, after one attempt."""
+    calls = 0
+
+    async def connect(*_arguments, **_keywords):
+        nonlocal calls
+        calls += 1
+        raise LookupError("no such tenant")
+
+    async with make_pool(connect=connect, max_size=1) as pool:
+        with pytest.raises(LookupError, match="no such tenant"):
+            await pool.fetchval("SELECT 1")
+        assert calls == 1
+
+
+@both_loops
+async def test_a_connection_class_brings_its_methods(make_pool):
+    """Leases have the class's own methods and attributes, are instances of it, and use the methods it changes."""
+    async with make_pool(max_size=2, connection_class=Counting) as pool:
+        async with pool.acquire() as connection:
+            assert isinstance(connection, Counting)
+            assert connection.motto == "ours"
+            assert await connection.answer() == 42
+            assert await connection.answer(plus=1) == 43
+            assert await connection.fetchval("SELECT 1") == 2
+        assert await pool.fetchval("SELECT 1") == 2
+        with pytest.raises(asyncpg.InterfaceError, match="released back to the pool"):
+            answer = connection.answer()
+            await answer
+
+
+async def test_an_attribute_that_no_connection_has_is_missing(make_pool):
+    """A misspelt method is an `AttributeError`, so that `hasattr` tells the truth."""
+    async with make_pool() as pool, pool.acquire() as connection:
+        assert not hasattr(connection, "fetchone")
+        with pytest.raises(AttributeError, match="fetchone"):
+            connection.fetchone  # noqa: B018 - reading it is the test
+
+
+@both_loops
+async def test_a_record_class_is_used_everywhere(make_pool):
+    """The pool's `record_class` shapes what one-shot calls, leases, prepared statements and cursors return."""
+    async with make_pool(max_size=1, record_class=ByName) as pool:
+        assert (await pool.fetchrow("SELECT 1 AS one")).one == 1
+        assert [row.one for row in await pool.fetch("SELECT 1 AS one")] == [1]
+        async with pool.acquire() as connection, connection.transaction():
+            assert (await connection.fetchrow("SELECT 1 AS one")).one == 1
+            statement = await connection.prepare("SELECT 1 AS one")
+            assert (await statement.fetchrow()).one == 1
+            assert [row.one async for row in connection.cursor("SELECT 1 AS one")] == [1]
+
+
+async def test_a_call_may_have_its_own_record_class(make_pool):
+    """`record_class=` on one call overrules the pool's."""
+    async with make_pool(max_size=1) as pool:
+        assert (await pool.fetchrow("SELECT 1 AS one", record_class=ByName)).one == 1
+        assert [row.one for row in await pool.fetch("SELECT 1 AS one", record_class=ByName)] == [1]
+        assert type(await pool.fetchrow("SELECT 1 AS one")) is asyncpg.Record
+        async with pool.acquire() as connection:
+            assert (await connection.fetchrow("SELECT 1 AS one", record_class=ByName)).one == 1
+
+
+async def test_an_unknown_argument_is_named(make_pool):
+    """A misspelt argument is an error at once, not at the first connect."""
+    with pytest.raises((TypeError, ValueError), match="max_sise"):
+        make_pool(max_sise=3)
+
+
+@pytest.fixture(scope="module")
+def standby(postgres):
+    """A hot standby of the shared server, for this module."""
+
+    async def start():
+        return await postgres.standby("tests_standby")
+
+    server = asyncio.run(start())
+    yield server
+    asyncio.run(server.close())
+
+
+@both_loops
+async def test_a_pool_reads_from_a_standby(standby):
+    """A pool on a hot standby serves many readers, in transactions and cursors too."""
+    async with ResilientPool(standby.dsn(), min_size=2, max_size=4) as pool:
+        rows = await asyncio.gather(*(pool.fetchrow("SELECT $1::int, pg_is_in_recovery()", n) for n in range(20)))
+        assert [tuple(row) for row in rows] == [(number, True) for number in range(20)]
+        async with pool.acquire() as connection, connection.transaction(readonly=True):
+            cursor = await connection.cursor("SELECT generate_series(1, 3)")
+            assert [row[0] for row in await cursor.fetch(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "in_recovery"),
+    [("primary", False), ("read-write", False), ("standby", True), ("read-only", True), ("prefer-standby", True)],
+)
+async def test_a_pool_finds_the_kind_of_server_it_wants(postgres, standby, wanted, in_recovery):
+    """With two hosts, `target_session_attrs` decides which is used, on every connection."""
+    for hosts in ((postgres, standby), (standby, postgres)):
+        dsn = "postgresql://postgres@" + ",".join(f"{server.host}:{server.port}" for server in hosts) + "/postgres"
+        async with ResilientPool(dsn, max_size=2, target_session_attrs=wanted) as pool:
+            answers = await asyncio.gather(*(pool.fetchval("SELECT pg_is_in_recovery()") for _ in range(4)))
+        assert set(answers) == {in_recovery}
+
+
+async def test_a_write_on_a_standby_is_refused_in_the_end(standby):
+    """When there is no primary to be found, the write's own error is raised within the deadline."""
+    async with ResilientPool(standby.dsn(), max_size=1, deadline=0.5) as pool:
+        async with asyncio.timeout(5):
+            with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+                await pool.execute("CREATE TABLE not_here (id int)")
+        assert await pool.fetchval("SELECT 1") == 1

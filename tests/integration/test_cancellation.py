@@ -1,0 +1,177 @@
+"""Whatever is cancelled, at whichever of its awaits: no place is lost, no session is left, and the pool works on."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Coroutine, Generator
+from functools import partial
+
+import pytest
+
+from resilient_pool import ResilientPool
+from resilient_pool.testing import EmbeddedPostgres
+
+
+class Cut:
+    """Awaits a coroutine and cancels the task at one of its suspensions, as it begins or as it ends."""
+
+    def __init__(self, work: Coroutine[object, object, object], *, at: int, late: bool) -> None:
+        self._work = work
+        self._at = at
+        self._late = late
+        self.happened = False
+
+    def __await__(self) -> Generator[object, object, object]:
+        resume = partial(self._work.send, None)
+        for step in range(10_000):
+            try:
+                awaited = resume()
+            except StopIteration as end:
+                return end.value
+            if step == self._at:
+                self._cancel(awaited)
+            try:
+                yield awaited
+            except BaseException as error:
+                resume = partial(self._work.throw, error)
+            else:
+                resume = partial(self._work.send, None)
+        raise AssertionError("it never ends")
+
+    def _cancel(self, awaited: object) -> None:
+        self.happened = True
+        task = asyncio.current_task()
+        assert task is not None
+        if self._late and isinstance(awaited, asyncio.Future):
+            # In the very turn of the loop in which what is awaited has ended: both are on their way to the task.
+            awaited.add_done_callback(lambda _: task.cancel())
+        else:
+            asyncio.get_running_loop().call_soon(task.cancel)
+
+
+async def write(pool: ResilientPool) -> None:
+    await pool.execute("SELECT set_config('application.kept', 'yes', false)")
+
+
+async def read(pool: ResilientPool) -> None:
+    await pool.fetch("SELECT 1")
+
+
+async def lease(pool: ResilientPool) -> None:
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute("SELECT set_config('application.kept', 'yes', false)")
+
+
+async def wait(pool: ResilientPool) -> None:
+    holder = await pool.acquire()
+    asyncio.get_running_loop().call_later(0.02, lambda: pool._lender.take_back(holder))
+    await pool.fetch("SELECT 1")
+
+
+async def replace(pool: ResilientPool) -> None:
+    async with pool.acquire() as connection:
+        connection._linked.terminate()
+        await connection.fetch("SELECT 1")
+
+
+async def prepare_session(connection) -> None:
+    await connection.execute("SET search_path TO public")
+
+
+WAYS = {
+    "cold": (write, {}, True),
+    "warm": (write, {}, False),
+    "read": (read, {}, False),
+    "ping": (read, {"ping_after": 0.0}, False),
+    "setup": (write, {"setup": prepare_session}, False),
+    "lease with setup": (lease, {"setup": prepare_session}, False),
+    "init": (read, {"init": prepare_session}, True),
+    "on_release": (write, {"session_reset": "on_release"}, False),
+    "lease": (lease, {}, False),
+    "lease on_release": (lease, {"session_reset": "on_release"}, False),
+    "wait": (wait, {}, False),
+    "replace": (replace, {"setup": prepare_session}, False),
+    "minimum": (replace, {"min_size": 1}, False),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["as it begins", "as it ends"])
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_cancellation_at_any_await_leaves_a_pool_of_one_whole(postgres: EmbeddedPostgres, way, late):
+    """Every await is tried in turn, until the work ends before it is cancelled."""
+    work, arguments, cold = WAYS[way]
+    name = f"cut_{uuid.uuid4().hex}"
+    settings = {"application_name": name}
+    async with postgres.admin() as admin:
+        async with ResilientPool(
+            postgres.dsn(), max_size=1, deadline=5.0, server_settings=settings, **arguments
+        ) as pool:
+            for at in range(100):
+                if not await cut_once(pool, work, at=at, late=late, cold=cold):
+                    break
+                await check(pool, admin, name)
+            assert at > 0, "nothing was awaited"
+        await sessions_come_down_to(0, admin, name)
+
+
+async def cut_once(pool: ResilientPool, work, *, at: int, late: bool, cold: bool) -> bool:
+    if cold:
+        await pool.expire_connections()
+        pool._connector.facts = None
+    else:
+        await pool.fetch("SELECT 1")
+    cut = Cut(work(pool), at=at, late=late)
+
+    async def main() -> None:
+        await cut
+
+    (ended,) = await asyncio.gather(asyncio.create_task(main()), return_exceptions=True)
+    assert ended is None or isinstance(ended, asyncio.CancelledError)
+    return cut.happened
+
+
+async def check(pool: ResilientPool, admin, name: str) -> None:
+    async with asyncio.timeout(5):
+        assert await pool.fetchval("SELECT coalesce(current_setting('application.kept', true), '')") == ""
+        while pool.stats().in_use or pool.stats().resetting:
+            await asyncio.sleep(0)
+    slots = pool._slots
+    assert (slots.size, len(pool._upkeep.links()), slots.idle, slots.waiting) == (1, 1, 1, 0)
+    await sessions_come_down_to(1, admin, name)
+
+
+async def sessions_come_down_to(number: int, admin, name: str) -> None:
+    async with asyncio.timeout(5):
+        while await admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name) > number:
+            await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["as it begins", "as it ends"])
+async def test_closing_cancelled_at_any_await_leaves_no_session(postgres: EmbeddedPostgres, late):
+    """What is not closed in order is hung up, and no task is left behind."""
+    name = f"cut_{uuid.uuid4().hex}"
+    async with postgres.admin() as admin:
+        for at in range(100):
+            pool = await ResilientPool(postgres.dsn(), server_settings={"application_name": name})
+            await asyncio.gather(*(pool.execute("SELECT pg_sleep(0.01)") for _ in range(3)))
+            if not await cut_once_closing(pool, at=at, late=late):
+                break
+            await sessions_come_down_to(0, admin, name)
+            assert pool.is_closing()
+        assert at > 0
+
+
+async def cut_once_closing(pool: ResilientPool, *, at: int, late: bool) -> bool:
+    cut = Cut(pool.close(), at=at, late=late)
+
+    async def main() -> None:
+        await cut
+
+    before = asyncio.all_tasks()
+    (ended,) = await asyncio.gather(asyncio.create_task(main()), return_exceptions=True)
+    assert ended is None or isinstance(ended, asyncio.CancelledError)
+    async with asyncio.timeout(5):
+        while not asyncio.all_tasks() <= before:
+            await asyncio.sleep(0)
+    return cut.happened

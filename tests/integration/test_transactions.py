@@ -1,0 +1,420 @@
+"""The retried transaction on a real server: what ends it, what repeats it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+
+import asyncpg
+import pytest
+
+from resilient_pool import ResilientPool
+from resilient_pool.observe.events import RetryScheduled
+from resilient_pool.testing import EmbeddedPostgres, FaultProxy
+
+
+class ApplicationError(Exception):
+    """Something of the application's own."""
+
+
+@pytest.fixture
+async def table(postgres: EmbeddedPostgres):
+    """An empty table of one column, without any constraint."""
+    name = f"t_{uuid.uuid4().hex}"
+    async with postgres.admin() as admin:
+        await admin.execute(f"CREATE TABLE {name} (id int)")
+    yield name
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP TABLE {name} CASCADE")
+
+
+@pytest.fixture
+async def pool(postgres: EmbeddedPostgres, proxy: FaultProxy):
+    async with ResilientPool(proxy.dsn(postgres.dsn()), deadline=10.0) as pool:
+        yield pool
+
+
+async def rows(pool, table):
+    return [row["id"] for row in await pool.fetch(f"SELECT id FROM {table} ORDER BY id")]
+
+
+def refusing_to_commit(table):
+    """A deferred trigger that refuses the first COMMIT as a serialization failure, and lets the others pass."""
+    return (
+        f"CREATE SEQUENCE s_{table};"
+        f"CREATE FUNCTION f_{table}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"IF nextval('s_{table}') = 1 THEN RAISE EXCEPTION 'conflict' USING ERRCODE = '40001'; END IF; RETURN NULL; END $$;"
+        f"CREATE CONSTRAINT TRIGGER t AFTER INSERT ON {table} DEFERRABLE INITIALLY DEFERRED FOR EACH ROW "
+        f"EXECUTE FUNCTION f_{table}()"
+    )
+
+
+@pytest.fixture
+async def refused_once(postgres, table):
+    """The same table, whose first COMMIT is refused."""
+    async with postgres.admin() as admin:
+        await admin.execute(refusing_to_commit(table))
+    yield table
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP FUNCTION f_{table} CASCADE; DROP SEQUENCE s_{table}")
+
+
+async def test_a_block_that_ends_is_committed_once(pool, table):
+    """The loop ends after it, too."""
+    numbers = []
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            numbers.append(attempt.number)
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+    assert numbers == [1]
+    assert await rows(pool, table) == [1]
+
+
+async def test_a_connection_lost_inside_the_block_is_replaced_and_the_block_run_again(pool, postgres, table):
+    """Everything of it, and nothing twice."""
+    numbers = []
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            numbers.append(attempt.number)
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+            if attempt.number == 1:
+                await postgres.terminate_backends(f"pid = {connection.get_server_pid()}")
+            await connection.execute(f"INSERT INTO {table} VALUES (2)")
+    assert numbers == [1, 2]
+    assert await rows(pool, table) == [1, 2]
+
+
+async def test_a_lost_connection_is_replaced_before_the_block_begins(pool, postgres, table):
+    """What fails at BEGIN does not reach the block."""
+    await pool.fetch("SELECT 1")
+    await postgres.terminate_backends()
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            await connection.execute(f"INSERT INTO {table} VALUES ({attempt.number})")
+    assert await rows(pool, table) == [1]
+
+
+async def test_a_conflict_at_commit_is_repeated(pool, refused_once):
+    """Nothing follows the block, so the loop is certain to go on."""
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            await connection.execute(f"INSERT INTO {refused_once} VALUES ({attempt.number})")
+    assert await rows(pool, refused_once) == [2]
+
+
+async def test_continue_counts_as_the_end_of_the_block(pool, refused_once):
+    """It leads to the next attempt just so."""
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            await connection.execute(f"INSERT INTO {refused_once} VALUES ({attempt.number})")
+            continue
+    assert await rows(pool, refused_once) == [2]
+
+
+async def test_a_loop_within_another_is_repeated(pool, refused_once):
+    """The block knows which loop is its own."""
+    for round_number in (10, 20):
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {refused_once} VALUES ({round_number + attempt.number})")
+    assert await rows(pool, refused_once) == [12, 21]
+
+
+async def leave_by_break(pool, table):
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+            break
+
+
+async def leave_by_return(pool, table):
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            return await connection.execute(f"INSERT INTO {table} VALUES (1)")
+
+
+async def leave_by_break_to_an_outer_loop(pool, table):
+    async for outer in pool.transaction():
+        async with outer:
+            pass
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {table} VALUES (1)")
+                break
+
+
+async def go_on_behind_the_block(pool, table):
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+        await pool.fetch("SELECT 1")
+
+
+async def enter_in_a_loop_of_its_own(pool, table):
+    async def once():
+        yield 1
+
+    async for attempt in pool.transaction():
+        async for _ in once():
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {table} VALUES (1)")
+
+
+async def enter_elsewhere(pool, table):
+    async def work(attempt):
+        async with attempt as connection:
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+
+    async for attempt in pool.transaction():
+        await work(attempt)
+
+
+WAYS = [
+    leave_by_break,
+    leave_by_return,
+    leave_by_break_to_an_outer_loop,
+    go_on_behind_the_block,
+    enter_in_a_loop_of_its_own,
+    enter_elsewhere,
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+async def test_leaving_commits(pool, table, way):
+    """However the block is left without an exception."""
+    await way(pool, table)
+    assert await rows(pool, table) == [1]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+async def test_what_cannot_be_repeated_for_certain_is_raised_and_not_taken_for_done(pool, refused_once, way):
+    """A conflict at COMMIT after `break` or `return` surfaces, and nothing is left of the transaction."""
+    with pytest.raises(asyncpg.SerializationError) as caught:
+        await way(pool, refused_once)
+    assert "rolled back" in caught.value.__notes__[-1]
+    assert await rows(pool, refused_once) == []
+
+
+async def test_an_exception_of_the_applications_rolls_back_and_passes(pool, table):
+    """It is the same object, and there is no second attempt."""
+    mine = ApplicationError()
+    with pytest.raises(ApplicationError) as caught:
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {table} VALUES (1)")
+                raise mine
+    assert caught.value is mine
+    assert not hasattr(mine, "__notes__")
+    assert await rows(pool, table) == []
+
+
+async def test_an_exception_caught_inside_the_loop_ends_it(pool, table):
+    """It was rolled back as the application wanted; another attempt would undo that decision."""
+    numbers = []
+    async for attempt in pool.transaction():
+        try:
+            async with attempt as connection:
+                numbers.append(attempt.number)
+                await connection.execute(f"INSERT INTO {table} VALUES (1)")
+                raise ApplicationError
+        except ApplicationError:
+            pass
+    assert numbers == [1]
+    assert await rows(pool, table) == []
+
+
+async def test_another_services_loss_is_the_applications_own(pool, table):
+    """A refused connection to somebody else says nothing about this one."""
+    with pytest.raises(ConnectionRefusedError):
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {table} VALUES (1)")
+                raise ConnectionRefusedError(111, "somebody else")
+    assert pool.stats().retries_total == 0
+
+
+async def test_a_failure_that_was_caught_inside_the_block_is_not_taken_for_success(pool, table):
+    """The server rolls such a transaction back at its COMMIT, and says so in its answer only."""
+    with pytest.raises(asyncpg.InFailedSQLTransactionError):
+        async for attempt in pool.transaction(resolve_commit=False):
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {table} VALUES (1)")
+                with contextlib.suppress(asyncpg.DivisionByZeroError):
+                    await connection.fetch("SELECT 1 / 0")
+    assert await rows(pool, table) == []
+
+
+async def test_what_the_application_committed_itself_is_not_repeated(pool, postgres, table):
+    """After a COMMIT of its own inside the block, the loss surfaces."""
+    with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.InterfaceError)):
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {table} VALUES (1)")
+                await connection.execute("/* mine */ COMMIT")
+                await postgres.terminate_backends(f"pid = {connection.get_server_pid()}")
+                await connection.execute(f"INSERT INTO {table} VALUES (2)")
+    assert await rows(pool, table) == [1]
+
+
+async def test_inside_the_block_a_transaction_is_a_savepoint(pool, table):
+    """What is undone inside it leaves the rest."""
+    async for attempt in pool.transaction(isolation="repeatable_read"):
+        async with attempt as connection:
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+            with pytest.raises(asyncpg.DivisionByZeroError):
+                async with connection.transaction():
+                    await connection.execute(f"INSERT INTO {table} VALUES (2)")
+                    await connection.fetch("SELECT 1 / 0")
+            assert await connection.fetchval("SHOW transaction_isolation") == "repeatable read"
+    assert await rows(pool, table) == [1]
+
+
+async def test_an_attempt_that_was_not_entered_is_refused(pool):
+    """Otherwise the loop would never end."""
+    with pytest.raises(asyncpg.InterfaceError, match="not entered"):
+        async for _ in pool.transaction():
+            pass
+
+
+async def test_a_callback_is_repeated_and_its_result_returned(pool, refused_once):
+    """It may return from wherever it likes."""
+
+    async def insert(connection, first):
+        return await connection.fetchval(f"INSERT INTO {refused_once} VALUES ($1) RETURNING id", first)
+
+    assert await pool.run_in_transaction(insert, 7, isolation="read_committed") == 7
+    assert await rows(pool, refused_once) == [7]
+    assert pool.stats().retries_total == 1
+
+
+async def test_two_workers_under_serializable_never_see_a_conflict_and_their_sums_add_up(postgres, table):
+    """Both read and write the same two rows, as often as they can."""
+    events = []
+    async with ResilientPool(postgres.dsn(), observers=[events.append]) as pool:
+        await pool.execute(f"ALTER TABLE {table} ADD COLUMN amount int; INSERT INTO {table} VALUES (1, 0), (2, 0)")
+
+        async def work(row):
+            for _ in range(40):
+                async for attempt in pool.transaction(isolation="serializable"):
+                    async with attempt as connection:
+                        total = await connection.fetchval(f"SELECT sum(amount) FROM {table}")
+                        await connection.execute(
+                            f"UPDATE {table} SET amount = $1 - (SELECT amount FROM {table} WHERE id <> $2) + 1 WHERE id = $2",
+                            total,
+                            row,
+                        )
+
+        await asyncio.gather(work(1), work(2))
+        assert await pool.fetchval(f"SELECT sum(amount) FROM {table}") == 80
+    assert any(isinstance(event, RetryScheduled) and event.sqlstate == "40001" for event in events)
+
+
+class Counting(asyncpg.Connection):
+    """Counts the statements that are sent."""
+
+    sent = 0
+
+    async def _do_execute(self, *args, **kwargs):
+        type(self).sent += 1
+        return await super()._do_execute(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("sql", "options", "extra"),
+    [
+        ("INSERT INTO {} VALUES ($1)", {}, 1),
+        ("INSERT INTO {} VALUES ($1)", {"resolve_commit": False}, 0),
+        ("SELECT id FROM {} WHERE id = $1", {}, 0),
+        ("SELECT id FROM {} WHERE id = $1 FOR SHARE", {}, 1),
+        ("SELECT id, random() FROM {} WHERE id = $1", {"readonly": True}, 0),
+    ],
+)
+async def test_a_transaction_that_may_have_written_costs_one_question(postgres, table, sql, options, extra):
+    """And one that is read-only, or that nobody wants resolved, costs none."""
+    async with ResilientPool(postgres.dsn(), connection_class=Counting, max_size=1) as pool:
+
+        async def work():
+            async for attempt in pool.transaction(**options):
+                async with attempt as connection:
+                    await connection.fetch(sql.format(table), 1)
+
+        await work()
+        Counting.sent = 0
+        await work()
+        assert Counting.sent == 1 + extra
+
+
+async def test_exactly_once_on_a_connection_is_refused(pool, table):
+    """The connection may be in the middle of anything."""
+    async with pool.acquire() as connection:
+        with pytest.raises(asyncpg.InterfaceError, match="exactly_once"):
+            await connection.execute(f"INSERT INTO {table} VALUES (1)", exactly_once=True)
+
+
+async def drive(coroutine, cancel_at):
+    """Run a coroutine in a task that is cancelled at its n-th suspension, and say whether it got so far."""
+    task = asyncio.current_task()
+    step = 0
+    iterator = coroutine.__await__()
+
+    class Stepping:
+        def __await__(self):
+            nonlocal step
+            value = next(iterator)
+            while True:
+                step += 1
+                if step == cancel_at:
+                    task.cancel()
+                try:
+                    sent = yield value
+                except BaseException as error:
+                    resume, with_what = iterator.throw, error
+                else:
+                    resume, with_what = iterator.send, sent
+                try:
+                    value = resume(with_what)
+                except StopIteration as end:
+                    return end.value
+
+    return await Stepping()
+
+
+@pytest.mark.parametrize("form", ["loop", "callback"])
+async def test_cancelled_at_any_await_the_transaction_leaves_nothing_open(postgres, table, form):
+    """No connection leaks, no transaction stays open, the row is there once or not at all, and the pool works on."""
+    async with ResilientPool(postgres.dsn(), max_size=1, commit_log=f"public.log_{table}") as pool:
+
+        async def insert(connection, number):
+            await connection.execute(f"INSERT INTO {table} VALUES ($1)", number)
+
+        async def work(number):
+            if form == "callback":
+                await pool.run_in_transaction(insert, number)
+                return
+            async for attempt in pool.transaction():
+                async with attempt as connection:
+                    await insert(connection, number)
+
+        await work(0)
+        for cancel_at in range(1, 200):
+            if cancel_at % 2:
+                await pool.expire_connections()
+            task = asyncio.create_task(drive(work(cancel_at), cancel_at))
+            await asyncio.wait([task], timeout=10)
+            assert task.done()
+            assert task.cancelled() or task.exception() is None
+            found = (await rows(pool, table)).count(cancel_at)
+            assert pool.stats().in_use == 0
+            async with postgres.admin() as admin:
+                assert not await admin.fetchval(
+                    f"SELECT count(*) FROM pg_locks WHERE relation = '{table}'::regclass AND granted"
+                )
+            if not task.cancelled():
+                assert found == 1
+                if cancel_at % 2:
+                    break
+            else:
+                assert found in (0, 1)
+        assert cancel_at > 5
+        await pool.execute(f"DROP TABLE log_{table}")

@@ -1,0 +1,254 @@
+"""The retry loop: what is tried again, after which waits, and what the caller sees in the end."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import asyncpg
+import pytest
+
+from resilient_pool import BackoffPolicy, Fault, OutcomeUnknownError
+from resilient_pool.config import PoolConfig
+from resilient_pool.core.runner import Call, Runner
+from resilient_pool.errors import AcquireTimeoutError
+from resilient_pool.observe.events import Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
+from resilient_pool.observe.stats import Counters
+from resilient_pool.policy.statements import StatementReader
+from resilient_pool.policy.verdict import Phase
+from resilient_pool.testing import ScriptedClock
+
+READ, WRITE = "SELECT 1", "INSERT INTO t VALUES (1)"
+
+
+def exactly(value: float) -> float:
+    """A jitter that is none."""
+    return value
+
+
+class Bench:
+    """A runner whose attempts end as a script says, on a clock that moves by itself."""
+
+    def __init__(self, **arguments) -> None:
+        self.events = []
+        self.clock = ScriptedClock()
+        self.expired = 0
+        self.counters = Counters()
+        defaults = {
+            "backoff": BackoffPolicy(base=0.05, factor=2, max_value=2.0, jitter=exactly, max_attempts=5),
+            "reconnect": BackoffPolicy(
+                base=0.25, factor=2, max_value=1.0, jitter=exactly, max_attempts=None, max_elapsed=60.0
+            ),
+        }
+        config = PoolConfig.from_arguments(None, **{**defaults, **arguments})
+        self.runner = Runner(
+            config,
+            StatementReader(),
+            SimpleNamespace(expire=self.expire),
+            SimpleNamespace(expects_writes=True),
+            self.clock,
+            self.counters,
+            Dispatcher([self.events.append]),
+        )
+
+    def expire(self) -> None:
+        self.expired += 1
+
+    async def run(self, script, sql=READ, *, deadline=60.0, idempotent=False, replayable=True):
+        self.attempts = 0
+        outcomes = iter(script)
+
+        async def attempt(call):
+            self.attempts += 1
+            phase, outcome = next(outcomes)
+            call.phase = phase
+            call.link = SimpleNamespace(doomed=False, connection=SimpleNamespace(is_closed=lambda: True))
+            self.link = call.link
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        call = Call("execute", sql, None, 0.0, deadline, idempotent=idempotent, replayable=replayable)
+        return await self.runner.run(call, attempt)
+
+    @property
+    def waits(self):
+        return [round(seconds, 3) for seconds in self.clock.sleeps]
+
+
+def lost() -> Exception:
+    return asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+
+
+def refused() -> Exception:
+    return ConnectionRefusedError(111, "Connect call failed")
+
+
+CONNECT, EXECUTE = Phase.CONNECT, Phase.EXECUTE
+
+
+async def test_success_costs_one_attempt_and_no_wait():
+    """The happy path neither sleeps nor tells anything."""
+    bench = Bench()
+    assert await bench.run([(EXECUTE, 42)]) == 42
+    assert (bench.attempts, bench.waits, bench.events) == (1, [], [])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncpg.UniqueViolationError("duplicate key"),
+        asyncpg.PostgresSyntaxError("syntax error"),
+        asyncpg.InvalidPasswordError("no"),
+        asyncpg.InterfaceError("another operation is in progress"),
+        ValueError("the application's own"),
+        TimeoutError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_a_permanent_error_is_raised_after_one_attempt_untouched(error):
+    """The very exception, without a note and without another exception around it."""
+    bench = Bench()
+    if type(error) is asyncpg.InterfaceError:
+        error = asyncpg.UndefinedTableError("no such table")
+    with pytest.raises(type(error)) as caught:
+        await bench.run([(EXECUTE, error)])
+    assert caught.value is error
+    assert not hasattr(error, "__notes__")
+    assert (bench.attempts, bench.waits) == (1, [])
+
+
+async def test_a_read_that_was_lost_is_repeated_at_once_and_then_with_growing_waits():
+    """The first retry needs no wait, since a fresh connection is the cure."""
+    bench = Bench()
+    assert await bench.run([(EXECUTE, lost())] * 4 + [(EXECUTE, 1)]) == 1
+    assert bench.waits == [0.0, 0.05, 0.1, 0.2]
+    assert bench.counters.retries[Fault.DISCONNECTED] == 4
+    assert [event.attempt for event in bench.events if isinstance(event, RetryScheduled)] == [1, 2, 3, 4]
+
+
+async def test_a_read_is_given_up_after_as_many_attempts_as_the_policy_allows():
+    """The original error comes out, with one note that tells the history."""
+    bench = Bench()
+    errors = [lost() for _ in range(5)]
+    with pytest.raises(asyncpg.ConnectionDoesNotExistError) as caught:
+        await bench.run([(EXECUTE, error) for error in errors])
+    assert caught.value is errors[-1]
+    assert len(caught.value.__notes__) == 1
+    assert "after 5 attempts" in caught.value.__notes__[0]
+    assert "disconnected" in caught.value.__notes__[0]
+    assert isinstance(bench.events[-1], RetryExhausted)
+
+
+async def test_a_write_that_was_lost_is_not_repeated():
+    """Nobody knows whether it took effect, and the error says so, with the driver's as its cause."""
+    bench = Bench()
+    error = lost()
+    with pytest.raises(OutcomeUnknownError) as caught:
+        await bench.run([(EXECUTE, error)], WRITE)
+    assert caught.value.__cause__ is error
+    assert caught.value.operation == "execute"
+    assert bench.attempts == 1
+    assert isinstance(bench.events[-1], OutcomeUnknown)
+    assert bench.counters.outcomes_unknown == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "promise"), [({}, {"idempotent": True}), ({"retry_unknown": True}, {})], ids=["call", "pool"]
+)
+async def test_a_write_declared_repeatable_is_repeated(arguments, promise):
+    """Per call, or for the whole pool."""
+    bench = Bench(**arguments)
+    assert await bench.run([(EXECUTE, lost()), (EXECUTE, "INSERT 0 1")], WRITE, **promise) == "INSERT 0 1"
+
+
+async def test_a_write_that_found_its_connection_closed_is_repeated():
+    """Not one byte of it was sent."""
+    bench = Bench()
+    closed = asyncpg.InterfaceError("connection is closed")
+    assert await bench.run([(EXECUTE, closed), (EXECUTE, "INSERT 0 1")], WRITE) == "INSERT 0 1"
+    assert bench.link.doomed is False
+
+
+async def test_an_absent_server_is_waited_for_under_the_reconnect_policy():
+    """The waits grow to a second and go on until the deadline."""
+    bench = Bench()
+    with pytest.raises(ConnectionRefusedError) as caught:
+        await bench.run([(CONNECT, refused())] * 20, WRITE, deadline=4.0)
+    assert bench.waits == [0.25, 0.5, 1.0, 1.0, 1.0, 0.25]
+    assert "deadline" in caught.value.__notes__[0]
+
+
+async def test_the_original_error_wins_over_the_time_out_that_came_last():
+    """Not that time ran out, but what it ran out with."""
+    bench = Bench()
+    first = refused()
+    with pytest.raises(ConnectionRefusedError) as caught:
+        await bench.run([(CONNECT, first), (CONNECT, AcquireTimeoutError("none free"))], deadline=0.25)
+    assert caught.value is first
+
+
+async def test_a_time_out_of_the_statement_itself_is_told_as_such():
+    """The caller limited it and waits for that error, whatever an earlier attempt met."""
+    bench = Bench()
+    limit = TimeoutError()
+    with pytest.raises(TimeoutError) as caught:
+        await bench.run([(EXECUTE, lost()), (EXECUTE, limit)])
+    assert caught.value is limit
+
+
+async def test_each_fault_goes_by_its_own_policy():
+    """A restart met half-way: lost, then refused for a while, then up again."""
+    bench = Bench()
+    script = [(EXECUTE, lost()), (CONNECT, refused()), (CONNECT, refused()), (EXECUTE, 1)]
+    assert await bench.run(script) == 1
+    assert bench.waits == [0.0, 0.25, 0.5]
+
+
+async def test_the_wrong_server_expires_every_connection():
+    """After a fail-over the old primary must not be asked again."""
+    bench = Bench()
+    error = asyncpg.ReadOnlySQLTransactionError("cannot execute INSERT in a read-only transaction")
+    assert await bench.run([(EXECUTE, error), (EXECUTE, "INSERT 0 1")], WRITE) == "INSERT 0 1"
+    assert bench.expired == 1
+
+
+async def test_a_classifier_that_raises_leaves_the_original_error_and_is_noted():
+    """A bug in the application's classifier must not hide what happened."""
+
+    class Broken:
+        def classify(self, failure):
+            raise RuntimeError("bug")
+
+    bench = Bench(classifier=Broken())
+    error = lost()
+    with pytest.raises(asyncpg.ConnectionDoesNotExistError) as caught:
+        await bench.run([(EXECUTE, error)])
+    assert caught.value is error
+    assert "RuntimeError: bug" in caught.value.__notes__[0]
+
+
+async def test_an_observer_that_raises_breaks_no_call():
+    """It is told of, and forgotten."""
+
+    def broken(event):
+        raise RuntimeError("bug")
+
+    bench = Bench()
+    bench.runner._dispatcher = Dispatcher([broken])
+    assert await bench.run([(EXECUTE, lost()), (EXECUTE, 1)]) == 1
+
+
+async def test_a_source_that_was_read_is_not_read_again():
+    """A COPY from a file is not repeated once it began, whatever the server says of it."""
+    bench = Bench()
+    error = asyncpg.DiskFullError("no space left")
+    with pytest.raises(asyncpg.DiskFullError) as caught:
+        await bench.run([(EXECUTE, error)], None, replayable=False)
+    assert caught.value is error
+    assert bench.attempts == 1
+
+
+async def test_a_source_that_was_not_read_yet_is_read_later():
+    """As long as no connection could be had, nothing was read."""
+    bench = Bench()
+    assert await bench.run([(CONNECT, refused()), (EXECUTE, "COPY 1")], None, replayable=False) == "COPY 1"

@@ -1,0 +1,153 @@
+"""What the reader of statements calls read-only, and what it does not."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from resilient_pool.errors import ConfigurationError
+from resilient_pool.policy import statements
+from resilient_pool.policy.sql_words import CONSTRUCT_WORDS, KEYWORDS, RESERVED_WORDS
+from resilient_pool.policy.stable_functions import STABLE_FUNCTIONS
+from resilient_pool.policy.statements import StatementReader
+
+TEXTS = runpy.run_path(str(Path(__file__).parents[2] / "statement_texts.py"))
+READ_ONLY = TEXTS["READ_ONLY"] + TEXTS["READ_ONLY_ELSEWHERE"]
+MAY_WRITE, PURE_FUNCTIONS = TEXTS["MAY_WRITE"], TEXTS["PURE_FUNCTIONS"]
+
+
+@pytest.fixture
+def reader():
+    return StatementReader(PURE_FUNCTIONS)
+
+
+@pytest.mark.parametrize("sql", READ_ONLY)
+def test_a_statement_that_only_reads_is_recognised(reader, sql):
+    """What applications ask most often is known to be harmless."""
+    assert reader.is_read_only(sql)
+
+
+@pytest.mark.parametrize("sql", MAY_WRITE)
+def test_a_statement_that_may_write_is_never_called_read_only(reader, sql):
+    """Whatever writes, locks, changes the session, or cannot be told, may write."""
+    assert not reader.is_read_only(sql)
+
+
+@pytest.mark.parametrize("sql", READ_ONLY)
+def test_a_second_statement_is_never_overlooked(reader, sql):
+    """After any statement that only reads, another one may write."""
+    assert not reader.is_read_only(f"{sql}\n;DELETE FROM users")
+
+
+@pytest.mark.parametrize("sql", [text for text in READ_ONLY if not text.startswith(("SHOW", "(")) and ";" not in text])
+def test_a_volatile_function_is_never_overlooked(reader, sql):
+    """Beside anything that only reads, a call of a volatile function is still seen."""
+    assert not reader.is_read_only(f"SELECT 1 WHERE EXISTS ({sql}\n) AND nextval('numbers') > 0")
+    assert not reader.is_read_only(f"SELECT nextval('numbers') FROM ({sql}\n) x")
+
+
+@pytest.mark.parametrize("sql", [text for text in READ_ONLY if not text.startswith("SHOW") and ";" not in text])
+def test_reading_statements_can_be_nested(reader, sql):
+    """A statement that only reads does so as a part of another one, too."""
+    assert reader.is_read_only(f"WITH a AS ({sql}\n) SELECT lower('A') FROM ({sql}\n) x(c) JOIN (SELECT 1) y ON true")
+
+
+@pytest.mark.parametrize(
+    ("declared", "sql", "expected"),
+    [
+        ((), "SELECT f(1)", False),
+        (("f",), "SELECT f(1)", True),
+        (("f",), "SELECT F(1)", True),
+        (("f",), 'SELECT "F"(1)', False),
+        (("F",), "SELECT f(1)", True),
+        (("F",), 'SELECT "F"(1)', True),
+        (("f",), "SELECT s.f(1)", True),
+        (("s.f",), "SELECT s.f(1)", True),
+        (("s.f",), "SELECT S . F (1)", True),
+        (("s.f",), "SELECT f(1)", False),
+        (("s.f",), "SELECT t.f(1)", False),
+        (("f",), "SELECT d.s.f(1)", False),
+        (("f", "s.g"), "SELECT f(s.g(1))", True),
+        (("f",), "SELECT f(g(1))", False),
+        (("f",), "SELECT (x).f", True),
+        (("random",), "SELECT random()", True),
+        (["f"], "SELECT * FROM f(1) AS x(a int)", True),
+        (iter(["f"]), "SELECT f(1)", True),
+    ],
+)
+def test_declared_functions_are_known(declared, sql, expected):
+    """A bare name stands for that function in every schema, a qualified one for itself."""
+    assert StatementReader(declared).is_read_only(sql) is expected
+
+
+@pytest.mark.parametrize("declared", ["f", ("f()",), ("",), ("a.b.c",), (".f",), ("a b",), (1,), ('"f"',)])
+def test_a_wrong_declaration_is_refused(declared):
+    """What is no name is refused when the reader is made, in words that tell what was given."""
+    given = declared if isinstance(declared, str) else declared[0]
+    with pytest.raises(ConfigurationError, match="pure_functions must be a collection") as caught:
+        StatementReader(declared)
+    assert str(caught.value).endswith(f"not {given!r}")
+
+
+def test_an_answer_is_remembered(reader, monkeypatch):
+    """The second time, a text is not read again."""
+    assert reader.is_read_only("SELECT 1")
+    assert not reader.is_read_only("DELETE FROM users")
+    monkeypatch.setattr(statements, "tokens", None)
+    assert reader.is_read_only("SELECT 1")
+    assert not reader.is_read_only("DELETE FROM users")
+
+
+def test_what_is_remembered_is_bounded(reader):
+    """However many texts there are, a thousand or so are kept."""
+    for number in range(3000):
+        assert reader.is_read_only(f"SELECT {number}")
+    assert 0 < len(reader._answers) <= 1024
+
+
+def test_a_very_long_text_is_read_but_not_kept(reader):
+    """Data written into a statement does not fill the memory."""
+    assert reader.is_read_only(f"SELECT '{'x' * 200_000}'")
+    assert not reader.is_read_only(f"SELECT '{'x' * 200_000}', nextval('numbers')")
+    assert not reader._answers
+
+
+@pytest.mark.parametrize("name", ["lower", "now", "count", "generate_series", "jsonb_build_object", "current_setting"])
+def test_the_list_has_what_everybody_calls(name):
+    """The functions that applications call most are on the list."""
+    assert name in STABLE_FUNCTIONS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nextval",
+        "setval",
+        "set_config",
+        "pg_notify",
+        "pg_advisory_lock",
+        "query_to_xml",
+        "table_to_xml",
+        "schema_to_xml_and_xmlschema",
+        "ts_rewrite",
+        "ts_stat",
+        "lo_creat",
+        "pg_read_file",
+        "txid_current",
+        "pg_current_xact_id",
+        "fmgr_sql_validator",
+        "int4in",
+    ],
+)
+def test_the_list_has_nothing_with_an_effect(name):
+    """Functions that write, run a text or belong to the machinery are not on the list."""
+    assert name not in STABLE_FUNCTIONS
+
+
+def test_the_words_of_the_grammar_are_apart():
+    """No word is of two categories, and none of those that are never functions is missing among the keywords."""
+    assert not RESERVED_WORDS & CONSTRUCT_WORDS
+    assert RESERVED_WORDS | CONSTRUCT_WORDS < KEYWORDS
+    assert not (RESERVED_WORDS | CONSTRUCT_WORDS) & {"over", "filter", "join", "cube", "rollup", "by"}
