@@ -1,0 +1,86 @@
+"""Rewrites the parts of README.md that are made from elsewhere: the tables of verdicts, of arguments, and of figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from resilient_pool.config import ARGUMENTS
+from resilient_pool.policy.classifier import describe_rules
+from resilient_pool.policy.verdict import Fault, Outcome
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+FIGURES = ROOT / "benchmarks" / "results" / "overhead.md"
+
+
+def verdicts() -> str:
+    """Write the classifier's table, in the order in which its rules are asked."""
+    rows = [
+        (_sentence(evidence), f"`{fault}`", f"`{outcome}`", _again(fault, outcome))
+        for evidence, fault, outcome in describe_rules()
+    ]
+    return _table(("what was seen", "fault", "outcome", "tried again"), rows)
+
+
+def arguments() -> str:
+    """Write the table of constructor arguments."""
+    rows = [(f"`{one.name}`", one.unit, f"`{one.default}`", one.meaning) for one in ARGUMENTS]
+    return _table(("argument", "unit or type", "default", "meaning"), rows)
+
+
+def benchmarks() -> str:
+    """Quote what `make bench` wrote: how it was measured, and the figures beside what was aimed at."""
+    if not FIGURES.exists():
+        return "Run `make bench` to measure it on your machine.\n"
+    conditions, _, rest = FIGURES.read_text(encoding="utf-8").partition("## Aims")
+    quoted = conditions.partition("\n")[2].strip(), rest.partition("\n## ")[0].strip()
+    return (
+        "\n\n".join((*quoted, "More in `benchmarks/results/overhead.md`; `make bench` measures your machine.")) + "\n"
+    )
+
+
+def _again(fault: str, outcome: str) -> str:
+    if fault == Fault.PERMANENT.value:
+        return "no"
+    return "if repeatable" if outcome == Outcome.UNKNOWN.value else "yes"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] if text[:1] != "`" else text
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+PARTS = MappingProxyType({"verdicts": verdicts, "arguments": arguments, "benchmarks": benchmarks})
+
+
+def render(text: str) -> str:
+    """Return a README's text with its generated parts made anew.
+
+    Args:
+        text: The README as it is. Everything outside the markers stays.
+
+    Raises:
+        ValueError: A marker is missing.
+    """
+    for name, part in PARTS.items():
+        before, begin, rest = text.partition(f"<!-- {name}:begin -->\n")
+        _, end, after = rest.partition(f"<!-- {name}:end -->")
+        if not begin or not end:
+            raise ValueError(f"README.md has no markers {name}:begin and {name}:end")
+        text = f"{before}{begin}{part()}{end}{after}"
+    return text
+
+
+def main() -> None:
+    """Rewrite README.md."""
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
