@@ -35,10 +35,13 @@ async def table(postgres: EmbeddedPostgres):
 
 @contextlib.asynccontextmanager
 async def opened(server, proxy, **arguments):
-    """A pool through the proxy, with everything asked and prepared before the faults begin."""
+    """A pool through the proxy, with everything asked and prepared before the faults begin.
+
+    One connection, so that whoever asks must come through the proxy as the test has left it.
+    """
     events = []
     async with ResilientPool(
-        proxy.dsn(server.dsn()), **{"deadline": 8.0, "observers": [events.append], **arguments}
+        proxy.dsn(server.dsn()), **{"max_size": 1, "deadline": 8.0, "observers": [events.append], **arguments}
     ) as pool:
         pool.answers = lambda: [event.answer for event in events if isinstance(event, OutcomeResolved)]
         await pool.run_in_transaction(nothing)
