@@ -319,11 +319,10 @@ class Lender:
         return lease
 
     async def mend(self, slot: Slot[Link] | None, deadline: float | None) -> Slot[Link]:
-        """Return a slot with a healthy connection: this one if it can be mended, else an error and no slot."""
-        if slot is None:
-            return await self._checkout.take(deadline)
-        await self._checkout.mend(slot, deadline)
-        return slot
+        """Return a slot with a healthy connection: this one if it can be mended, else another."""
+        if slot is not None and await self._checkout.mend(slot, deadline):
+            return slot
+        return await self._checkout.take(deadline)
 
     async def set_up(self, lease: ResilientConnection) -> None:
         """Let the application prepare a connection."""

@@ -17,8 +17,9 @@ from resilient_pool.connection import Lender, ResilientConnection
 from resilient_pool.core.checkout import Checkout
 from resilient_pool.core.clock import Clock, SystemClock
 from resilient_pool.core.connector import Connector
+from resilient_pool.core.gate import RecoveryGate
 from resilient_pool.core.runner import Call, Runner
-from resilient_pool.core.slots import Slots
+from resilient_pool.core.slots import Slot, Slots
 from resilient_pool.core.upkeep import Upkeep
 from resilient_pool.core.wire import AnyConnection, Link
 from resilient_pool.inquiry import Inquiry
@@ -67,13 +68,14 @@ class ResilientPool(Queries):
         self._clock = clock
         self._counters = Counters()
         dispatcher = Dispatcher(config.observers)
-        self._slots: Slots[Link] = Slots(config.max_size, clock)
+        self._slots: Slots[Link] = Slots(config.max_size, clock, min_size=config.min_size)
         self._reader = StatementReader(config.pure_functions)
         self._connector = Connector(config, clock, self._counters, dispatcher)
         self._upkeep = Upkeep(
             config, self._slots, self._connector, clock, self._draw_lifetime, self._counters, dispatcher
         )
-        self._checkout = Checkout(config, self._slots, self._upkeep, clock, self._counters)
+        self._gate = RecoveryGate(config, self._slots, self._upkeep, self._connector, clock, self._counters, dispatcher)
+        self._checkout = Checkout(config, self._slots, self._upkeep, self._gate, clock, self._counters)
         self._runner = Runner(config, self._reader, self._upkeep, self._connector, clock, self._counters, dispatcher)
         self._lender = Lender(config, self._checkout, self._upkeep, self._runner, clock)
         inquiry = Inquiry(config, self._lender, clock, dispatcher)
@@ -274,29 +276,26 @@ class ResilientPool(Queries):
             else:
                 self._state = _State.CLOSED
                 self._upkeep.hang_up()
-        self._upkeep.maintain_minimum()
+        self._gate.call()
         return self
 
     async def _open_connections(self, number: int) -> None:
-        # The first one alone: if it cannot be opened, the others would only knock at the same door.
-        if number:
-            await self._open_connection()
-        others = [asyncio.ensure_future(self._open_connection()) for _ in range(number - 1)]
+        # Each holds a slot until all have one, so that none gets what another one has opened.
+        openings = [asyncio.ensure_future(self._open_connection()) for _ in range(number)]
         try:
-            await asyncio.gather(*others)
+            await asyncio.gather(*openings)
         finally:
-            for other in others:
-                other.cancel()
+            for opening in openings:
+                if opening.done() and not opening.cancelled() and opening.exception() is None:
+                    self._upkeep.give_back(opening.result())
+                opening.cancel()
 
-    async def _open_connection(self) -> None:
-        async def attempt(call: Call[None]) -> None:
-            slot = self._slots.reserve()
-            if slot is not None:
-                await self._checkout.mend(slot, call.deadline)
-                self._upkeep.give_back(slot)
+    async def _open_connection(self) -> Slot[Link]:
+        async def attempt(call: Call[Slot[Link]]) -> Slot[Link]:
+            return await self._checkout.take(call.deadline)
 
-        call: Call[None] = self._lender.call("open", None, _nothing, idempotent=True, deadline=None)
-        await self._runner.run(call, attempt)
+        call: Call[Slot[Link]] = self._lender.call("open", None, _nothing, idempotent=True, deadline=None)
+        return await self._runner.run(call, attempt)
 
     async def close(self) -> None:
         """Wait until every connection is released, close them all, and with them the pool.
@@ -309,6 +308,7 @@ class ResilientPool(Queries):
         self._require_loop()
         self._state = _State.CLOSING
         self._slots.dismiss_waiters(self._refusal)
+        self._gate.stop()
         self._upkeep.begin_closing()
         warning = self._clock.call_later(_LONG_CLOSE, self._warn_of_long_close)
         closed = False
@@ -371,6 +371,7 @@ class ResilientPool(Queries):
         sealed, settled = seal(dsn, connect_kwargs)
         del dsn, connect_kwargs
         self._connector.redirect(PoolConfig.from_arguments(sealed, **settled))
+        self._gate.doubt()
 
     def is_closing(self) -> bool:
         """Whether the pool is closing or closed."""
@@ -407,6 +408,7 @@ class ResilientPool(Queries):
             waiting=self._slots.waiting,
             min_size=self._config.min_size,
             max_size=self._config.max_size,
+            gate_closed=self._gate.is_closed,
         )
 
 
@@ -459,5 +461,5 @@ async def _on_lease(connection: ResilientConnection, execute: Callable[[AnyConne
     return await execute(cast("AnyConnection", connection))
 
 
-async def _nothing(_connection: AnyConnection) -> None:
+async def _nothing(_connection: AnyConnection) -> Any:
     return None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from resilient_pool.config import PoolConfig
 from resilient_pool.core.clock import Clock
+from resilient_pool.core.gate import RecoveryGate
 from resilient_pool.core.slots import Slot, Slots
 from resilient_pool.core.upkeep import Upkeep
 from resilient_pool.core.wire import Link
+from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.observe.events import DiscardReason
 from resilient_pool.observe.stats import Counters
 
@@ -17,46 +19,65 @@ class Checkout:
     Args:
         config: How long a connection may be idle unasked, and how long a ping may take.
         slots: Where slots come from.
-        upkeep: Opens and closes.
+        upkeep: Closes.
+        gate: Opens.
         clock: Tells idle times and deadlines.
         counters: Where it counts.
     """
 
     def __init__(
-        self, config: PoolConfig, slots: Slots[Link], upkeep: Upkeep, clock: Clock, counters: Counters
+        self,
+        config: PoolConfig,
+        slots: Slots[Link],
+        upkeep: Upkeep,
+        gate: RecoveryGate,
+        clock: Clock,
+        counters: Counters,
     ) -> None:
         self._ping_after = config.ping_after
         self._ping_timeout = config.ping_timeout
+        self._longest_absence = config.reconnect.max_elapsed
         self._slots = slots
         self._upkeep = upkeep
+        self._gate = gate
         self._clock = clock
         self._counters = counters
 
-    async def take(self, deadline: float | None) -> Slot[Link]:
+    async def take(self, deadline: float | None, *, fail_fast: bool = False) -> Slot[Link]:
         """Take a slot with a healthy connection in it.
 
         Args:
             deadline: Until when to wait for a slot and for a connection, on the line of `Clock.monotonic()`.
+            fail_fast: Whether not to wait for a server that is known to be away.
 
         Raises:
             AcquireTimeoutError: No slot became free in time.
-            Exception: Whatever opening a connection raises. No slot is held then.
+            Exception: Whatever opening a connection raised last. No slot is held then.
         """
-        slot = self._slots.take() if self._slots.idle or not self._is_worth_waiting() else None
-        if slot is None:
-            slot = await self._wait(deadline)
-        now = self._clock.now()
-        link = slot.resource
-        if (
-            link is None
-            or now - slot.idle_since >= self._ping_after
-            or now >= slot.expires_at
-            or not link.is_quiet()
-            or self._upkeep.is_outdated(slot)
-        ):
-            await self.mend(slot, deadline)
-        self._counters.acquired += 1
-        return slot
+        while True:
+            slot = self._at_hand()
+            if slot is None:
+                slot = await self._wait(deadline, fail_fast=fail_fast)
+            if self._is_fit(slot) or await self.mend(slot, deadline):
+                self._counters.acquired += 1
+                return slot
+
+    def _at_hand(self) -> Slot[Link] | None:
+        if not self._slots.idle:
+            if self._slots.is_full or self._is_worth_waiting():
+                return None
+            self._gate.doubt_if_alone()
+        return self._slots.take()
+
+    def _is_fit(self, slot: Slot[Link]) -> bool:
+        now, link = self._clock.now(), slot.resource
+        return (
+            link is not None
+            and now - slot.idle_since < self._ping_after
+            and now < slot.expires_at
+            and link.is_quiet()
+            and not self._upkeep.is_outdated(slot)
+        )
 
     def _is_worth_waiting(self) -> bool:
         # A connection that is being reset comes back sooner than a new one could be opened, as long as nobody else waits
@@ -64,31 +85,48 @@ class Checkout:
         # resets between them, and still it does not open one connection after the other.
         return self._upkeep.returning > self._slots.waiting + 1
 
-    async def _wait(self, deadline: float | None) -> Slot[Link]:
+    async def _wait(self, deadline: float | None, *, fail_fast: bool) -> Slot[Link]:
+        refusal = self._gate.refusal() if fail_fast else None
+        self._gate.call()
+        if refusal is not None:
+            raise refusal
         started = self._clock.monotonic()
         self._counters.waits += 1
         try:
-            return await self._slots.wait(None if deadline is None else deadline - started)
+            return await self._slots.wait(self._patience(started, deadline), impatient=fail_fast)
+        except AcquireTimeoutError as timeout:
+            failure = self._gate.most_telling(timeout)
         finally:
             self._counters.wait_seconds += self._clock.monotonic() - started
+            self._gate.leave()
+        raise failure
 
-    async def mend(self, slot: Slot[Link], deadline: float | None) -> None:
+    def _patience(self, now: float, deadline: float | None) -> float | None:
+        """Return for how many seconds to wait: until the deadline, and for an absent server as long as the policy says."""
+        left = None if deadline is None else deadline - now
+        if self._slots.admitted or self._longest_absence is None:
+            return left
+        return self._longest_absence if left is None else min(left, self._longest_absence)
+
+    async def mend(self, slot: Slot[Link], deadline: float | None) -> bool:
         """Make sure that a slot in the caller's hands has a healthy connection: the one it has, or another.
 
+        Returns:
+            Whether it has. If not, because the server is not known to be up, the slot is given up: take another one.
+
         Raises:
-            Exception: Whatever opening a connection raises. The slot is given up then, and somebody else's.
+            Exception: Whatever opening a connection raises. The slot is given up then.
         """
         healthy = False
         try:
             reason = await self._examine(slot)
             if reason is not None:
                 self._upkeep.close_connection(slot, reason)
-            if slot.resource is None:
-                await self._upkeep.open_into(slot, None if deadline is None else deadline - self._clock.monotonic())
-            healthy = True
+            healthy = slot.resource is not None or await self._gate.open_into(slot, deadline)
         finally:
             if not healthy:
                 self._upkeep.discard(slot, DiscardReason.FAILED)
+        return healthy
 
     async def _examine(self, slot: Slot[Link]) -> DiscardReason | None:
         """Say why a slot's connection must not be used, or `None`: it may be, or there is none."""
@@ -97,8 +135,9 @@ class Checkout:
             return None
         if link.doomed:
             return DiscardReason.FAILED
-        if self._upkeep.is_outdated(slot) or now >= slot.expires_at:
-            return DiscardReason.GENERATION if now < slot.expires_at else DiscardReason.EXPIRED_LIFETIME
+        aged = self._upkeep.age(slot, now)
+        if aged is not None:
+            return aged
         if not link.is_quiet() and not await link.settle():
             self._counters.stale_found += 1
             return DiscardReason.STALE

@@ -10,11 +10,11 @@ from resilient_pool.config import PoolConfig
 from resilient_pool.core import wire
 from resilient_pool.core.clock import Clock
 from resilient_pool.core.connector import Connector
+from resilient_pool.core.judgement import judge, nearest_sqlstate
 from resilient_pool.core.upkeep import Upkeep
 from resilient_pool.core.wire import AnyConnection, Link
 from resilient_pool.errors import OutcomeUnknownError
 from resilient_pool.observe.events import Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
-from resilient_pool.observe.redaction import scrub
 from resilient_pool.observe.stats import Counters
 from resilient_pool.policy.atomicity import is_atomic
 from resilient_pool.policy.backoff import OPERATION_BACKOFF
@@ -190,21 +190,10 @@ class Runner:
             Exception: `error`, or the last one that told more, when no further attempt may be made.
         """
         failure = self._see(call, error)
-        verdict = self._weigh(call, failure, self._classify(failure))
+        verdict = self._weigh(call, failure, judge(self._config, failure))
         self._take_measures(call, verdict)
         now = self._clock.monotonic()
-        decision = decide(
-            verdict,
-            state,
-            phase=failure.phase,
-            repeatable=verdict.outcome is not Outcome.UNKNOWN or self._is_repeatable(call),
-            now=now,
-            deadline=call.deadline,
-            budget=self._config.retry_budget,
-        )
-        if isinstance(decision, Retry) and failure.sent and not call.replayable and failure.phase is Phase.EXECUTE:
-            unknown = verdict.outcome is Outcome.UNKNOWN
-            decision = GiveUp(reason=GiveUpReason.OUTCOME_UNKNOWN if unknown else GiveUpReason.PERMANENT)
+        decision = self._decide(call, state, failure, verdict, now)
         if isinstance(decision, GiveUp):
             raise self._farewell(call, state, failure, verdict, decision.reason)
         call.remember(error)
@@ -215,13 +204,34 @@ class Runner:
                     operation=call.operation,
                     fault=verdict.fault,
                     outcome=verdict.outcome,
-                    sqlstate=_nearest(failure),
+                    sqlstate=nearest_sqlstate(failure),
                     attempt=state.attempts,
                     delay=decision.delay,
                     elapsed=state.elapsed(now),
                 )
             )
         return decision.delay
+
+    def _decide(
+        self, call: Call[T], state: RetryState, failure: Failure, verdict: Verdict, now: float
+    ) -> Retry | GiveUp:
+        if failure.phase is Phase.CONNECT and verdict.fault is not Fault.PERMANENT:
+            # The gate has waited already, for as long as there was sense in it.
+            state.note(verdict.fault, failure.phase, now)
+            return GiveUp(reason=GiveUpReason.ABSENT)
+        unknown = verdict.outcome is Outcome.UNKNOWN
+        decision = decide(
+            verdict,
+            state,
+            phase=failure.phase,
+            repeatable=not unknown or self._is_repeatable(call),
+            now=now,
+            deadline=call.deadline,
+            budget=self._config.retry_budget,
+        )
+        if isinstance(decision, Retry) and failure.sent and not call.replayable and failure.phase is Phase.EXECUTE:
+            return GiveUp(reason=GiveUpReason.OUTCOME_UNKNOWN if unknown else GiveUpReason.PERMANENT)
+        return decision
 
     def _see(self, call: Call[T], error: Exception) -> Failure:
         link = call.link
@@ -232,14 +242,6 @@ class Runner:
             or (call.phase is Phase.EXECUTE and not (link is not None and wire.nothing_sent(error, link))),
             writable=self._connector.expects_writes,
         )
-
-    def _classify(self, failure: Failure) -> Verdict:
-        try:
-            return self._config.classifier.classify(failure)
-        except Exception as broken:  # noqa: BLE001 - the application must see its own error, not the classifier's
-            reason = scrub(f"{type(broken).__name__}: {broken}", self._config.secrets())
-            failure.error.add_note(f"resilient_pool: not retried, because the classifier failed with {reason}")
-            return Verdict(fault=Fault.PERMANENT, outcome=Outcome.UNKNOWN)
 
     @staticmethod
     def _weigh(call: Call[T], failure: Failure, verdict: Verdict) -> Verdict:
@@ -281,7 +283,7 @@ class Runner:
             )
         if reason is GiveUpReason.PERMANENT:
             return error
-        attempt, sqlstate = state.attempts, _nearest(failure)
+        attempt, sqlstate = state.attempts, nearest_sqlstate(failure)
         if reason is GiveUpReason.OUTCOME_UNKNOWN:
             self._counters.outcomes_unknown += 1
             self._dispatcher.tell(
@@ -305,7 +307,3 @@ class Runner:
             )
         )
         return error
-
-
-def _nearest(failure: Failure) -> str | None:
-    return next(iter(failure.sqlstates), None)

@@ -1,4 +1,4 @@
-"""The generic pool: an idle stack, fair waiters and lifetimes. It knows no PostgreSQL, does no I/O and retries nothing.
+"""The generic pool: an idle stack, fair waiters, lifetimes. It knows no PostgreSQL, does no I/O and retries nothing.
 
 Every method changes the state first and returns what its caller has to close or to open.
 """
@@ -55,20 +55,29 @@ class Slots(Generic[R]):
     One rule holds after every method: while somebody waits no slot is idle. So a caller who takes an idle one has
     overtaken nobody.
 
+    How many resources may be opened at the same time is limited as well; at first by `max_size` only. A place for which
+    nobody may open is given up, and whoever waits goes on waiting.
+
     Args:
         max_size: How many slots there can be.
         clock: Times the waiting.
+        min_size: How many there should be.
+
+    Attributes:
+        on_want: Called when a slot was given up although somebody waits, or although fewer than `min_size` are left.
     """
 
-    __slots__ = ("_all", "_clock", "_drained", "_idle", "_max_size", "_waiters")
+    __slots__ = ("_admitted", "_all", "_clock", "_drained", "_idle", "_max_size", "_min_size", "_waiters", "on_want")
 
-    def __init__(self, max_size: int, clock: Clock) -> None:
-        self._max_size = max_size
+    def __init__(self, max_size: int, clock: Clock, *, min_size: int = 0) -> None:
+        self._max_size = self._admitted = max_size
+        self._min_size = min_size
         self._clock = clock
         self._all: set[Slot[R]] = set()
         self._idle: list[Slot[R]] = []
-        self._waiters: OrderedDict[asyncio.Future[Slot[R]], None] = OrderedDict()
+        self._waiters: OrderedDict[asyncio.Future[Slot[R]], bool] = OrderedDict()
         self._drained = asyncio.Event()
+        self.on_want: Callable[[], None] = _nothing
 
     def __repr__(self) -> str:
         return f"<Slots size={self.size} idle={self.idle} waiting={self.waiting} max_size={self._max_size}>"
@@ -92,35 +101,75 @@ class Slots(Generic[R]):
         return len(self._waiters)
 
     @property
+    def is_full(self) -> bool:
+        """Whether there are `max_size` slots."""
+        return len(self._all) >= self._max_size
+
+    @property
+    def wants(self) -> bool:
+        """Whether another resource would serve anybody."""
+        return bool(self._waiters) or len(self._all) < self._min_size
+
+    @property
+    def opening(self) -> int:
+        """How many slots are in the hands of somebody who is about to fill them."""
+        return sum(slot.resource is None for slot in self._all)
+
+    @property
+    def admitted(self) -> int:
+        """How many resources may be opened at the same time."""
+        return self._admitted
+
+    @property
+    def may_open(self) -> bool:
+        """Whether whoever holds an empty slot may fill it."""
+        return self.opening <= self._admitted
+
+    @property
+    def has_resources(self) -> bool:
+        """Whether any slot is filled."""
+        return any(slot.resource is not None for slot in self._all)
+
+    @property
     def oldest_idle_since(self) -> float | None:
         """Since when the longest unused slot is idle, or `None` if none is."""
         return self._idle[0].idle_since if self._idle else None
 
     def take(self) -> Slot[R] | None:
-        """Take the slot that was used last, else a new and empty one, else `None`: the caller has to wait."""
+        """Take the slot that was used last, else a new one to fill, else `None`: the caller has to wait."""
         if self._idle:
             return self._idle.pop()
-        return self.reserve()
+        return self.reserve() if self.opening < self._admitted else None
 
     def reserve(self) -> Slot[R] | None:
-        """Take a new and empty slot, or `None` if there are `max_size` already."""
-        if len(self._all) >= self._max_size:
+        """Take a new and empty slot, admitted or not, or `None` if there are `max_size` already."""
+        if self.is_full:
             return None
         slot: Slot[R] = Slot()
         self._all.add(slot)
         return slot
 
-    async def wait(self, seconds: float | None) -> Slot[R]:
+    def admit(self, number: int) -> None:
+        """Let that many resources be opened at the same time, and begin with whoever waits first."""
+        self._admitted = number
+        while self._waiters and self.opening < number:
+            slot = self.reserve()
+            if slot is None:
+                return
+            self.put(slot)
+
+    async def wait(self, seconds: float | None, *, impatient: bool = False) -> Slot[R]:
         """Wait for a slot, behind everybody who waits already.
 
         Args:
             seconds: For how long at most; `None` for ever.
+            impatient: Whether `dismiss_impatient` ends it.
 
         Raises:
             AcquireTimeoutError: None became free in time.
         """
         ticket: asyncio.Future[Slot[R]] = asyncio.get_running_loop().create_future()
-        self._waiters[ticket] = None
+        self._waiters[ticket] = impatient
         timer = None if seconds is None else self._clock.call_later(seconds, lambda: self._expire(ticket, seconds))
         try:
             return await ticket
@@ -146,8 +195,8 @@ class Slots(Generic[R]):
             )
 
     def put(self, slot: Slot[R]) -> None:
-        """Give a slot back: to whoever waits first, else to the idle stack. An empty slot nobody waits for is gone."""
-        while self._waiters:
+        """Give a slot back: to whoever waits first, else to the idle stack. An empty slot that nobody may fill is gone."""
+        while self._waiters and (slot.resource is not None or self.may_open):
             ticket, _ = self._waiters.popitem(last=False)
             if not ticket.done():
                 ticket.set_result(slot)
@@ -172,6 +221,12 @@ class Slots(Generic[R]):
             if not ticket.done():
                 ticket.set_exception(error())
 
+    def dismiss_impatient(self, error: Callable[[], Exception]) -> None:
+        """Let those who wait impatiently fail, each with an error of its own."""
+        for ticket in [ticket for ticket, impatient in self._waiters.items() if impatient and not ticket.done()]:
+            del self._waiters[ticket]
+            ticket.set_exception(error())
+
     async def drained(self) -> None:
         """Wait until no slot is left, or until waiting for it has no more sense: see `abandon`."""
         if self._all:
@@ -186,3 +241,9 @@ class Slots(Generic[R]):
         self._all.discard(slot)
         if not self._all:
             self._drained.set()
+        if self.wants:
+            self.on_want()
+
+
+def _nothing() -> None:
+    """Nobody cares what is wanted."""

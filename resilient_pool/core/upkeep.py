@@ -22,6 +22,8 @@ T = TypeVar("T")
 _LOGGER = logging.getLogger("resilient_pool")
 
 _CLOSE_LIMIT = 2.0
+# 50 s where the server closes idle sessions after 60 s.
+_SHARE_OF_THE_SERVERS_PATIENCE = 5 / 6
 # These connections are beyond a goodbye: it could only hang.
 _HANG_UP = frozenset({DiscardReason.STALE, DiscardReason.PING_FAILED, DiscardReason.FAILED, DiscardReason.RESET_FAILED})
 
@@ -32,7 +34,7 @@ class Upkeep:
     Args:
         config: Lifetimes, limits and the application's `reset`.
         slots: Whose connections are kept.
-        connector: Opens what `min_size` lacks.
+        connector: Opens them.
         clock: Tells ages.
         lifetime: Gives one connection's lifetime in seconds; called once for each.
         counters: Where it counts.
@@ -63,7 +65,6 @@ class Upkeep:
         self._dispatcher = dispatcher
         self._background: set[asyncio.Task[object]] = set()
         self._reaper: Timer | None = None
-        self._filler: asyncio.Task[None] | None = None
         self._generation = 0
         self.closing = False
         self.resetting = 0
@@ -120,7 +121,7 @@ class Upkeep:
         prompt = slot.resource is not None and not slot.resource.is_cancelling
         self.resetting += 1
         self.returning += prompt
-        task = self._spawn(self._reset(slot, self._config.reset_timeout if seconds is None else seconds))
+        task = self.spawn(self._reset(slot, self._config.reset_timeout if seconds is None else seconds))
         # Not the task itself: one that is cancelled before its first step would never give its slot back.
         task.add_done_callback(lambda task: self._settle(slot, task, prompt=prompt))
         return task
@@ -180,13 +181,12 @@ class Upkeep:
         if reason in _HANG_UP or link.connection.is_closed():
             link.terminate()
         else:
-            self._spawn(link.close(_CLOSE_LIMIT)).add_done_callback(lambda _: link.terminate())
+            self.spawn(link.close(_CLOSE_LIMIT)).add_done_callback(lambda _: link.terminate())
 
     def discard(self, slot: Slot[Link], reason: DiscardReason) -> None:
         """Close a slot's connection without waiting, and give the slot to whoever waits for one."""
         self.close_connection(slot, reason)
         self._slots.put(slot)
-        self.maintain_minimum()
 
     def expire(self) -> None:
         """Condemn every connection opened before now: the idle ones at once, the others when they are given back."""
@@ -201,8 +201,29 @@ class Upkeep:
 
     # Ageing
 
+    @property
+    def _idle_limit(self) -> float:
+        """How long a connection may be idle, in seconds: less than the server's own patience, if it has one; 0 for ever."""
+        own, facts = self._config.max_inactive_connection_lifetime, self._connector.facts
+        servers = 0.0 if facts is None else (facts.idle_session_timeout or 0.0) * _SHARE_OF_THE_SERVERS_PATIENCE
+        return min(own, servers) if own and servers else own or servers
+
+    def age(self, slot: Slot[Link], now: float) -> DiscardReason | None:
+        """Say whether a slot's connection has become too old to be handed out, and why.
+
+        A process that was frozen may find connections idle for longer than the timer should have let them be.
+        """
+        if self.is_outdated(slot):
+            return DiscardReason.GENERATION
+        if now >= slot.expires_at:
+            return DiscardReason.EXPIRED_LIFETIME
+        limit = self._idle_limit
+        if limit and now - slot.idle_since >= limit and self._slots.size > self._config.min_size:
+            return DiscardReason.IDLE
+        return None
+
     def _schedule_reaping(self) -> None:
-        limit = self._config.max_inactive_connection_lifetime
+        limit = self._idle_limit
         oldest = self._slots.oldest_idle_since
         if not limit or oldest is None or self.closing or self._slots.size <= self._config.min_size:
             return
@@ -211,39 +232,10 @@ class Upkeep:
     def _reap(self) -> None:
         self._reaper = None
         # A timer may fire a little early; whoever is as good as due goes too, or the timer would have to run again.
-        due = self._clock.now() - self._config.max_inactive_connection_lifetime + 0.01
+        due = self._clock.now() - self._idle_limit + 0.01
         for slot in self._slots.withdraw(lambda slot: slot.idle_since <= due, keep=self._config.min_size):
             self.discard(slot, DiscardReason.IDLE)
         self._schedule_reaping()
-
-    def maintain_minimum(self) -> None:
-        """Open in the background what `min_size` lacks."""
-        if self.closing or self._slots.size >= self._config.min_size:
-            return
-        if self._filler is None or self._filler.done():
-            self._filler = self._spawn(self._fill())
-
-    async def _fill(self) -> None:
-        delays = self._config.reconnect.delays()
-        while not self.closing and self._slots.size < self._config.min_size:
-            slot = self._slots.reserve()
-            if slot is None:
-                return
-            opened = await self._open_quietly(slot)
-            if opened:
-                self.give_back(slot)
-            else:
-                await self._clock.sleep(next(delays))
-
-    async def _open_quietly(self, slot: Slot[Link]) -> bool:
-        try:
-            await self.open_into(slot, None)
-        except Exception:  # noqa: BLE001 - nobody waits for this connection; whoever needs one will see the error
-            return False
-        finally:
-            if slot.resource is None:
-                self._slots.put(slot)
-        return True
 
     # The end
 
@@ -253,8 +245,6 @@ class Upkeep:
         if self._reaper is not None:
             self._reaper.cancel()
             self._reaper = None
-        if self._filler is not None:
-            self._filler.cancel()
         for slot in self._slots.withdraw(lambda _: True):
             self.discard(slot, DiscardReason.CLOSING)
 
@@ -286,9 +276,10 @@ class Upkeep:
         if self.closing:
             work.close()
         else:
-            self._spawn(work)
+            self.spawn(work)
 
-    def _spawn(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
+    def spawn(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
+        """Begin something that only `finish()` waits for."""
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)

@@ -168,6 +168,34 @@ class OutcomeResolved(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GateClosed(Event):
+    """The server cannot be reached: one prober tries, and everybody else waits.
+
+    Attributes:
+        fault: The kind of trouble.
+        sqlstate: The nearest SQLSTATE, or `None` if the server sent none.
+    """
+
+    name: ClassVar[str] = "pool.gate.closed"
+    fault: Fault
+    sqlstate: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateOpened(Event):
+    """The server was reached again.
+
+    Attributes:
+        attempts: How many attempts had failed.
+        elapsed: Seconds since the first of them.
+    """
+
+    name: ClassVar[str] = "pool.gate.opened"
+    attempts: int
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolerDetected(Event):
     """A pooler stands between this process and PostgreSQL. Told once per pool.
 

@@ -12,6 +12,7 @@ from resilient_pool.observe.events import (
     ConnectionOpened,
     DiscardReason,
     Event,
+    GateClosed,
     OutcomeUnknown,
     PoolerDetected,
     RetryExhausted,
@@ -29,6 +30,7 @@ _LEVELS: Mapping[type[Event], int] = {
     RetryScheduled: logging.INFO,
     RetryExhausted: logging.WARNING,
     OutcomeUnknown: logging.WARNING,
+    GateClosed: logging.WARNING,
     PoolerDetected: logging.WARNING,
 }
 
@@ -50,7 +52,7 @@ class StructlogObserver:
     """Logs every event under its dotted name, with its attributes as fields.
 
     Connections opened, and discarded as housekeeping, are logged at DEBUG; retries, and connections that had died, at
-    INFO; operations given up, unknown outcomes and poolers at WARNING. SQL text and arguments are never logged.
+    INFO; operations given up, unknown outcomes, a server that is away and poolers at WARNING. SQL text and arguments are never logged.
 
     Args:
         logger: A structlog logger. The default is structlog's logger `resilient_pool` as the application configured

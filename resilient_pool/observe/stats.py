@@ -13,7 +13,7 @@ from resilient_pool.policy.verdict import Fault
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStats:
-    """A snapshot of one pool. The first seven are of this moment, the others count since the pool was made.
+    """A snapshot of one pool. The first eight are of this moment, the others count since the pool was made.
 
     Attributes:
         size: Open connections, whatever they are doing.
@@ -23,8 +23,10 @@ class PoolStats:
         waiting: Callers that wait for a connection.
         min_size: As configured.
         max_size: As configured.
+        gate_closed: Whether the server is known to be away: one prober tries to reach it, and callers wait.
         acquired: Connections handed out.
         opened: Connections opened.
+        connect_failures: Attempts to open one that failed.
         discarded: Connections closed, by reason; reasons that never occurred are absent.
         stale_found: Connections found dead before use.
         pings: Round trips made to check a connection.
@@ -45,8 +47,10 @@ class PoolStats:
     waiting: int
     min_size: int
     max_size: int
+    gate_closed: bool
     acquired: int
     opened: int
+    connect_failures: int
     discarded: Mapping[DiscardReason, int]
     stale_found: int
     pings: int
@@ -76,6 +80,7 @@ class Counters:
 
     acquired: int = 0
     opened: int = 0
+    connect_failures: int = 0
     discarded: Counter[DiscardReason] = field(default_factory=Counter)
     stale_found: int = 0
     pings: int = 0
@@ -89,7 +94,16 @@ class Counters:
     pooler: bool = False
 
     def snapshot(
-        self, *, size: int, idle: int, in_use: int, resetting: int, waiting: int, min_size: int, max_size: int
+        self,
+        *,
+        size: int,
+        idle: int,
+        in_use: int,
+        resetting: int,
+        waiting: int,
+        min_size: int,
+        max_size: int,
+        gate_closed: bool,
     ) -> PoolStats:
         """Freeze the totals together with what the pool looks like now."""
         return PoolStats(
@@ -100,8 +114,10 @@ class Counters:
             waiting=waiting,
             min_size=min_size,
             max_size=max_size,
+            gate_closed=gate_closed,
             acquired=self.acquired,
             opened=self.opened,
+            connect_failures=self.connect_failures,
             discarded=MappingProxyType(dict(self.discarded)),
             stale_found=self.stale_found,
             pings=self.pings,

@@ -26,6 +26,8 @@ class GiveUpReason(Enum):
     """It was tried as often as the policy allows."""
     DEADLINE = "deadline"
     """No time is left: neither before the call's deadline nor, if that ends earlier, of the policy's `max_elapsed`."""
+    ABSENT = "absent"
+    """No connection could be opened for as long as one was waited for."""
     BUDGET = "budget"
     """The server is up but failing, and the retries it can bear are spent."""
 
