@@ -58,9 +58,12 @@ class Checkout:
             slot = self._at_hand()
             if slot is None:
                 slot = await self._wait(deadline, fail_fast=fail_fast)
-            if self._is_fit(slot) or await self.mend(slot, deadline):
-                self._counters.acquired += 1
-                return slot
+            if not self._is_fit(slot):
+                self._upkeep.retire(slot)
+                if not await self.mend(slot, deadline):
+                    continue
+            self._counters.acquired += 1
+            return slot
 
     def _at_hand(self) -> Slot[Link] | None:
         if not self._slots.idle:
@@ -86,6 +89,7 @@ class Checkout:
         return self._upkeep.returning > self._slots.waiting + 1
 
     async def _wait(self, deadline: float | None, *, fail_fast: bool) -> Slot[Link]:
+        self._upkeep.require_open()
         refusal = self._gate.refusal() if fail_fast else None
         self._gate.call()
         if refusal is not None:
@@ -135,9 +139,8 @@ class Checkout:
             return None
         if link.doomed:
             return DiscardReason.FAILED
-        aged = self._upkeep.age(slot, now)
-        if aged is not None:
-            return aged
+        if self._upkeep.is_outdated(slot) or now >= slot.expires_at:
+            return DiscardReason.GENERATION if now < slot.expires_at else DiscardReason.EXPIRED_LIFETIME
         if not link.is_quiet() and not await link.settle():
             self._counters.stale_found += 1
             return DiscardReason.STALE

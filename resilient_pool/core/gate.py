@@ -186,7 +186,7 @@ class RecoveryGate:
                 self._slots.put(slot)
         if failure is None:
             self._not_before = self._clock.monotonic()
-            self._upkeep.give_back(slot)
+            self._upkeep.keep(slot)
             self._succeeded()
             return
         final = self._failed(failure)
@@ -204,6 +204,9 @@ class RecoveryGate:
         admitted = self._slots.admitted
         if admitted < self._config.max_size:
             self._slots.admit(min(max(1, 2 * admitted), self._config.max_size))
+            # Connections that are being reset come back sooner than others could be opened.
+            while self._slots.waiting > self._upkeep.returning and self._slots.offer():
+                pass
 
     def _failed(self, error: Exception) -> Callable[[], Exception] | None:
         """Take note of a failed attempt.

@@ -150,13 +150,15 @@ class Slots(Generic[R]):
         return slot
 
     def admit(self, number: int) -> None:
-        """Let that many resources be opened at the same time, and begin with whoever waits first."""
+        """Let that many resources be opened at the same time."""
         self._admitted = number
-        while self._waiters and self.opening < number:
-            slot = self.reserve()
-            if slot is None:
-                return
+
+    def offer(self) -> bool:
+        """Give whoever waits first a new slot to fill, if another one may be, and say whether that was so."""
+        slot = self.reserve() if self._waiters and self.opening < self._admitted else None
+        if slot is not None:
             self.put(slot)
+        return slot is not None
 
     async def wait(self, seconds: float | None, *, impatient: bool = False) -> Slot[R]:
         """Wait for a slot, behind everybody who waits already.

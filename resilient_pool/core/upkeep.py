@@ -74,19 +74,20 @@ class Upkeep:
 
     async def open_into(self, slot: Slot[Link], seconds: float | None) -> None:
         """Open a connection into an empty slot; `seconds` bound it. Raises whatever opening raises; the slot stays empty."""
-        self._require_open()
+        self.require_open()
         generation = self._generation
         started = self._clock.now()
         link = await self._connector.open(seconds)
         if self.closing:
             link.terminate()
-            self._require_open()
+            self.require_open()
         now = self._clock.now()
         slot.fill(link, now=now, expires_at=now + self._lifetime(), generation=generation)
         if self._dispatcher:
             self._dispatcher.tell(ConnectionOpened(elapsed=now - started, server_pid=link.pid, size=self._slots.size))
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raise if no connection is opened any more."""
         if self.closing:
             raise asyncpg.InterfaceError("pool is closing: no connection is opened any more")
 
@@ -97,7 +98,11 @@ class Upkeep:
         reason = self._unfit(slot)
         if reason is not None:
             self.discard(slot, reason)
-            return
+        else:
+            self.keep(slot)
+
+    def keep(self, slot: Slot[Link]) -> None:
+        """Give a slot that was never used, or was found fit, to whoever waits for one."""
         slot.idle_since = self._clock.now()
         self._slots.put(slot)
         if self._reaper is None:
@@ -208,19 +213,14 @@ class Upkeep:
         servers = 0.0 if facts is None else (facts.idle_session_timeout or 0.0) * _SHARE_OF_THE_SERVERS_PATIENCE
         return min(own, servers) if own and servers else own or servers
 
-    def age(self, slot: Slot[Link], now: float) -> DiscardReason | None:
-        """Say whether a slot's connection has become too old to be handed out, and why.
+    def retire(self, slot: Slot[Link]) -> None:
+        """Close the connection of a slot that was just taken, if it was idle for too long.
 
-        A process that was frozen may find connections idle for longer than the timer should have let them be.
+        The timer does that in time, unless the process was frozen.
         """
-        if self.is_outdated(slot):
-            return DiscardReason.GENERATION
-        if now >= slot.expires_at:
-            return DiscardReason.EXPIRED_LIFETIME
-        limit = self._idle_limit
-        if limit and now - slot.idle_since >= limit and self._slots.size > self._config.min_size:
-            return DiscardReason.IDLE
-        return None
+        limit, idle = self._idle_limit, self._clock.now() - slot.idle_since
+        if limit and idle >= limit and self._slots.size > self._config.min_size:
+            self.close_connection(slot, DiscardReason.IDLE)
 
     def _schedule_reaping(self) -> None:
         limit = self._idle_limit
