@@ -61,6 +61,7 @@ class PoolArguments(ConnectArguments, total=False):
     backoff: BackoffPolicy
     reconnect: BackoffPolicy
     deadline: float | None
+    fail_fast: bool
     ping_after: float
     ping_timeout: float
     max_lifetime: float

@@ -451,6 +451,13 @@ class PoolConfig:
             "statement. None is no limit.",
         ),
     )
+    fail_fast: bool = field(
+        default=False,
+        metadata=_about(
+            _kind("bool", "True or False", bool, optional=False),
+            "Whether calls fail at once while the server is known to be away, instead of waiting for it.",
+        ),
+    )
     ping_after: float = field(
         default=1.0,
         metadata=_about(

@@ -116,8 +116,8 @@ class RecoveryGate:
         if self._attempt_began is None:
             return timeout
         return AcquireTimeoutError(
-            "no connection could be opened in time: an attempt to connect began "
-            f"{self._clock.monotonic() - self._attempt_began:.2f} s ago, and the server has not answered it yet; "
+            "no connection could be opened in time: the last attempt to connect began "
+            f"{self._clock.monotonic() - self._attempt_began:.2f} s ago, and the server did not answer it; "
             "raise deadline if it takes longer to wake up"
         )
 
@@ -163,7 +163,9 @@ class RecoveryGate:
     async def _attempt_until_unwanted(self) -> None:
         wanted = True
         while wanted:
-            await self._clock.sleep(max(self._not_before - self._clock.monotonic(), 0.0))
+            delay = self._not_before - self._clock.monotonic()
+            if delay > 0:
+                await self._clock.sleep(delay)
             slot = self._slots.reserve()
             if slot is None:
                 return  # whoever gives a place up calls again
@@ -181,7 +183,6 @@ class RecoveryGate:
         except Exception as error:  # noqa: BLE001 - it is classified, and told to those who wait
             failure = error
         finally:
-            self._attempt_began = None
             if slot.resource is None:
                 self._slots.put(slot)
         if failure is None:
@@ -203,7 +204,8 @@ class RecoveryGate:
             self._dispatcher.tell(GateOpened(attempts=outage.attempts, elapsed=elapsed))
         admitted = self._slots.admitted
         if admitted < self._config.max_size:
-            self._slots.admit(min(max(1, 2 * admitted), self._config.max_size))
+            # One more for each success makes each round twice as wide as the one before.
+            self._slots.admit(admitted + 1)
             # Connections that are being reset come back sooner than others could be opened.
             while self._slots.waiting > self._upkeep.returning and self._slots.offer():
                 pass
@@ -229,6 +231,8 @@ class RecoveryGate:
         # Of several that fail at once only the first tells how long the server has been away.
         is_news = self._prober is asyncio.current_task() or self._slots.admitted > 0
         outage.remember(error, verdict, counts=is_news)
+        if verdict.fault is Fault.PERMANENT:
+            self._not_before = now  # whoever comes next may have mended it
         if verdict.fault is Fault.PERMANENT or self._is_exhausted(outage):
             self._outage = None
             return lambda: outage.refusal(now)

@@ -71,6 +71,8 @@ def test_the_names_are_dotted_and_each_belongs_to_one_kind_of_event():
         "pool.connection.discarded",
         "pool.retry.scheduled",
         "pool.retry.exhausted",
+        "pool.gate.closed",
+        "pool.gate.opened",
         "pool.outcome.resolved",
         "pool.outcome.unknown",
         "pool.pooler.detected",

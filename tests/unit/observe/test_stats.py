@@ -10,7 +10,16 @@ from resilient_pool.observe.events import DiscardReason
 from resilient_pool.observe.stats import Counters, PoolStats
 from resilient_pool.policy.verdict import Fault
 
-NOW = {"size": 3, "idle": 1, "in_use": 1, "resetting": 1, "waiting": 2, "min_size": 0, "max_size": 10}
+NOW = {
+    "size": 3,
+    "idle": 1,
+    "in_use": 1,
+    "resetting": 1,
+    "waiting": 2,
+    "min_size": 0,
+    "max_size": 10,
+    "gate_closed": False,
+}
 
 
 def test_a_new_pool_has_counted_nothing():
