@@ -8,12 +8,19 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from math import inf
 from typing import Generic, TypeVar
 
-from resilient_pool.core.clock import Clock
+from resilient_pool.core.clock import Clock, Timer
 from resilient_pool.errors import AcquireTimeoutError
 
 R = TypeVar("R")
+
+# How late a time limit may be noticed when several end close together: seconds, and never more than this share of the limit.
+_LATEST = 0.05
+_LATEST_SHARE = 0.02
+# Event loops count in milliseconds and may call a little early.
+_TICK = 0.001
 
 
 class Slot(Generic[R]):
@@ -67,7 +74,19 @@ class Slots(Generic[R]):
         on_want: Called when a slot was given up although somebody waits, or although fewer than `min_size` are left.
     """
 
-    __slots__ = ("_admitted", "_all", "_clock", "_drained", "_idle", "_max_size", "_min_size", "_waiters", "on_want")
+    __slots__ = (
+        "_admitted",
+        "_all",
+        "_clock",
+        "_drained",
+        "_idle",
+        "_max_size",
+        "_min_size",
+        "_sweep_at",
+        "_sweeper",
+        "_waiters",
+        "on_want",
+    )
 
     def __init__(self, max_size: int, clock: Clock, *, min_size: int = 0) -> None:
         self._max_size = self._admitted = max_size
@@ -75,7 +94,10 @@ class Slots(Generic[R]):
         self._clock = clock
         self._all: set[Slot[R]] = set()
         self._idle: list[Slot[R]] = []
-        self._waiters: OrderedDict[asyncio.Future[Slot[R]], bool] = OrderedDict()
+        # For each who waits: until when, how many seconds that was from the start, and whether impatiently.
+        self._waiters: OrderedDict[asyncio.Future[Slot[R]], tuple[float, float, bool]] = OrderedDict()
+        self._sweeper: Timer | None = None
+        self._sweep_at = inf
         self._drained = asyncio.Event()
         self.on_want: Callable[[], None] = _nothing
 
@@ -164,37 +186,67 @@ class Slots(Generic[R]):
         """Wait for a slot, behind everybody who waits already.
 
         Args:
-            seconds: For how long at most; `None` for ever.
+            seconds: For how long at most; `None` for ever. The end may be noticed late, by a fiftieth of that time and
+                never by more than 0.05 s.
             impatient: Whether `dismiss_impatient` ends it.
 
         Raises:
             AcquireTimeoutError: None became free in time.
         """
         ticket: asyncio.Future[Slot[R]] = asyncio.get_running_loop().create_future()
-        self._waiters[ticket] = impatient
-        timer = None if seconds is None else self._clock.call_later(seconds, lambda: self._expire(ticket, seconds))
+        if seconds is None:
+            self._waiters[ticket] = (inf, inf, impatient)
+        else:
+            due = self._clock.monotonic() + seconds
+            self._waiters[ticket] = (due, seconds, impatient)
+            if due < self._sweep_at:
+                self._sweep_by(due)
+        served = False
         try:
-            return await ticket
-        except asyncio.CancelledError:
-            # The slot may have been handed over in the same turn of the loop: it goes to the next in line.
-            if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
-                self.put(ticket.result())
-            raise
+            slot = await ticket
+            served = True
         finally:
-            self._waiters.pop(ticket, None)
-            if timer is not None:
-                timer.cancel()
+            if not served:
+                self._leave(ticket)
+        return slot
 
-    def _expire(self, ticket: asyncio.Future[Slot[R]], seconds: float) -> None:
-        if not ticket.done():
-            self._waiters.pop(ticket, None)
-            ticket.set_exception(
-                AcquireTimeoutError(
-                    f"no connection became free within {max(seconds, 0.0):.3g} s: all {len(self._all)} of "
-                    f"max_size={self._max_size} are in use and {len(self._waiters)} more callers wait; "
-                    "raise max_size or deadline, or hold connections for a shorter time"
-                )
-            )
+    def _leave(self, ticket: asyncio.Future[Slot[R]]) -> None:
+        self._waiters.pop(ticket, None)
+        # The slot may have been handed over in the same turn of the loop as a cancellation: it goes to the next in line.
+        if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
+            self.put(ticket.result())
+
+    # One timer for all who wait: one for each, set and cancelled, would cost more than all the rest of waiting.
+
+    def _sweep_by(self, instant: float) -> None:
+        self._stop_sweeping()
+        self._sweep_at = instant
+        self._sweeper = self._clock.call_later(max(instant - self._clock.monotonic(), 0.0), self._sweep)
+
+    def _stop_sweeping(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._sweeper, self._sweep_at = None, inf
+
+    def _sweep(self) -> None:
+        """Let those fail whose time is up, and come again when it is up for others, for as many of them as one may."""
+        now = self._clock.monotonic() + _TICK
+        for ticket, (due, seconds, _) in list(self._waiters.items()):
+            if due <= now:
+                del self._waiters[ticket]
+                if not ticket.done():
+                    ticket.set_exception(self._time_is_up(seconds))
+        self._stop_sweeping()
+        next_due = min((due + _tolerance(seconds) for due, seconds, _ in self._waiters.values()), default=inf)
+        if next_due < inf:
+            self._sweep_by(next_due)
+
+    def _time_is_up(self, seconds: float) -> Exception:
+        return AcquireTimeoutError(
+            f"no connection became free within {max(seconds, 0.0):.3g} s: all {len(self._all)} of "
+            f"max_size={self._max_size} are in use and {len(self._waiters)} more callers wait; "
+            "raise max_size or deadline, or hold connections for a shorter time"
+        )
 
     def put(self, slot: Slot[R]) -> None:
         """Give a slot back: to whoever waits first, else to the idle stack. An empty slot that nobody may fill is gone."""
@@ -218,6 +270,7 @@ class Slots(Generic[R]):
 
     def dismiss_waiters(self, error: Callable[[], Exception]) -> None:
         """Let everybody who waits fail, each with an error of its own."""
+        self._stop_sweeping()
         while self._waiters:
             ticket, _ = self._waiters.popitem(last=False)
             if not ticket.done():
@@ -225,9 +278,10 @@ class Slots(Generic[R]):
 
     def dismiss_impatient(self, error: Callable[[], Exception]) -> None:
         """Let those who wait impatiently fail, each with an error of its own."""
-        for ticket in [ticket for ticket, impatient in self._waiters.items() if impatient and not ticket.done()]:
-            del self._waiters[ticket]
-            ticket.set_exception(error())
+        for ticket, (_, _, impatient) in list(self._waiters.items()):
+            if impatient and not ticket.done():
+                del self._waiters[ticket]
+                ticket.set_exception(error())
 
     async def drained(self) -> None:
         """Wait until no slot is left, or until waiting for it has no more sense: see `abandon`."""
@@ -249,3 +303,7 @@ class Slots(Generic[R]):
 
 def _nothing() -> None:
     """Nobody cares what is wanted."""
+
+
+def _tolerance(seconds: float) -> float:
+    return min(_LATEST, max(seconds, 0.0) * _LATEST_SHARE)

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from resilient_pool.core.clock import SystemClock
 from resilient_pool.core.slots import Slot, Slots
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.testing import ScriptedClock
@@ -28,6 +29,11 @@ async def start(*coroutines):
     for _ in range(3):
         await asyncio.sleep(0)
     return tasks
+
+
+def timers_set(clock):
+    # The clock numbers its timers.
+    return next(clock._order)
 
 
 async def test_the_slot_used_last_is_taken_first(clock):
@@ -114,6 +120,103 @@ async def test_waiting_ends_at_its_time_limit_with_an_error_that_says_what_to_do
     assert slots.waiting == 0
 
 
+async def test_all_who_wait_share_one_timer(clock):
+    """A timer for each would cost more than all the rest of waiting; the one that was set ends by itself."""
+    slots = Slots[str](1, clock)
+    slot = filled(slots, "a")
+    waiters = await start(*(slots.wait(60.0) for _ in range(100)))
+    assert clock.pending == [60.0]
+    for waiter in waiters:
+        slots.put(slot)
+        await waiter
+    clock.advance(60.0)
+    assert clock.pending == []
+
+
+async def test_each_who_waits_is_told_soon_after_the_own_time_is_up(clock):
+    """The timer comes again for those who are left, and sooner for those who came later but wait for less."""
+    slots = Slots[str](1, clock)
+    filled(slots, "a")
+    limits = [60.0, 2.0, 0.01, 2.03, 2.0001, 0.5, 30.0, 0.0, -1.0, 59.99]
+    waiters = await start(*(slots.wait(limit) for limit in limits))
+    ended = {}
+    while clock.pending:
+        await clock.run(clock.pending[0])
+        for limit, waiter in zip(limits, waiters, strict=True):
+            if waiter.done():
+                assert isinstance(waiter.exception(), AcquireTimeoutError)
+                ended.setdefault(limit, clock.monotonic())
+    assert sorted(ended) == sorted(limits)
+    late = {limit: at - max(limit, 0.0) for limit, at in ended.items()}
+    assert {limit: by for limit, by in late.items() if not -0.002 < by < min(0.05, max(limit, 0) * 0.02) + 0.003} == {}
+    assert slots.waiting == 0
+
+
+async def test_limits_that_end_close_together_are_noticed_together(clock):
+    """A crowd that came one after the other does not set the timer once for each."""
+    slots = Slots[str](1, clock)
+    filled(slots, "a")
+    waiters = await start(*(slots.wait(60.0 + number / 1000) for number in range(1000)))
+    set_before = timers_set(clock)
+    await clock.run(62.0)
+    assert all(isinstance(waiter.exception(), AcquireTimeoutError) for waiter in waiters)
+    assert timers_set(clock) - set_before < 40
+
+
+async def test_a_waiter_whose_time_is_up_as_it_is_cancelled_takes_no_slot_along(clock):
+    """The cancelled one, its neighbour whose time is up and the next in line each end as they must."""
+    slots = Slots[str](1, clock)
+    slot = filled(slots, "a")
+    cancelled, late, third = await start(slots.wait(1.0), slots.wait(1.0), slots.wait(9.0))
+    cancelled.cancel()
+    clock.advance(1.0)
+    slots.put(slot)
+    assert await asyncio.wait_for(third, 1) is slot
+    await asyncio.gather(cancelled, late, return_exceptions=True)
+    assert cancelled.cancelled()
+    assert isinstance(late.exception(), AcquireTimeoutError)
+    assert slots.waiting == 0
+
+
+async def test_a_waiter_cancelled_as_its_time_is_up_leaves_no_trace(clock):
+    """An error set in the same turn as the cancellation is no slot, and is not passed on."""
+    slots = Slots[str](1, clock)
+    slot = filled(slots, "a")
+    waiter, second = await start(slots.wait(1.0), slots.wait(None))
+    clock.advance(1.0)
+    waiter.cancel()
+    await asyncio.gather(waiter, return_exceptions=True)
+    assert waiter.cancelled()
+    slots.put(slot)
+    assert await second is slot
+
+
+async def test_a_waiting_coroutine_that_is_closed_gives_its_slot_back(clock):
+    """An event loop that ends closes what is left, without a cancellation."""
+    slots = Slots[str](1, clock)
+    slot = filled(slots, "a")
+    served, unserved = slots.wait(1.0), slots.wait(1.0)
+    served.send(None)
+    unserved.send(None)
+    slots.put(slot)
+    unserved.close()
+    served.close()
+    assert (slots.waiting, slots.idle) == (0, 1)
+
+
+async def test_a_short_limit_is_kept_on_real_clocks():
+    """Behind somebody who waits for a minute, fifty milliseconds are fifty milliseconds."""
+    slots = Slots[str](1, SystemClock())
+    filled(slots, "a")
+    (patient,) = await start(slots.wait(60.0))
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(AcquireTimeoutError):
+        await asyncio.wait_for(slots.wait(0.05), 5)
+    assert loop.time() - began > 0.04
+    patient.cancel()
+
+
 async def test_an_empty_slot_goes_to_a_waiter_who_may_then_open(clock):
     """A connection that was lost leaves its place to the next in line."""
     slots = Slots[str](1, clock)
@@ -147,8 +250,9 @@ async def test_everybody_who_waits_can_be_dismissed(clock):
     """Each gets an error of its own: shared ones would collect each other's tracebacks."""
     slots = Slots[str](1, clock)
     filled(slots, "a")
-    waiters = await start(slots.wait(None), slots.wait(None))
+    waiters = await start(slots.wait(None), slots.wait(9.0))
     slots.dismiss_waiters(lambda: RuntimeError("closing"))
+    assert clock.pending == []
     errors = await asyncio.gather(*waiters, return_exceptions=True)
     assert [str(error) for error in errors] == ["closing", "closing"]
     assert errors[0] is not errors[1]
