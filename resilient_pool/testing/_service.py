@@ -18,7 +18,8 @@ AnyFlow = TypeVar("AnyFlow", bound=Flow)
 
 _PATIENCE = 30.0
 _LISTEN_BACKLOG = 512
-_CHUNK = 1 << 20
+READ_LIMIT = 1 << 20
+"""How many bytes a client may send ahead of what is read."""
 
 
 class LoopbackService(abc.ABC, Generic[AnyFlow]):
@@ -96,7 +97,7 @@ class LoopbackService(abc.ABC, Generic[AnyFlow]):
     def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None: ...
 
     def _new_reader(self) -> asyncio.StreamReader:
-        return asyncio.StreamReader(limit=_CHUNK)
+        return asyncio.StreamReader(limit=READ_LIMIT)
 
     async def _started(self) -> None:
         await self._listen()
