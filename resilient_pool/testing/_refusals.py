@@ -43,7 +43,11 @@ class RefusalWatch:
         packets.bind((host, 0))
         packets.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         _attach(packets, _filter(port))
-        return cls(packets)
+        watch = cls(packets)
+        # What came before the filter was there is of no concern here, and may be anybody's.
+        watch.drain(0.0)
+        watch.take(0.0)
+        return watch
 
     def fileno(self) -> int:
         """Return what a selector needs."""

@@ -16,7 +16,9 @@ import asyncpg
 import pytest
 
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy, PausingServer, TlsCertificates
+from resilient_pool.testing._refusals import RefusalWatch
 
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 RESUME = 0.4
 ALL_WAYS = ("hang", "refuse", "reset", "57P03", "28000")
 NOT_THERE = (
@@ -238,6 +240,39 @@ async def test_no_attempt_is_counted_twice_or_forgotten_around_the_closing_port(
             assert len(seen) == made
         else:
             assert len(seen) == made - sum(each["ConnectionRefusedError"] for each in met)
+
+
+def test_other_peoples_packets_are_never_counted():
+    """Not even those that arrive while the watch begins, on a machine where others are busy."""
+    done = threading.Event()
+
+    def be_busy() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+            while not done.is_set():
+                with socket.create_connection(elsewhere.getsockname()), elsewhere.accept()[0]:
+                    pass
+
+    others = [threading.Thread(target=be_busy) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        with socket.socket() as reserved:
+            reserved.bind(("127.0.0.1", 0))
+            for _ in range(300):
+                assert count_of_strangers(reserved.getsockname()[1]) == 0
+    finally:
+        done.set()
+        for other in others:
+            other.join()
+
+
+def count_of_strangers(port: int) -> int:
+    watch = RefusalWatch.open("127.0.0.1", port)
+    if watch is None:  # without the privilege nothing is counted at all
+        return 0
+    with contextlib.closing(watch):
+        watch.drain(1.0)
+        return len(watch.take(1.0))
 
 
 async def test_a_process_without_privileges_says_that_it_cannot_count_refusals(pausing, connect, monkeypatch):
@@ -504,8 +539,9 @@ async def test_a_closed_server_can_be_started_again(postgres, connect):
 
 async def test_the_example_of_the_readme_runs(capsys):
     """It passes as it stands there, and what it prints ends with the second pause."""
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "PausingServer" in code]
+    (example,) = [
+        code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "PausingServer" in code
+    ]
     names: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), names)
     await names["test_my_application_meets_a_sleeping_database"]()
