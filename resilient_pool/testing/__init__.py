@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from resilient_pool.testing._journal import Attempt, LogEntry
 from resilient_pool.testing.clock import ScriptedClock, ScriptedTimer
+from resilient_pool.testing.pausing import PausingServer
 from resilient_pool.testing.postgres import ConnectArguments, EmbeddedPostgres
 from resilient_pool.testing.proxy import FaultProxy, ProxiedConnection
 from resilient_pool.testing.tls import TlsCertificates
 
 __all__ = [
+    "Attempt",
     "ConnectArguments",
     "EmbeddedPostgres",
     "FaultProxy",
+    "LogEntry",
+    "PausingServer",
     "ProxiedConnection",
     "ScriptedClock",
     "ScriptedTimer",

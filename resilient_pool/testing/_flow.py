@@ -1,4 +1,4 @@
-"""One proxied connection and what can be done to it; everything here runs in the proxy's own event loop."""
+"""One proxied connection and what can be done to it; everything here runs in the event loop of the service it is part of."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class OneShot:
 
 
 class Rules:
-    """What holds for all connections of one proxy, and what they count together."""
+    """What holds for all connections that share it, and what they count together."""
 
     def __init__(self, target: tuple[str, int], tls: ssl.SSLContext | None) -> None:
         self.target = target
@@ -93,6 +93,7 @@ class Flow:
         self.client_is_there = True
         self.parameters: dict[str, str] = {}
         self.backend_pid: int | None = None
+        self.turned_away_with: str | None = None
         self.delay = 0.0
         self.passable = asyncio.Event()
         self.passable.set()
@@ -106,10 +107,22 @@ class Flow:
         self._from_server = _messages.Splitter(untyped=False)
         self._requests = _messages.RequestReader()
         self._rounds_answered = 0
+        self._in_transaction = False
         self._firing: OneShot | None = None
         self._firing_round = 0
         self._withheld = b""
         self._withheld_length = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the server has let the client in."""
+        return self._rounds_answered > 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the session waits for a request, outside a transaction."""
+        waits = self.is_ready and self._rounds_answered == self._requests.round
+        return waits and not self._in_transaction and self.state is State.OPEN
 
     async def run(self) -> None:
         """Serve the connection to its end."""
@@ -258,12 +271,15 @@ class Flow:
         while self.state is State.OPEN and (message := self._from_server.next()) is not None:
             if message.kind == _messages.KEY_DATA:
                 self.backend_pid = _KEY_DATA.unpack_from(message.body)[0]
+            if message.kind == _messages.ERROR and not self.is_ready:
+                self.turned_away_with = _messages.sqlstate(message)
             if self._is_withheld(message):
                 self._withhold(message)
             else:
                 self._pass_to_client(message.data)
             if message.kind == _messages.READY:
                 self._rounds_answered += 1
+                self._in_transaction = message.body != _messages.NO_TRANSACTION
 
     def _is_withheld(self, message: _messages.Message) -> bool:
         if self._firing is None or self._rounds_answered != self._firing_round:

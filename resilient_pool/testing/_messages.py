@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Mapping
 
 TLS_REQUEST = 80877103
 GSS_REQUEST = 80877104
@@ -16,8 +17,12 @@ _LEAST_LENGTH = 4
 
 KEY_DATA = b"K"
 READY = b"Z"
+ERROR = b"E"
 COPY_IN = b"G"
 COPY_BOTH = b"W"
+
+NO_TRANSACTION = b"I"
+"""What ReadyForQuery says of a session that is not in a transaction."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +137,20 @@ def startup_parameters(message: Message) -> dict[str, str]:
     """Read what a client says of itself when it connects."""
     words = [word.decode(errors="replace") for word in message.body[_LENGTH.size :].split(b"\0")]
     return {name: value for name, value in zip(words[0::2], words[1::2], strict=False) if name}
+
+
+def with_parameters(message: Message, added: Mapping[str, str]) -> Message:
+    """Add parameters to a startup message, except those that the client has set itself."""
+    known = startup_parameters(message)
+    extra = b"".join(f"{name}\0{value}\0".encode() for name, value in added.items() if name not in known)
+    body = message.body[:-1] + extra + b"\0"
+    return Message(kind=b"", data=_LENGTH.pack(len(body) + _LENGTH.size) + body)
+
+
+def sqlstate(message: Message) -> str:
+    """Read the code of an ErrorResponse; empty if it has none."""
+    fields = message.body.split(b"\0")
+    return next((field[1:].decode(errors="replace") for field in fields if field[:1] == b"C"), "")
 
 
 def fatal_error(sqlstate: str, text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks connections on command; the only module here that owns a thread.
+"""A TCP proxy that breaks connections on command.
 
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy, TlsCertificates
 
@@ -22,24 +22,17 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import socket
-import threading
-from collections.abc import Callable, Coroutine
-from types import TracebackType
-from typing import Literal, Self, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 from resilient_pool.testing._flow import Ending, Flow, Manner, OneShot, Rules, State, Stream
 from resilient_pool.testing._messages import fatal_error
+from resilient_pool.testing._service import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
 Result = TypeVar("Result")
 Matcher = bytes | str | Callable[[bytes], bool] | None
 """Which request a fault is meant for: text that its SQL or its arguments contain, a function of both, or None: any."""
-
-_PATIENCE = 30.0
-_LISTEN_BACKLOG = 512
-_CHUNK = 1 << 20
 
 
 class _Faults(abc.ABC):
@@ -157,7 +150,7 @@ class _Faults(abc.ABC):
         self._do(lambda: self._armed().extend([fault] * times))
 
 
-class FaultProxy(_Faults):
+class FaultProxy(LoopbackService[Flow], _Faults):
     """A proxy on 127.0.0.1 in front of a PostgreSQL server.
 
     It lives in a thread with an event loop of its own and keeps working while the client's loop is blocked. Every
@@ -174,8 +167,6 @@ class FaultProxy(_Faults):
         listen_port: The proxy's own port; by default any.
     """
 
-    host = "127.0.0.1"
-
     def __init__(
         self,
         host: str,
@@ -185,75 +176,16 @@ class FaultProxy(_Faults):
         server_sees_close: bool = True,
         listen_port: int = 0,
     ) -> None:
+        super().__init__(listen_port)
         self._rules = Rules((host, port), None if tls is None else tls.server_context())
         self._server_sees_close = server_sees_close
-        self._listen_port = listen_port
-        self._running: dict[Flow, asyncio.Task[None]] = {}
         self._attempted_at: list[float] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._reserved: socket.socket | None = None
-        self._listener: asyncio.Server | None = None
 
     def __repr__(self) -> str:
         host, port = self._rules.target
         return f"<FaultProxy {self.host}:{self._listen_port} to {host}:{port}>"
 
-    # Being there
-
-    def start(self) -> None:
-        """Begin to listen."""
-        if self._thread is not None:
-            return
-        self._reserved = _reserve(self._listen_port)
-        self._listen_port = self._reserved.getsockname()[1]
-        # Not whatever loop the program under test uses: this one is known to close sockets as told.
-        self._loop = asyncio.SelectorEventLoop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=repr(self), daemon=True)
-        self._thread.start()
-        self.accept()
-
-    def close(self) -> None:
-        """Stop listening and drop every connection, on both sides."""
-        if self._loop is None or self._thread is None:
-            return
-        self._await(self._shut_down())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._loop = self._thread = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     # What there is to see
-
-    @property
-    def port(self) -> int:
-        """Where the proxy listens, or will again."""
-        return self._listen_port
-
-    def dsn(self, dsn: str) -> str:
-        """Point a server's URL at the proxy instead, everything else as it is."""
-        parts = urlsplit(dsn)
-        account = parts.netloc.rpartition("@")[0]
-        place = f"{self.host}:{self.port}"
-        return urlunsplit(parts._replace(netloc=f"{account}@{place}" if account else place))
 
     @property
     def connections(self) -> list[ProxiedConnection]:
@@ -375,57 +307,9 @@ class FaultProxy(_Faults):
     def _closing(self, server_sees_close: bool | None) -> bool:
         return self._server_sees_close if server_sees_close is None else server_sees_close
 
-    async def _listen(self) -> None:
-        if self._reserved is not None:
-            self._listener = await asyncio.start_server(
-                self._arrived, sock=self._reserved, limit=_CHUNK, backlog=_LISTEN_BACKLOG
-            )
-            self._reserved = None
-
-    async def _stop_listening(self) -> None:
-        listener, self._listener = self._listener, None
-        if listener is None:
-            return
-        # asyncio accepts a connection in one turn of the loop and serves it in the next: a listener that is closed in
-        # between would leave its socket to nobody.
-        for listening in listener.sockets:
-            asyncio.get_running_loop().remove_reader(listening.fileno())
-        await _let_the_loop_turn()
-        listener.close()
-        # Bound but not listening: nobody else can take the port, and connecting to it is refused.
-        self._reserved = _reserve(self._listen_port)
-
     def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        loop = asyncio.get_running_loop()
-        self._attempted_at.append(loop.time())
-        flow = Flow(self._rules, Stream(reader, writer), len(self._attempted_at))
-        self._running[flow] = task = loop.create_task(flow.run())
-        task.add_done_callback(lambda _: self._running.pop(flow))
-
-    async def _shut_down(self) -> None:
-        await self._stop_listening()
-        if self._reserved is not None:
-            self._reserved.close()
-        tasks = list(self._running.values())
-        for flow, task in list(self._running.items()):
-            flow.drop()
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await _let_the_loop_turn()
-
-    def _do(self, action: Callable[[], Result]) -> Result:
-        async def act() -> Result:
-            result = action()
-            await _let_the_loop_turn()
-            return result
-
-        return self._await(act())
-
-    def _await(self, work: Coroutine[object, object, Result]) -> Result:
-        if self._loop is None:
-            work.close()
-            raise RuntimeError("the proxy was not started, or is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE)
+        self._attempted_at.append(asyncio.get_running_loop().time())
+        self._run(Flow(self._rules, Stream(reader, writer), len(self._attempted_at)))
 
 
 class ProxiedConnection(_Faults):
@@ -506,21 +390,3 @@ def _matcher(matching: Matcher) -> Callable[[bytes], bool]:
         return matching
     needle = matching.encode() if isinstance(matching, str) else matching
     return lambda subject: needle in subject
-
-
-def _reserve(port: int) -> socket.socket:
-    # With the protocol named asyncio turns Nagle's algorithm off, which else costs 40 ms per small answer.
-    reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind((FaultProxy.host, port))
-    except OSError:
-        reserved.close()
-        raise
-    return reserved
-
-
-async def _let_the_loop_turn() -> None:
-    # A transport that was aborted closes its socket in the loop's next turn.
-    for _ in range(3):
-        await asyncio.sleep(0)

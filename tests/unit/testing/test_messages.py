@@ -104,3 +104,31 @@ def test_a_fatal_error_has_its_code_and_its_text():
     """It is composed as the manual's section on error fields says."""
     expected = b"SFATAL\0VFATAL\0C57P03\0Mstarting up\0\0"
     assert _messages.fatal_error("57P03", "starting up") == typed(b"E", expected)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"user": "me"}, {"user": "me", "idle_session_timeout": "300"}),
+        ({"user": "me", "idle_session_timeout": "5"}, {"user": "me", "idle_session_timeout": "5"}),
+    ],
+)
+def test_a_startup_message_takes_more_parameters(said, expected):
+    """The client's own come first and are never changed, and the message remains one."""
+    body = b"".join(f"{name}\0{value}\0".encode() for name, value in said.items()) + b"\0"
+    message = _messages.Message(kind=b"", data=untyped(196608, body))
+    longer = _messages.with_parameters(message, {"idle_session_timeout": "300"})
+    splitter = _messages.Splitter(untyped=True)
+    splitter.feed(longer.data)
+    assert splitter.next() == longer
+    assert splitter.rest() == b""
+    assert longer.code == 196608
+    assert longer.data[-2:] == b"\0\0"
+    assert _messages.startup_parameters(longer) == expected
+
+
+def test_an_error_is_known_by_its_code():
+    """The field may stand anywhere, and is empty where there is none."""
+    error = _messages.Message(kind=b"E", data=_messages.fatal_error("28P01", "Code C57P03"))
+    assert _messages.sqlstate(error) == "28P01"
+    assert _messages.sqlstate(_messages.Message(kind=b"E", data=typed(b"E", b"MCode\0\0"))) == ""

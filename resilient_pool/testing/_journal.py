@@ -1,0 +1,164 @@
+"""What a pausing server has seen, and what can be counted from it; no I/O, and the time comes as an argument."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from array import array
+from typing import Final, Literal
+
+Phase = Literal["awake", "paused", "resuming"]
+"""Whether the server works, sleeps, or was woken and is not up yet."""
+
+PENDING: Final = "pending"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One TCP connection that somebody tried to make, and what became of the attempt.
+
+    Attributes:
+        number: Which attempt it was, counted from 1.
+        at: When it arrived, in seconds of `time.monotonic()`.
+        phase: What the server was doing then; the attempt that wakes it finds it "paused".
+        outcome: "pending" while it has no answer; "served" when its session was ready for a first statement; "reset";
+            "refused"; "gave up" if the client left without an answer; the SQLSTATE it was turned away with; "cancel" for
+            a request to cancel; "failed" if it ended otherwise.
+        settled_at: When that was known, likewise, or None while it is pending.
+    """
+
+    number: int
+    at: float
+    phase: Phase
+    outcome: str = PENDING
+    settled_at: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LogEntry:
+    """One line of a pausing server's log; `str()` is how a person reads it.
+
+    Attributes:
+        at: When it happened, in seconds of `time.monotonic()`.
+        seconds: The same since the server was started.
+        event: "started", "paused", "resuming", "resumed", "port closed", "port open", "limit", "no limit", "arrived",
+            "left", or the outcome of an attempt.
+        attempt: The number of the attempt it is about, or None.
+    """
+
+    at: float
+    seconds: float
+    event: str
+    attempt: int | None = None
+
+    def __str__(self) -> str:
+        subject = "" if self.attempt is None else f"attempt {self.attempt}: "
+        return f"{self.seconds:9.3f} s  {subject}{self.event}"
+
+
+class Journal:
+    """Keeps the log and the counts of one server.
+
+    Args:
+        now: When it begins, awake.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.phase: Phase = "awake"
+        self.pauses = 0
+        self.peak_in_flight = 0
+        self.log: list[LogEntry] = []
+        self._attempts: list[Attempt] = []
+        self._pending: set[int] = set()
+        self._outage_began = 0
+        self._outage_ended: int | None = 0
+        self._began = now
+        self._awake_since = now
+        self._awake_before = 0.0
+        self._heard_at = array("d")
+        self._heard = array("Q")
+        self.note("started", now)
+
+    def note(self, event: str, now: float, attempt: int | None = None) -> None:
+        """Write a line."""
+        self.log.append(LogEntry(at=now, seconds=now - self._began, event=event, attempt=attempt))
+
+    # The server's sleep
+
+    def paused(self, now: float) -> None:
+        """Begin to sleep, and a new outage."""
+        self.phase = "paused"
+        self.pauses += 1
+        self._awake_before += now - self._awake_since
+        self._outage_began, self._outage_ended = len(self._attempts), None
+        self.note("paused", now)
+
+    def resuming(self, now: float) -> None:
+        """Begin to wake."""
+        self.phase = "resuming"
+        self.note("resuming", now)
+
+    def resumed(self, now: float) -> None:
+        """Be awake: the outage is over, and the attempts in flight are counted anew."""
+        self.phase = "awake"
+        self._awake_since = now
+        self._outage_ended = len(self._attempts)
+        self.peak_in_flight = self.in_flight
+        self.note("resumed", now)
+
+    def awake_seconds(self, now: float) -> float:
+        """Tell how long it was awake until now."""
+        return self._awake_before + (now - self._awake_since if self.phase == "awake" else 0.0)
+
+    # The attempts
+
+    def arrived(self, now: float) -> int:
+        """Count an attempt, and return its number."""
+        number = len(self._attempts) + 1
+        self._attempts.append(Attempt(number=number, at=now, phase=self.phase))
+        self._pending.add(number)
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        self.note("arrived", now, number)
+        return number
+
+    def refused(self, now: float) -> None:
+        """Count an attempt that never got as far as to be accepted."""
+        number = len(self._attempts) + 1
+        self._attempts.append(Attempt(number=number, at=now, phase=self.phase, outcome="refused", settled_at=now))
+        self.note("refused", now, number)
+
+    def settle(self, number: int, outcome: str, now: float) -> None:
+        """Say what became of an attempt; only the first word on it counts."""
+        if number in self._pending:
+            self._pending.remove(number)
+            attempt = self._attempts[number - 1]
+            self._attempts[number - 1] = dataclasses.replace(attempt, outcome=outcome, settled_at=now)
+            self.note(outcome, now, number)
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """All attempts, in the order in which they were noticed."""
+        return tuple(self._attempts)
+
+    @property
+    def outage_attempts(self) -> tuple[Attempt, ...]:
+        """Those of the last outage: from the pause, to the resume if it came."""
+        return tuple(self._attempts[self._outage_began : self._outage_ended])
+
+    @property
+    def in_flight(self) -> int:
+        """How many attempts have no outcome yet."""
+        return len(self._pending)
+
+    # What clients sent
+
+    def heard(self, count: int, now: float) -> None:
+        """Count bytes that a client sent."""
+        self._heard_at.append(now)
+        self._heard.append(count + (self._heard[-1] if self._heard else 0))
+
+    def bytes_since(self, moment: float) -> int:
+        """Tell how many bytes have come at that moment or later."""
+        before = bisect.bisect_left(self._heard_at, moment)
+        total = self._heard[-1] if self._heard else 0
+        return total - (self._heard[before - 1] if before else 0)
