@@ -19,9 +19,9 @@ Jitter = Callable[[float], float]
 """Takes a delay and returns the one to use, in seconds."""
 
 
-def half_jitter(value: float) -> float:
-    """Return a random delay between half of `value` and `value` seconds."""
-    return value / 2 + backoff.full_jitter(value / 2)
+def quarter_jitter(value: float) -> float:
+    """Return a random delay between three quarters of `value` and `value` seconds."""
+    return value * 3 / 4 + backoff.full_jitter(value / 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,5 +110,5 @@ class BackoffPolicy:
 OPERATION_BACKOFF = BackoffPolicy()
 """For operations: 0.05 s, doubling, at most 2 s, fully jittered, 5 attempts."""
 
-RECONNECT_BACKOFF = BackoffPolicy(base=0.25, max_value=1.0, jitter=half_jitter, max_attempts=None, max_elapsed=60.0)
-"""For a server that is away: 0.25 s, doubling, at most 1 s, at least half of it kept by the jitter, for 60 s."""
+RECONNECT_BACKOFF = BackoffPolicy(base=0.25, max_value=1.0, jitter=quarter_jitter, max_attempts=None, max_elapsed=60.0)
+"""For a server that is away: 0.25 s, doubling, at most 1 s, at most a quarter of it taken by the jitter, for 60 s."""

@@ -9,7 +9,7 @@ import backoff
 import pytest
 
 from resilient_pool.errors import ConfigurationError
-from resilient_pool.policy.backoff import OPERATION_BACKOFF, RECONNECT_BACKOFF, BackoffPolicy, half_jitter
+from resilient_pool.policy.backoff import OPERATION_BACKOFF, RECONNECT_BACKOFF, BackoffPolicy, quarter_jitter
 
 
 def ours(base, factor, max_value):
@@ -87,10 +87,10 @@ def test_the_default_jitter_spreads_over_the_whole_delay():
     assert 0 <= min(delays) < 0.025 < max(delays) <= 0.05
 
 
-def test_half_jitter_keeps_at_least_half():
-    """The reconnect policy's jitter never lets a delay shrink to nothing."""
-    delays = [half_jitter(1.0) for _ in range(200)]
-    assert 0.5 <= min(delays) < 0.75 < max(delays) <= 1.0
+def test_quarter_jitter_keeps_three_quarters():
+    """So the number of attempts in a time is bounded, whatever chance says: nine in five seconds."""
+    delays = [quarter_jitter(1.0) for _ in range(200)]
+    assert 0.75 <= min(delays) < 0.85 < max(delays) <= 1.0
 
 
 def test_the_defaults_are_the_documented_ones():
@@ -113,7 +113,7 @@ def test_the_defaults_are_the_documented_ones():
             base=0.25,
             factor=2,
             max_value=1.0,
-            jitter=half_jitter,
+            jitter=quarter_jitter,
             max_attempts=None,
             max_elapsed=60.0,
         )

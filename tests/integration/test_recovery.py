@@ -1,0 +1,190 @@
+"""A database that sleeps, and a pool in front of which a crowd waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import asyncpg
+import pytest
+
+from resilient_pool import AcquireTimeoutError, ResilientPool
+from resilient_pool.observe.events import GateClosed, GateOpened
+from resilient_pool.testing import PausingServer
+
+WAYS = ["hang", "refuse", "reset", "57P03", "28000"]
+MIX = tuple(WAYS)
+RESUME = 5.0
+
+
+def asleep(postgres, **arguments):
+    """A database that sleeps, until the first attempt to connect and `RESUME` seconds more."""
+    defaults = {"pause_after": 0.5, "resume_seconds": RESUME}
+    return PausingServer(postgres.host, postgres.port, **{**defaults, **arguments})
+
+
+async def test_a_crowd_meets_a_sleeping_database(postgres):
+    """All succeed soon after it woke, however it behaves meanwhile, and it is spared the crowd."""
+    figures = await asyncio.gather(*(_crowd(postgres, way) for way in [*WAYS, MIX]))
+    for way, (late, attempts, at_once, connections) in zip([*WAYS, "mix"], figures, strict=True):
+        assert late < 1.2, (way, figures)
+        assert attempts <= 9, (way, figures)
+        # What is admitted doubles with each round: at most half of what the pool may have, and as many again.
+        assert at_once <= 2 * connections, (way, figures)
+
+
+async def _crowd(postgres, away):
+    with asleep(postgres, away=away, seed=7) as server:
+        server.pause()
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, max_size=8) as pool:
+
+            async def call():
+                assert await pool.fetchval("SELECT 42") == 42
+                return time.monotonic()
+
+            ended = await asyncio.gather(*(call() for _ in range(100)))
+            resumed = next(entry.at for entry in server.log if entry.event == "resumed")
+            return max(ended) - resumed, len(server.outage_attempts), server.peak_in_flight, pool.stats().opened
+
+
+@pytest.mark.parametrize("capacity", [1, 3])
+async def test_a_small_server_that_just_woke_is_not_overrun(postgres, capacity):
+    """It takes few connections at first; the callers share those there are, and none fails."""
+    with asleep(postgres, resume_seconds=0.5, capacity=capacity, capacity_seconds=1.0) as server:
+        server.pause()
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, max_size=8) as pool:
+            await asyncio.gather(*(pool.fetchval("SELECT 1 FROM pg_sleep(0.05)") for _ in range(60)))
+        assert sum(attempt.outcome == "53300" for attempt in server.attempts) <= 4
+
+
+async def test_the_gate_tells_what_it_does(postgres):
+    """It closes once, opens once, and is seen in the statistics."""
+    events = []
+    with asleep(postgres, away="57P03", resume_seconds=0.6) as server:
+        server.pause()
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, observers=[events.append]) as pool:
+            call = asyncio.create_task(pool.fetchval("SELECT 1"))
+            await server.until("resuming", 5)
+            while not pool.stats().gate_closed:
+                await asyncio.sleep(0.01)
+            assert await call == 1
+            stats = pool.stats()
+    assert (stats.gate_closed, stats.exhausted) == (False, 0)
+    assert [event.sqlstate for event in events if isinstance(event, GateClosed)] == ["57P03"]
+    assert [event.attempts for event in events if isinstance(event, GateOpened)] == [stats.connect_failures]
+
+
+@pytest.mark.parametrize(
+    ("away", "error"),
+    [
+        ("hang", AcquireTimeoutError),
+        ("refuse", ConnectionRefusedError),
+        ("reset", (ConnectionResetError, asyncpg.ConnectionDoesNotExistError)),
+        ("57P03", asyncpg.CannotConnectNowError),
+        ("28000", asyncpg.InvalidAuthorizationSpecificationError),
+    ],
+)
+async def test_a_deadline_ends_with_the_original_error(postgres, away, error):
+    """After the deadline, not after the connect time-out, and with the history in a note."""
+    with asleep(postgres, away=away) as server:
+        server.pause()
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, deadline=1.0) as pool:
+            began = time.monotonic()
+            with pytest.raises(error) as caught:
+                await pool.fetchval("SELECT 1")
+            assert 0.99 < time.monotonic() - began < 1.1
+            if away != "hang":
+                assert "attempts to connect" in caught.value.__notes__[0]
+
+
+async def test_fail_fast_ends_at_once(postgres):
+    """Once the server is known to be away nobody who says so waits for it, and it is found all the same when it is back."""
+    with asleep(postgres, away="57P03", resume_seconds=1.0) as server:
+        server.pause()
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, fail_fast=True) as pool:
+            began, failed = time.monotonic(), 0
+            while time.monotonic() - began < 10:
+                called = time.monotonic()
+                try:
+                    assert await pool.fetchval("SELECT 1") == 1
+                    break
+                except asyncpg.CannotConnectNowError:
+                    failed += 1
+                    assert time.monotonic() - called < 0.1
+                await asyncio.sleep(0.02)
+            assert failed > 5
+            assert len(server.outage_attempts) <= 5
+
+
+async def test_an_idle_application_lets_the_database_sleep(postgres):
+    """After a burst no connection is left once the idle lifetime is over, and then nothing at all is sent."""
+    with asleep(postgres, pause_after=0.5, resume_seconds=0.2) as server:
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, max_inactive_connection_lifetime=0.5) as pool:
+            await asyncio.gather(*(pool.execute("CREATE TEMP TABLE IF NOT EXISTS t ()") for _ in range(50)))
+            await server.until("paused", 0.5 + 2)
+            assert server.open_connections == 0
+            moment, attempts = time.monotonic(), len(server.attempts)
+            await asyncio.sleep(1.5)
+            assert (server.bytes_since(moment), len(server.attempts), server.phase) == (0, attempts, "paused")
+            assert pool.get_size() == 0
+
+
+async def test_a_prober_nobody_waits_for_stops(postgres):
+    """Callers that gave up do not leave somebody behind who keeps the database awake."""
+    with asleep(postgres, away="57P03", resume_seconds=60.0) as server:
+        server.pause()
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, deadline=0.5) as pool:
+            with pytest.raises(asyncpg.CannotConnectNowError):
+                await pool.fetchval("SELECT 1")
+            attempts = len(server.attempts)
+            await asyncio.sleep(1.5)
+            assert len(server.attempts) == attempts
+
+
+async def test_the_servers_own_patience_bounds_the_pools(postgres):
+    """A pool that was told to keep connections for longer than the server does is wiser than that."""
+    with asleep(postgres, pause_after=None, idle_session_timeout=1.2) as server:
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False) as pool:
+            await pool.fetchval("SELECT 1")
+            began = time.monotonic()
+            while pool.get_size():
+                assert time.monotonic() - began < 1.15
+                await asyncio.sleep(0.01)
+            assert 0.9 < time.monotonic() - began
+
+
+async def test_a_wrong_password_ends_at_once(postgres):
+    """For everybody who waits, after one attempt for each answer of the server's."""
+    await postgres.create_role("sleepy", "right")
+    with asleep(postgres, pause_after=None) as server:
+        dsn = server.dsn(postgres.dsn(user="sleepy", password="wrong"))
+        async with ResilientPool(dsn, ssl=False) as pool:
+            errors = await asyncio.gather(*(pool.fetchval("SELECT 1") for _ in range(20)), return_exceptions=True)
+        assert {type(error) for error in errors} == {asyncpg.InvalidPasswordError}
+        assert len(server.attempts) == 1
+
+
+@pytest.mark.parametrize("way", ["close", "terminate", "cancel"])
+async def test_a_pool_is_closed_while_it_waits(postgres, way):
+    """The prober goes with it, and whoever waits is told."""
+    with asleep(postgres, resume_seconds=60.0, pause_after=None) as server:
+        server.pause()
+        pool = await ResilientPool(server.dsn(postgres.dsn()), ssl=False)
+        call = asyncio.create_task(pool.fetchval("SELECT 1"))
+        while not server.in_flight:
+            await asyncio.sleep(0.01)
+        if way == "cancel":
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        elif way == "close":
+            await asyncio.wait_for(pool.close(), 1)
+        else:
+            pool.terminate()
+        while server.in_flight:
+            await asyncio.sleep(0.01)
+        if way == "cancel":
+            await asyncio.wait_for(pool.close(), 1)
+        else:
+            with pytest.raises(asyncpg.InterfaceError, match="pool is clos"):
+                await call
