@@ -109,7 +109,7 @@ class Visit(Flow):
         if self._rules.manner is Manner.RST:
             self._settled(self, "reset")
         else:
-            self._settled(self, self.turned_away_with or self._code or "failed")
+            self._settled(self, self._code or "failed")
 
     async def run(self) -> None:
         """Serve the connection to its end."""

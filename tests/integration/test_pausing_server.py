@@ -421,7 +421,7 @@ async def test_an_idle_session_is_told_why_it_ends(pausing):
 
 
 async def test_it_can_be_told_to_be_up(pausing, connect):
-    """Whoever waits is served at once, and a resume that was due later does nothing more."""
+    """Whoever waits is served at once, and being up twice is no more than once."""
     server = pausing(resume_seconds=60)
     server.pause()
     waiting = asyncio.ensure_future(connect(server))
@@ -432,6 +432,19 @@ async def test_it_can_be_told_to_be_up(pausing, connect):
     await asyncio.wait_for(waiting, 5)
     server.resume()
     assert events(server).count("resumed") == 1
+
+
+async def test_a_resume_that_was_due_is_forgotten_when_it_came_early(pausing, connect):
+    """It does not end the next pause, which only an attempt may."""
+    server = pausing()
+    server.pause()
+    waiting = asyncio.ensure_future(connect(server))
+    await server.until("resuming", timeout=5)
+    server.resume()
+    await waiting
+    server.pause()
+    with pytest.raises(TimeoutError, match=r"not awake after 0\.8 s but paused"):
+        await server.until("awake", timeout=2 * RESUME)
 
 
 async def test_nothing_sent_is_zero_bytes(pausing, connect):
