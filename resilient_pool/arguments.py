@@ -61,6 +61,7 @@ class PoolArguments(ConnectArguments, total=False):
     backoff: BackoffPolicy
     reconnect: BackoffPolicy
     deadline: float | None
+    may_pause: bool
     fail_fast: bool
     ping_after: float
     ping_timeout: float

@@ -451,6 +451,13 @@ class PoolConfig:
             "statement. None is no limit.",
         ),
     )
+    may_pause: bool = field(
+        default=False,
+        metadata=_about(
+            _kind("bool", "True or False", bool, optional=False),
+            "Whether the database pauses when nobody is connected: then the pool warns of what would keep it awake.",
+        ),
+    )
     fail_fast: bool = field(
         default=False,
         metadata=_about(
@@ -604,6 +611,15 @@ class PoolConfig:
         given = {name: value for name, value in arguments.items() if value is not None or not _means_absent(name)}
         given = _with_service(_merged(_read(sealed), given))
         return cls(**_shaped(_with_environment(given)))  # type: ignore[arg-type]
+
+    def keeps_awake(self) -> Iterator[str]:
+        """Yield why a database that pauses when nobody is connected never would."""
+        if not self.may_pause:
+            return
+        if self.min_size:
+            yield f"min_size={self.min_size} keeps connections open for ever; use min_size=0"
+        if not self.max_inactive_connection_lifetime:
+            yield "max_inactive_connection_lifetime=0 never closes a connection; use 50"
 
     def connect_arguments(self) -> dict[str, object]:
         """Return what `asyncpg.connect` is called with, except for the password and the classes.

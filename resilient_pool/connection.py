@@ -14,6 +14,7 @@ from resilient_pool.config import PoolConfig
 from resilient_pool.core import wire
 from resilient_pool.core.checkout import Checkout
 from resilient_pool.core.clock import Clock
+from resilient_pool.core.deadlines import deadline_after
 from resilient_pool.core.runner import Call, Runner
 from resilient_pool.core.slots import Slot
 from resilient_pool.core.upkeep import Upkeep
@@ -285,7 +286,7 @@ class Lender:
         """Begin a call. Its deadline is `deadline` seconds from now, by default the pool's."""
         started = self._clock.monotonic()
         seconds = self._config.deadline if deadline is None else deadline
-        ends = None if seconds is None else started + seconds
+        ends = deadline_after(started, seconds)
         return Call(operation, sql, execute, started, ends, idempotent=idempotent, replayable=replayable)
 
     def run_in_background(self, work: Coroutine[object, object, None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Awaitable, Callable, Generator
 from enum import Enum
 from types import TracebackType
@@ -23,6 +24,7 @@ from resilient_pool.core.slots import Slot, Slots
 from resilient_pool.core.upkeep import Upkeep
 from resilient_pool.core.wire import AnyConnection, Link
 from resilient_pool.inquiry import Inquiry
+from resilient_pool.invocation import Invocation
 from resilient_pool.observe.events import Dispatcher
 from resilient_pool.observe.stats import Counters, PoolStats
 from resilient_pool.policy.statements import StatementReader
@@ -63,6 +65,8 @@ class ResilientPool(Queries):
         sealed, settled = seal(dsn, arguments)
         del dsn, arguments  # a report that shows this frame must not show them
         config = PoolConfig.from_arguments(sealed, **settled)
+        for reason in config.keeps_awake():
+            warnings.warn(f"the database will not pause: {reason}", stacklevel=2)
         clock: Clock = config.clock or SystemClock()
         self._config = config
         self._clock = clock
@@ -200,6 +204,26 @@ class ResilientPool(Queries):
         """
         self._require_open()
         return await run(self._transactions, function, args, options)
+
+    def invocation(self, *, deadline: float | None = None) -> Invocation:
+        """Bound what one invocation of a function does, where the process is frozen afterwards: an AWS Lambda, say.
+
+            async with pool.invocation(deadline=context.get_remaining_time_in_millis() / 1000):
+                ...
+
+        No call within gets a later deadline, and a statement that still runs when the time is up is cancelled. On leaving,
+        everything that the pool does in the background (a reset, a goodbye, an attempt to connect) has ended: what was in
+        flight when a process is frozen comes to its end an hour later, if at all. A tenth of the time, a second at most, is
+        kept back for that. It is for processes that serve one request at a time.
+
+        Args:
+            deadline: The seconds left. Default: no limit, only a proper end.
+
+        Raises:
+            TimeoutError: The time was up before the block had ended.
+        """
+        self._require_open()
+        return Invocation(self._gate, self._upkeep, self._clock, deadline)
 
     # Lending
 

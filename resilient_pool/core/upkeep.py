@@ -254,6 +254,19 @@ class Upkeep:
         while self._background:
             await asyncio.wait(self._background)
 
+    async def rest(self, seconds: float | None) -> None:
+        """Wait until nothing is done in the background; what is not done after `seconds` is cut short."""
+        rested = False
+        try:
+            while self._background and not rested:
+                _, busy = await asyncio.wait(self._background, timeout=seconds)
+                rested = bool(busy)
+            rested = not self._background
+        finally:
+            if not rested:
+                for task in self._background:
+                    task.cancel()
+
     def report_long_close(self, seconds: float) -> None:
         """Warn that connections have not come back, and say how many."""
         _LOGGER.warning(
