@@ -256,16 +256,15 @@ class Upkeep:
 
     async def rest(self, seconds: float | None) -> None:
         """Wait until nothing is done in the background; what is not done after `seconds` is cut short."""
-        rested = False
         try:
-            while self._background and not rested:
+            busy: set[asyncio.Task[object]] = set()
+            while self._background and not busy:  # what ends may begin something else, such as a goodbye
                 _, busy = await asyncio.wait(self._background, timeout=seconds)
-                rested = bool(busy)
-            rested = not self._background
         finally:
-            if not rested:
-                for task in self._background:
-                    task.cancel()
+            for task in self._background:
+                task.cancel()
+        if self._background:
+            await asyncio.wait(self._background, timeout=_CLOSE_LIMIT)
 
     def report_long_close(self, seconds: float) -> None:
         """Warn that connections have not come back, and say how many."""
