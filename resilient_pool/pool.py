@@ -300,7 +300,8 @@ class ResilientPool(Queries):
             else:
                 self._state = _State.CLOSED
                 self._upkeep.hang_up()
-        self._gate.call()
+        if self._slots.wants:
+            self._gate.call()
         return self
 
     async def _open_connections(self, number: int) -> None:
