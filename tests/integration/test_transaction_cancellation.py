@@ -99,7 +99,11 @@ async def staged(postgres, proxy, *, log: str | None, user: str | None):
         scene = Scene(pool, proxy, admin, name)
         scene.events = events
         await pool.run_in_transaction(insert, 0)
-        yield scene
+        try:
+            yield scene
+        except BaseException:
+            pool.terminate()  # closing would wait for what was lost
+            raise
 
 
 async def insert(connection, number):
