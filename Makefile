@@ -62,6 +62,7 @@ check: $(DEVELOP)
 
 bench: $(VENV)/.wheel
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/transactions.py
 	$(BIN)/python scripts/update_readme.py
 
 format: $(DEVELOP)
