@@ -305,9 +305,36 @@ async def test_two_workers_under_serializable_never_see_a_conflict_and_their_sum
                             row,
                         )
 
-        await asyncio.gather(work(1), work(2))
+        async with asyncio.timeout(30):
+            await asyncio.gather(work(1), work(2))
         assert await pool.fetchval(f"SELECT sum(amount) FROM {table}") == 80
     assert any(isinstance(event, RetryScheduled) and event.sqlstate == "40001" for event in events)
+
+
+@pytest.mark.parametrize("isolation", ["serializable", "repeatable_read", "read_committed"])
+async def test_two_workers_that_lock_the_same_rows_in_opposite_order_all_end(postgres, table, isolation):
+    """Conflicts and deadlocks are repeated, no transfer is made twice or lost, and nobody waits for ever."""
+    events = []
+    settings = {"deadlock_timeout": "5ms"}
+    async with ResilientPool(postgres.dsn(), server_settings=settings, observers=[events.append]) as pool:
+        await pool.execute(f"ALTER TABLE {table} ADD COLUMN amount int; INSERT INTO {table} VALUES (1, 0), (2, 0)")
+
+        async def transfer(connection, giver, taker):
+            await connection.execute(f"UPDATE {table} SET amount = amount - 3 WHERE id = $1", giver)
+            await connection.execute(f"UPDATE {table} SET amount = amount + 5 WHERE id = $1", taker)
+            return giver
+
+        async def work(giver, taker):
+            for _ in range(25):
+                assert await pool.run_in_transaction(transfer, giver, taker, isolation=isolation) == giver
+
+        async with asyncio.timeout(30):
+            await asyncio.gather(work(1, 2), work(2, 1))
+        found = await pool.fetch(f"SELECT id, amount FROM {table} ORDER BY id")
+        assert [tuple(row) for row in found] == [(1, 50), (2, 50)]
+    conflicts = {event.sqlstate for event in events if isinstance(event, RetryScheduled)}
+    assert conflicts
+    assert conflicts <= {"40001", "40P01"}
 
 
 class Counting(asyncpg.Connection):
