@@ -29,6 +29,8 @@ async def table(postgres: EmbeddedPostgres):
     async with postgres.admin() as admin:
         await admin.execute(f"CREATE TABLE {name} (id int)")
     yield name
+    # After a failure somebody may still hold it.
+    await postgres.terminate_backends("state = 'idle in transaction'")
     async with postgres.admin() as admin:
         await admin.execute(f"DROP TABLE {name} CASCADE")
 
@@ -46,6 +48,12 @@ async def opened(server, proxy, **arguments):
         pool.answers = lambda: [event.answer for event in events if isinstance(event, OutcomeResolved)]
         await pool.run_in_transaction(nothing)
         yield pool
+
+
+async def eventually(ask):
+    async with asyncio.timeout(10):
+        while not await ask():
+            await asyncio.sleep(0.01)
 
 
 async def nothing(connection):
@@ -144,10 +152,11 @@ async def test_a_slow_commit(postgres, proxy, table):
     async with opened(postgres, proxy) as pool:
         running = asyncio.create_task(pool.run_in_transaction(insert, table))
         async with postgres.admin() as admin:
-            while not await admin.fetchval(
-                "SELECT count(*) FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event = 'PgSleep'"
-            ):
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: admin.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event = 'PgSleep'"
+                )
+            )
         proxy.rst(server_sees_close=False)
         await running
         assert pool.answers() == ["committed"]
@@ -165,8 +174,9 @@ async def test_a_commit_that_waits_for_a_standby(server, released):
             running = asyncio.create_task(pool.run_in_transaction(insert, "t", deadline=2.0))
             async with server.admin() as admin:
                 await admin.execute("SET synchronous_commit = local")
-                while not await admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"):
-                    await asyncio.sleep(0.01)
+                await eventually(
+                    lambda: admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+                )
             proxy.rst(server_sees_close=False)
             if released:
                 await asyncio.sleep(0.3)
@@ -219,8 +229,9 @@ def cut_off(proxy):
 
 
 async def until_fired(proxy):
-    while not proxy.fired:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        while not proxy.fired:
+            await asyncio.sleep(0.01)
 
 
 @LOGS
@@ -295,8 +306,7 @@ async def test_an_asynchronous_standby_promoted_in_between(server, log, replicat
 
 
 async def caught_up(follower, position):
-    while not await follower.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", position):
-        await asyncio.sleep(0.01)
+    await eventually(lambda: follower.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", position))
 
 
 async def test_the_statistics_begun_anew_while_the_commit_runs(postgres, proxy, table):
@@ -309,10 +319,11 @@ async def test_the_statistics_begun_anew_while_the_commit_runs(postgres, proxy, 
     async with opened(postgres, proxy, commit_log="public.commits") as pool:
         running = asyncio.create_task(pool.run_in_transaction(insert, table))
         async with postgres.admin() as admin:
-            while not await admin.fetchval(
-                "SELECT count(*) FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event = 'PgSleep'"
-            ):
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: admin.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event = 'PgSleep'"
+                )
+            )
             await admin.execute("SELECT pg_stat_reset_shared('bgwriter')")
         proxy.rst(server_sees_close=False)
         await running
