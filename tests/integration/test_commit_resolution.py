@@ -407,3 +407,72 @@ async def test_only_writers_leave_a_row_and_old_rows_are_pruned(postgres, proxy,
                 await asyncio.sleep(0.01)
             assert await admin.fetchval(f"SELECT now() - written_at < interval '1 hour' FROM {log}")
             await admin.execute(f"DROP TABLE {log}")
+
+
+async def test_a_notification_alone_is_something_to_resolve(postgres, proxy):
+    """It gets an id only for being asked, and it is sent once."""
+    channel = f"c_{uuid.uuid4().hex}"
+    heard = []
+    async with postgres.admin() as listener, opened(postgres, proxy) as pool:
+        await listener.add_listener(channel, lambda *told: heard.append(told[-1]))
+        proxy.lose_next_request(matching=b"COMMIT")
+        await pool.run_in_transaction(lambda connection: connection.execute(f"NOTIFY {channel}, 'one'"))
+        proxy.swallow_next_answer(matching=b"COMMIT")
+        await pool.run_in_transaction(lambda connection: connection.execute("SELECT pg_notify($1, 'two')", channel))
+        assert pool.answers() == ["aborted", "committed"]
+        await listener.execute(f"NOTIFY {channel}, 'last'")
+        await eventually(lambda: answered("last" in heard))
+        assert heard == ["one", "two", "last"]
+
+
+async def answered(value):
+    return value
+
+
+@pytest.mark.parametrize(("isolation", "attempts"), [("serializable", 2), ("repeatable_read", 1)])
+async def test_reads_whose_commit_was_lost_are_repeated_only_where_that_says_something(
+    postgres, proxy, isolation, attempts
+):
+    """COMMIT can still refuse what a serializable transaction has read; elsewhere nothing depends on it."""
+    calls = []
+
+    async def read(connection):
+        calls.append(await connection.fetchval("SELECT 1"))
+
+    async with opened(postgres, proxy) as pool:
+        proxy.swallow_next_answer(matching=b"COMMIT")
+        await pool.run_in_transaction(read, isolation=isolation)
+        assert (len(calls), pool.answers()) == (attempts, [])
+
+
+@pytest.mark.parametrize("sqlstate", ["40003", "08007"])
+async def test_a_server_that_does_not_know_itself_is_asked_again(postgres, proxy, table, sqlstate):
+    """An answer to COMMIT that says "unknown" is no refusal."""
+    async with postgres.admin() as admin:
+        await admin.execute(
+            f"CREATE SEQUENCE s_{table};"
+            f"CREATE FUNCTION f_{table}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            f"IF nextval('s_{table}') = 1 THEN RAISE EXCEPTION 'who knows' USING ERRCODE = '{sqlstate}'; END IF; RETURN NULL; END $$;"
+            f"CREATE CONSTRAINT TRIGGER t AFTER INSERT ON {table} DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION f_{table}()"
+        )
+    async with opened(postgres, proxy) as pool:
+        await pool.run_in_transaction(insert, table)
+        assert pool.answers() == ["aborted"]
+    assert await count(postgres, table) == 1
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP FUNCTION f_{table} CASCADE; DROP SEQUENCE s_{table}")
+
+
+async def test_a_log_that_somebody_dropped_is_made_again(postgres, proxy, table):
+    """The transaction that finds it missing fails and leaves nothing; the next one succeeds."""
+    log = f"public.log_{table}"[:60]
+    async with opened(postgres, proxy, commit_log=log) as pool:
+        async with postgres.admin() as admin:
+            await admin.execute(f"DROP TABLE {log}")
+        with pytest.raises(asyncpg.UndefinedTableError):
+            await pool.run_in_transaction(insert, table)
+        await pool.run_in_transaction(insert, table)
+    async with postgres.admin() as admin:
+        assert await admin.fetchval(f"SELECT count(*) FROM {log}") == 1
+        await admin.execute(f"DROP TABLE {log}")
+    assert await count(postgres, table) == 1
