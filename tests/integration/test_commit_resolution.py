@@ -210,6 +210,7 @@ async def test_a_restart_in_between(server, log, arrived, mode):
                 with pytest.raises(OutcomeUnknownError) as caught:
                     await running
                 assert caught.value.xid is not None
+                assert "commit_log=" in str(caught.value)
                 assert await count(server) == int(arrived)
             else:
                 await running
