@@ -47,7 +47,11 @@ async def opened(server, proxy, **arguments):
     ) as pool:
         pool.answers = lambda: [event.answer for event in events if isinstance(event, OutcomeResolved)]
         await pool.run_in_transaction(nothing)
-        yield pool
+        try:
+            yield pool
+        except BaseException:
+            pool.terminate()  # closing would wait for what was lost
+            raise
 
 
 async def eventually(ask):
