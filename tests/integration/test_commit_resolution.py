@@ -408,8 +408,7 @@ async def test_only_writers_leave_a_row_and_old_rows_are_pruned(postgres, proxy,
             await pool.run_in_transaction(lambda connection: connection.fetch("SELECT random()"))
             assert await admin.fetchval(f"SELECT count(*) FROM {log}") == 1
             await pool.run_in_transaction(insert, table)
-            while await admin.fetchval(f"SELECT count(*) FROM {log}") != 1:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: admin.fetchval(f"SELECT count(*) = 1 FROM {log}"))
             assert await admin.fetchval(f"SELECT now() - written_at < interval '1 hour' FROM {log}")
             await admin.execute(f"DROP TABLE {log}")
 
@@ -480,4 +479,17 @@ async def test_a_log_that_somebody_dropped_is_made_again(postgres, proxy, table)
     async with postgres.admin() as admin:
         assert await admin.fetchval(f"SELECT count(*) FROM {log}") == 1
         await admin.execute(f"DROP TABLE {log}")
+    assert await count(postgres, table) == 1
+
+
+async def test_a_transaction_that_used_all_its_time_is_still_asked_about(postgres, proxy, table):
+    """What is unknown stays unknown for ever, so the question may outlast the deadline."""
+    async with opened(postgres, proxy) as pool:
+
+        async def wait():
+            await asyncio.sleep(0.05)
+
+        proxy.swallow_next_answer(matching=b"COMMIT")
+        await pool.run_in_transaction(insert, table, wait, deadline=0.04)
+        assert pool.answers() == ["committed"]
     assert await count(postgres, table) == 1
