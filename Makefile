@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ASYNCPG_BEFORE := 0.30.0 0.31.0
 
-CHAOS_SECONDS ?= 60
+CHAOS_SECONDS ?= 120
 CHAOS_SEED ?= 1
 
 # A test that hangs shows where, and ends the run.
@@ -30,7 +30,7 @@ DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 help:
 	@echo "make demo   an application on asyncpg.Pool and one on ResilientPool, under the same mistreatment"
 	@echo "make test   all tests, on the installed wheel and on every supported asyncpg"
-	@echo "make chaos  a ledger of reads and writes under mistreatment, for a minute (CHAOS_SECONDS=60, CHAOS_SEED=1)"
+	@echo "make chaos  ledgers of reads and writes under mistreatment, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
 	@echo "make check  formatting, lint, types, import contracts"
 	@echo "make bench  what a call costs, beside other pools"
 	@echo "make format / make readme / make clean"
@@ -62,6 +62,7 @@ check: $(DEVELOP)
 
 bench: $(VENV)/.wheel
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/transactions.py
 	$(BIN)/python scripts/update_readme.py
 
 format: $(DEVELOP)
