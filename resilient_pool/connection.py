@@ -332,7 +332,7 @@ class Lender:
 
     def take_back(
         self, lease: ResilientConnection, seconds: float | None = None
-    ) -> asyncio.Task[Exception | None] | None:
+    ) -> asyncio.Task[None] | None:
         """End a loan; the connection is reset in the background. Returns what can be waited for."""
         slot = lease.detach()
         reset = None
