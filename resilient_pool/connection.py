@@ -281,9 +281,11 @@ class Lender:
         idempotent: bool,
         deadline: float | None,
         replayable: bool = True,
+        started: float | None = None,
     ) -> Call[T]:
-        """Begin a call. Its deadline is `deadline` seconds from now, by default the pool's."""
-        started = self._clock.monotonic()
+        """Begin a call. Its deadline is `deadline` seconds after it `started`, by default the pool's, and now."""
+        if started is None:
+            started = self._clock.monotonic()
         seconds = self._config.deadline if deadline is None else deadline
         ends = None if seconds is None else started + seconds
         return Call(operation, sql, execute, started, ends, idempotent=idempotent, replayable=replayable)
@@ -330,9 +332,7 @@ class Lender:
         if self._config.setup is not None:
             await self._config.setup(lease)
 
-    def take_back(
-        self, lease: ResilientConnection, seconds: float | None = None
-    ) -> asyncio.Task[None] | None:
+    def take_back(self, lease: ResilientConnection, seconds: float | None = None) -> asyncio.Task[None] | None:
         """End a loan; the connection is reset in the background. Returns what can be waited for."""
         slot = lease.detach()
         reset = None

@@ -18,7 +18,7 @@ from resilient_pool.core.checkout import Checkout
 from resilient_pool.core.clock import Clock, SystemClock
 from resilient_pool.core.connector import Connector
 from resilient_pool.core.runner import Call, Runner
-from resilient_pool.core.slots import Slots
+from resilient_pool.core.slots import Slot, Slots
 from resilient_pool.core.upkeep import Upkeep
 from resilient_pool.core.wire import AnyConnection, Link
 from resilient_pool.inquiry import Inquiry
@@ -41,6 +41,10 @@ class _State(Enum):
     OPEN = "is open"
     CLOSING = "is closing"
     CLOSED = "is closed"
+
+
+# Looking a member up in its enumeration takes as long as everything else that is asked before a call (Python 3.11).
+_OPEN = _State.OPEN
 
 
 class ResilientPool(Queries):
@@ -75,6 +79,7 @@ class ResilientPool(Queries):
         )
         self._checkout = Checkout(config, self._slots, self._upkeep, clock, self._counters)
         self._runner = Runner(config, self._reader, self._upkeep, self._connector, clock, self._counters, dispatcher)
+        self._deposit = config.retry_budget.deposit
         self._lender = Lender(config, self._checkout, self._upkeep, self._runner, clock)
         inquiry = Inquiry(config, self._lender, clock, dispatcher)
         self._transactions = Transactions(config, self._lender, self._reader, inquiry, clock, self._require_open)
@@ -106,26 +111,42 @@ class ResilientPool(Queries):
         exactly_once: bool = False,
     ) -> T:
         self._require_open()
-        if exactly_once and not idempotent and (sql is None or not self._reader.is_read_only(sql)):
+        if exactly_once and not idempotent and not self._is_read_only(sql):
             return await self.run_in_transaction(_on_lease, execute, deadline=deadline)
+        started = self._clock.monotonic()
+        link = failure = None
+        slot = self._checkout.at_once()
+        if slot is not None:
+            self._deposit()
+            link = slot.resource
+            try:
+                return await self._use(slot, sql, execute)
+            except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+                failure = error
+        # Only what has to wait, or to be tried again, needs to be remembered.
         call = self._lender.call(
-            operation, sql, execute, idempotent=idempotent, deadline=deadline, replayable=replayable
+            operation, sql, execute, idempotent=idempotent, deadline=deadline, replayable=replayable, started=started
         )
-        return await self._runner.run(call, self._attempt)
+        if link is not None:
+            call.reach(link)
+        return await self._runner.run(call, self._attempt, failure)
 
     async def _attempt(self, call: Call[T]) -> T:
         self._require_open()
         slot = await self._checkout.take(call.deadline)
         if self._config.setup is not None:
             return await self._attempt_on_loan(await self._lender.lend_slot(slot, call), call)
-        answered = False
+        call.reach(slot.resource)  # type: ignore[arg-type]
+        return await self._use(slot, call.sql, call.execute)
+
+    async def _use(self, slot: Slot[Link], sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]]) -> T:
+        answered, reset = False, None
         try:
-            result = await call.run_on(slot.resource)  # type: ignore[arg-type]
+            result = await execute(slot.resource.connection)  # type: ignore[union-attr]
             answered = True
         finally:
-            if answered and (self._never_resets or (self._trusts_reads and self._proven_read_only(call))):
+            if answered and (self._never_resets or (self._trusts_reads and self._is_read_only(sql))):
                 self._upkeep.give_back(slot)
-                reset = None
             else:
                 reset = self._upkeep.recondition(slot)
         if self._waits_for_reset:
@@ -141,8 +162,8 @@ class ResilientPool(Queries):
             await _end_of(reset)
         return result
 
-    def _proven_read_only(self, call: Call[T]) -> bool:
-        return call.sql is not None and self._reader.is_read_only(call.sql)
+    def _is_read_only(self, sql: str | None) -> bool:
+        return sql is not None and self._reader.is_read_only(sql)
 
     # Transactions
 
@@ -337,7 +358,7 @@ class ResilientPool(Queries):
         return asyncpg.InterfaceError(f"pool {self._state.value}")
 
     def _require_open(self) -> None:
-        if self._state is not _State.OPEN:
+        if self._state is not _OPEN:
             raise self._refusal()
         if asyncio.get_running_loop() is not self._loop:
             self._require_loop()

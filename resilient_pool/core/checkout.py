@@ -27,6 +27,7 @@ class Checkout:
     ) -> None:
         self._ping_after = config.ping_after
         self._ping_timeout = config.ping_timeout
+        self._sets_up = config.setup is not None
         self._slots = slots
         self._upkeep = upkeep
         self._clock = clock
@@ -45,18 +46,29 @@ class Checkout:
         slot = self._slots.take() if self._slots.idle or not self._is_worth_waiting() else None
         if slot is None:
             slot = await self._wait(deadline)
-        now = self._clock.now()
-        link = slot.resource
-        if (
-            link is None
-            or now - slot.idle_since >= self._ping_after
-            or now >= slot.expires_at
-            or not link.is_quiet()
-            or self._upkeep.is_outdated(slot)
-        ):
+        if not self._is_fit(slot):
             await self.mend(slot, deadline)
         self._counters.acquired += 1
         return slot
+
+    def at_once(self) -> Slot[Link] | None:
+        """Take the slot that was used last if it is idle and its connection needs neither mending nor setting up."""
+        slot = self._slots.newest
+        if slot is None or self._sets_up or not self._is_fit(slot):
+            return None
+        self._counters.acquired += 1
+        return self._slots.take()
+
+    def _is_fit(self, slot: Slot[Link]) -> bool:
+        now = self._clock.now()
+        link = slot.resource
+        return (
+            link is not None
+            and now - slot.idle_since < self._ping_after
+            and now < slot.expires_at
+            and link.is_quiet()
+            and not self._upkeep.is_outdated(slot)
+        )
 
     def _is_worth_waiting(self) -> bool:
         # A connection that is being reset comes back sooner than a new one could be opened, as long as nobody else waits
