@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ASYNCPG_BEFORE := 0.30.0 0.31.0
 
 DEMO_ARGS ?=
-CHAOS_SECONDS ?= 60
+CHAOS_SECONDS ?= 120
 CHAOS_SEED ?= 1
 
 # A test that hangs shows where, and ends the run.
@@ -32,7 +32,7 @@ help:
 	@echo "make demo   asyncpg.Pool and ResilientPool before a database that sleeps, and under the same mistreatment"
 	@echo "            (DEMO_ARGS='--resume-seconds 15' for the time a real one takes to wake)"
 	@echo "make test   all tests, on the installed wheel and on every supported asyncpg"
-	@echo "make chaos  a ledger of reads and writes under mistreatment, for a minute (CHAOS_SECONDS=60, CHAOS_SEED=1)"
+	@echo "make chaos  ledgers of reads and writes under mistreatment, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
 	@echo "make check  formatting, lint, types, import contracts"
 	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
 	@echo "make format / make readme / make clean"
@@ -65,6 +65,7 @@ check: $(DEVELOP)
 bench: $(VENV)/.wheel
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/transactions.py
 	$(BIN)/python scripts/update_readme.py
 
 format: $(DEVELOP)

@@ -330,9 +330,7 @@ class Lender:
         if self._config.setup is not None:
             await self._config.setup(lease)
 
-    def take_back(
-        self, lease: ResilientConnection, seconds: float | None = None
-    ) -> asyncio.Task[Exception | None] | None:
+    def take_back(self, lease: ResilientConnection, seconds: float | None = None) -> asyncio.Task[None] | None:
         """End a loan; the connection is reset in the background. Returns what can be waited for."""
         slot = lease.detach()
         reset = None

@@ -29,8 +29,12 @@ class OutcomeUnknownError(ResilientPoolError):
         self.operation = operation
         self.xid = xid
         known_as = "" if xid is None else f" (transaction id {xid})"
+        advice = (
+            "a pool with commit_log= finds out, also after a crash or a failover"
+            if operation == "transaction"
+            else "pass idempotent=True for a statement that may safely run twice"
+        )
         super().__init__(
             f"the connection was lost during {operation}{known_as}: it is not known whether it took effect. "
-            "It was not repeated, because repeating it could apply it twice; "
-            "pass idempotent=True for a statement that may safely run twice"
+            f"It was not repeated, because repeating it could apply it twice; {advice}"
         )

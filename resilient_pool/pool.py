@@ -300,7 +300,8 @@ class ResilientPool(Queries):
             else:
                 self._state = _State.CLOSED
                 self._upkeep.hang_up()
-        self._gate.call()
+        if self._slots.wants:
+            self._gate.call()
         return self
 
     async def _open_connections(self, number: int) -> None:
@@ -436,12 +437,12 @@ class ResilientPool(Queries):
         )
 
 
-async def _end_of(reset: asyncio.Task[Exception | None] | None) -> Exception | None:
+async def _end_of(reset: asyncio.Task[None] | None) -> BaseException | None:
     # Not by shield: a reset that terminate() cuts short would look like a cancellation of whoever waits for it.
     if reset is None:
         return None
     await asyncio.wait([reset])
-    return None if reset.cancelled() else reset.result()
+    return None if reset.cancelled() else reset.exception()
 
 
 class Acquisition:

@@ -108,7 +108,7 @@ class Upkeep:
         if self._reaper is None:
             self._schedule_reaping()
 
-    def recondition(self, slot: Slot[Link], seconds: float | None = None) -> asyncio.Task[Exception | None] | None:
+    def recondition(self, slot: Slot[Link], seconds: float | None = None) -> asyncio.Task[None] | None:
         """Take back a slot whose session may have changed: reset it in the background, or give it up.
 
         Args:
@@ -116,8 +116,8 @@ class Upkeep:
             seconds: How long the reset may take; by default `reset_timeout`.
 
         Returns:
-            The reset, whose result is what it raised, or `None`; nobody has to wait for it, and whoever does must not
-            cancel it. `None` if there is nothing to reset.
+            The reset. Nobody has to wait for it, and whoever does must not cancel it. `None` if there is nothing to
+            reset.
         """
         reason = self._unfit(slot)
         if reason is not None:
@@ -126,29 +126,28 @@ class Upkeep:
         prompt = slot.resource is not None and not slot.resource.is_cancelling
         self.resetting += 1
         self.returning += prompt
-        task = self.spawn(self._reset(slot, self._config.reset_timeout if seconds is None else seconds))
+        limit = self._config.reset_timeout if seconds is None else seconds
+        task = asyncio.get_running_loop().create_task(self._reset(slot, limit))
+        self._background.add(task)
         # Not the task itself: one that is cancelled before its first step would never give its slot back.
         task.add_done_callback(lambda task: self._settle(slot, task, prompt=prompt))
         return task
 
-    def _settle(self, slot: Slot[Link], task: asyncio.Task[Exception | None], *, prompt: bool) -> None:
+    async def _reset(self, slot: Slot[Link], seconds: float) -> None:
+        link = slot.resource
+        # What failed on it may have been judged by now, and the connection with it.
+        if link is not None and self._unfit(slot) is None:
+            self._counters.resets += 1
+            await link.restore(self._config.reset, seconds)
+
+    def _settle(self, slot: Slot[Link], task: asyncio.Task[None], *, prompt: bool) -> None:
+        self._background.discard(task)
         self.resetting -= 1
         self.returning -= prompt
-        if task.cancelled() or task.exception() is not None or task.result() is not None:
+        if task.cancelled() or task.exception() is not None:
             self.discard(slot, DiscardReason.RESET_FAILED)
         else:
             self.give_back(slot)
-
-    async def _reset(self, slot: Slot[Link], seconds: float) -> Exception | None:
-        link = slot.resource
-        if link is None or self._unfit(slot) is not None:
-            return None
-        self._counters.resets += 1
-        try:
-            await link.restore(self._config.reset, seconds)
-        except Exception as error:  # noqa: BLE001 - whatever failed, the session is in an unknown state
-            return error
-        return None
 
     def _unfit(self, slot: Slot[Link]) -> DiscardReason | None:
         link = slot.resource
@@ -256,16 +255,15 @@ class Upkeep:
 
     async def rest(self, seconds: float | None) -> None:
         """Wait until nothing is done in the background; what is not done after `seconds` is cut short."""
-        rested = False
         try:
-            while self._background and not rested:
+            busy: set[asyncio.Task[object]] = set()
+            while self._background and not busy:  # what ends may begin something else, such as a goodbye
                 _, busy = await asyncio.wait(self._background, timeout=seconds)
-                rested = bool(busy)
-            rested = not self._background
         finally:
-            if not rested:
-                for task in self._background:
-                    task.cancel()
+            for task in self._background:
+                task.cancel()
+        if self._background:
+            await asyncio.wait(self._background, timeout=_CLOSE_LIMIT)
 
     def report_long_close(self, seconds: float) -> None:
         """Warn that connections have not come back, and say how many."""

@@ -194,6 +194,10 @@ class Flow:
         except OSError:
             _reset(self._client.writer)
             raise
+        if self.state is State.ENDED:  # by a fault that came in between, when there was no server's side to end yet
+            self._server.writer.transport.abort()
+            await self._listen_in_vain()
+            return
         self._rules.accepted += 1
         if request.code != _messages.CANCEL_REQUEST:
             self.parameters = _messages.startup_parameters(request)

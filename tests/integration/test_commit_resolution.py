@@ -29,6 +29,8 @@ async def table(postgres: EmbeddedPostgres):
     async with postgres.admin() as admin:
         await admin.execute(f"CREATE TABLE {name} (id int)")
     yield name
+    # After a failure somebody may still hold it.
+    await postgres.terminate_backends("state = 'idle in transaction'")
     async with postgres.admin() as admin:
         await admin.execute(f"DROP TABLE {name} CASCADE")
 
@@ -45,7 +47,17 @@ async def opened(server, proxy, **arguments):
     ) as pool:
         pool.answers = lambda: [event.answer for event in events if isinstance(event, OutcomeResolved)]
         await pool.run_in_transaction(nothing)
-        yield pool
+        try:
+            yield pool
+        except BaseException:
+            pool.terminate()  # closing would wait for what was lost
+            raise
+
+
+async def eventually(ask):
+    async with asyncio.timeout(10):
+        while not await ask():
+            await asyncio.sleep(0.01)
 
 
 async def nothing(connection):
@@ -144,10 +156,11 @@ async def test_a_slow_commit(postgres, proxy, table):
     async with opened(postgres, proxy) as pool:
         running = asyncio.create_task(pool.run_in_transaction(insert, table))
         async with postgres.admin() as admin:
-            while not await admin.fetchval(
-                "SELECT count(*) FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event = 'PgSleep'"
-            ):
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: admin.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event = 'PgSleep'"
+                )
+            )
         proxy.rst(server_sees_close=False)
         await running
         assert pool.answers() == ["committed"]
@@ -165,8 +178,9 @@ async def test_a_commit_that_waits_for_a_standby(server, released):
             running = asyncio.create_task(pool.run_in_transaction(insert, "t", deadline=2.0))
             async with server.admin() as admin:
                 await admin.execute("SET synchronous_commit = local")
-                while not await admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"):
-                    await asyncio.sleep(0.01)
+                await eventually(
+                    lambda: admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+                )
             proxy.rst(server_sees_close=False)
             if released:
                 await asyncio.sleep(0.3)
@@ -200,6 +214,7 @@ async def test_a_restart_in_between(server, log, arrived, mode):
                 with pytest.raises(OutcomeUnknownError) as caught:
                     await running
                 assert caught.value.xid is not None
+                assert "commit_log=" in str(caught.value)
                 assert await count(server) == int(arrived)
             else:
                 await running
@@ -219,8 +234,9 @@ def cut_off(proxy):
 
 
 async def until_fired(proxy):
-    while not proxy.fired:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        while not proxy.fired:
+            await asyncio.sleep(0.01)
 
 
 @LOGS
@@ -295,8 +311,7 @@ async def test_an_asynchronous_standby_promoted_in_between(server, log, replicat
 
 
 async def caught_up(follower, position):
-    while not await follower.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", position):
-        await asyncio.sleep(0.01)
+    await eventually(lambda: follower.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", position))
 
 
 async def test_the_statistics_begun_anew_while_the_commit_runs(postgres, proxy, table):
@@ -309,10 +324,11 @@ async def test_the_statistics_begun_anew_while_the_commit_runs(postgres, proxy, 
     async with opened(postgres, proxy, commit_log="public.commits") as pool:
         running = asyncio.create_task(pool.run_in_transaction(insert, table))
         async with postgres.admin() as admin:
-            while not await admin.fetchval(
-                "SELECT count(*) FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event = 'PgSleep'"
-            ):
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: admin.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event = 'PgSleep'"
+                )
+            )
             await admin.execute("SELECT pg_stat_reset_shared('bgwriter')")
         proxy.rst(server_sees_close=False)
         await running
@@ -392,7 +408,88 @@ async def test_only_writers_leave_a_row_and_old_rows_are_pruned(postgres, proxy,
             await pool.run_in_transaction(lambda connection: connection.fetch("SELECT random()"))
             assert await admin.fetchval(f"SELECT count(*) FROM {log}") == 1
             await pool.run_in_transaction(insert, table)
-            while await admin.fetchval(f"SELECT count(*) FROM {log}") != 1:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: admin.fetchval(f"SELECT count(*) = 1 FROM {log}"))
             assert await admin.fetchval(f"SELECT now() - written_at < interval '1 hour' FROM {log}")
             await admin.execute(f"DROP TABLE {log}")
+
+
+async def test_a_notification_alone_is_something_to_resolve(postgres, proxy):
+    """It gets an id only for being asked, and it is sent once."""
+    channel = f"c_{uuid.uuid4().hex}"
+    heard = []
+    async with postgres.admin() as listener, opened(postgres, proxy) as pool:
+        await listener.add_listener(channel, lambda *told: heard.append(told[-1]))
+        proxy.lose_next_request(matching=b"COMMIT")
+        await pool.run_in_transaction(lambda connection: connection.execute(f"NOTIFY {channel}, 'one'"))
+        proxy.swallow_next_answer(matching=b"COMMIT")
+        await pool.run_in_transaction(lambda connection: connection.execute("SELECT pg_notify($1, 'two')", channel))
+        assert pool.answers() == ["aborted", "committed"]
+        await listener.execute(f"NOTIFY {channel}, 'last'")
+        await eventually(lambda: answered("last" in heard))
+        assert heard == ["one", "two", "last"]
+
+
+async def answered(value):
+    return value
+
+
+@pytest.mark.parametrize(("isolation", "attempts"), [("serializable", 2), ("repeatable_read", 1)])
+async def test_reads_whose_commit_was_lost_are_repeated_only_where_that_says_something(
+    postgres, proxy, isolation, attempts
+):
+    """COMMIT can still refuse what a serializable transaction has read; elsewhere nothing depends on it."""
+    calls = []
+
+    async def read(connection):
+        calls.append(await connection.fetchval("SELECT 1"))
+
+    async with opened(postgres, proxy) as pool:
+        proxy.swallow_next_answer(matching=b"COMMIT")
+        await pool.run_in_transaction(read, isolation=isolation)
+        assert (len(calls), pool.answers()) == (attempts, [])
+
+
+@pytest.mark.parametrize("sqlstate", ["40003", "08007"])
+async def test_a_server_that_does_not_know_itself_is_asked_again(postgres, proxy, table, sqlstate):
+    """An answer to COMMIT that says "unknown" is no refusal."""
+    async with postgres.admin() as admin:
+        await admin.execute(
+            f"CREATE SEQUENCE s_{table};"
+            f"CREATE FUNCTION f_{table}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            f"IF nextval('s_{table}') = 1 THEN RAISE EXCEPTION 'who knows' USING ERRCODE = '{sqlstate}'; END IF; RETURN NULL; END $$;"
+            f"CREATE CONSTRAINT TRIGGER t AFTER INSERT ON {table} DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION f_{table}()"
+        )
+    async with opened(postgres, proxy) as pool:
+        await pool.run_in_transaction(insert, table)
+        assert pool.answers() == ["aborted"]
+    assert await count(postgres, table) == 1
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP FUNCTION f_{table} CASCADE; DROP SEQUENCE s_{table}")
+
+
+async def test_a_log_that_somebody_dropped_is_made_again(postgres, proxy, table):
+    """The transaction that finds it missing fails and leaves nothing; the next one succeeds."""
+    log = f"public.log_{table}"[:60]
+    async with opened(postgres, proxy, commit_log=log) as pool:
+        async with postgres.admin() as admin:
+            await admin.execute(f"DROP TABLE {log}")
+        with pytest.raises(asyncpg.UndefinedTableError):
+            await pool.run_in_transaction(insert, table)
+        await pool.run_in_transaction(insert, table)
+    async with postgres.admin() as admin:
+        assert await admin.fetchval(f"SELECT count(*) FROM {log}") == 1
+        await admin.execute(f"DROP TABLE {log}")
+    assert await count(postgres, table) == 1
+
+
+async def test_a_transaction_that_used_all_its_time_is_still_asked_about(postgres, proxy, table):
+    """What is unknown stays unknown for ever, so the question may outlast the deadline."""
+    async with opened(postgres, proxy) as pool:
+
+        async def wait():
+            await asyncio.sleep(0.05)
+
+        proxy.swallow_next_answer(matching=b"COMMIT")
+        await pool.run_in_transaction(insert, table, wait, deadline=0.04)
+        assert pool.answers() == ["committed"]
+    assert await count(postgres, table) == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import socket
+import struct
 import time
 from collections.abc import Callable
 
@@ -16,6 +18,8 @@ from resilient_pool.testing import EmbeddedPostgres, FaultProxy, TlsCertificates
 
 LOST = (asyncpg.ConnectionDoesNotExistError, OSError, asyncpg.InternalClientError)
 BRIEF = 0.15
+# What a client says first: its length, the protocol's version, and who it is.
+STARTUP = struct.pack("!ii", 23, 196608) + b"user\0postgres\0\0"
 
 
 @pytest.fixture(scope="module", params=["asyncio", "uvloop"])
@@ -439,3 +443,22 @@ async def test_it_is_an_asynchronous_context_manager_too(postgres):
         await asyncpg.connect(proxy.dsn(postgres.dsn()))
     with pytest.raises(RuntimeError, match="closed"):
         proxy.rst()
+
+
+async def test_a_connection_ended_while_the_server_is_being_reached_begins_no_session():
+    """The server's side is let go of as soon as it is there."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server((FaultProxy.host, 0), backlog=0) as server, FaultProxy(*server.getsockname()) as proxy:
+        server.setblocking(False)
+        # One connection fills the queue, so the next one is not there before the first was accepted.
+        with socket.create_connection(server.getsockname()):
+            reader, writer = await asyncio.open_connection(proxy.host, proxy.port)
+            writer.write(STARTUP)
+            await eventually(lambda: proxy.connections)
+            proxy.fin()
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            (await loop.sock_accept(server))[0].close()
+            side, _ = await asyncio.wait_for(loop.sock_accept(server), 10)
+            with side:
+                assert await asyncio.wait_for(loop.sock_recv(side, 100), 5) == b""
+            writer.close()

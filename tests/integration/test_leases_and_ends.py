@@ -259,7 +259,8 @@ async def test_a_connection_that_is_ready_only_after_the_pool_was_terminated_is_
     await started.wait()
     pool.terminate()
     go_on.set()
-    with pytest.raises(asyncpg.InterfaceError, match="closing"):
+    with pytest.raises(asyncpg.InterfaceError, match="pool is closed"):
         await caller
+    await asyncio.sleep(0)
     assert made[0].is_closed()
     assert pool._slots.size == 0

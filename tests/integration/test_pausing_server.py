@@ -398,8 +398,9 @@ async def test_pausing_at_once_ends_idle_sessions_and_waits_for_busy_ones(pausin
         server.pause(timeout=0.1)
     assert await idle.fetchval("SELECT 1") == 1
     await transaction.rollback()
+    begun = time.monotonic()
     running = asyncio.ensure_future(busy.execute("SELECT pg_sleep(0.3)"))
-    await asyncio.sleep(0)
+    await eventually(lambda: server.bytes_since(begun) > 0)
     await asyncio.to_thread(server.pause)
     assert await running == "SELECT 1"
     await eventually(lambda: idle.is_closed() and busy.is_closed())

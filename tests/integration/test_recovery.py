@@ -188,3 +188,11 @@ async def test_a_pool_is_closed_while_it_waits(postgres, way):
         else:
             with pytest.raises(asyncpg.InterfaceError, match="pool is clos"):
                 await call
+
+
+async def test_a_pool_that_nobody_uses_connects_to_nothing(postgres):
+    """Opening it is not using it."""
+    with asleep(postgres) as server:
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False):
+            await asyncio.sleep(0.2)
+        assert server.attempts == ()

@@ -30,6 +30,7 @@ from resilient_pool import (
     Verdict,
     create_pool,
 )
+from resilient_pool.transaction import Attempt, Isolation, RetriedTransaction, TransactionOptions
 
 DSN = "postgresql://shop@localhost/shop"
 
@@ -70,6 +71,7 @@ def configured() -> ResilientPool:
         pure_functions=("shop.total",),
         retry_unknown=False,
         session_reset="background",
+        commit_log="public.commit_log",
     )
 
 
@@ -87,6 +89,54 @@ async def one_shot_calls(pool: ResilientPool) -> None:
     assert_type(await pool.copy_from_query("SELECT 1", output="one.csv", format="csv", header=True), str)
     assert_type(await pool.copy_from_table("basket", output="basket.csv"), str)
     assert_type(await pool.copy_to_table("basket", source="basket.csv"), str)
+
+
+async def writes_of_all_sorts(pool: ResilientPool) -> None:
+    """Say of a write what may be done with it when its answer is lost."""
+    assert_type(await pool.execute("DELETE FROM basket", exactly_once=True), str)
+    assert_type(await pool.fetch("INSERT INTO basket VALUES (1) RETURNING id", exactly_once=True), list[asyncpg.Record])
+    row = await pool.fetchrow("INSERT INTO basket VALUES (1) RETURNING id", exactly_once=True, deadline=5.0)
+    assert_type(row, asyncpg.Record | None)
+    number: int = await pool.fetchval("INSERT INTO basket VALUES (1) RETURNING id", exactly_once=True)
+    assert_type(await pool.fetch("SELECT reserve($1)", number, idempotent=True), list[asyncpg.Record])
+    await pool.executemany("DELETE FROM basket WHERE id = $1", [(1,), (2,)], idempotent=True)
+    await pool.copy_records_to_table("basket", records=[(1, "a")], idempotent=True)
+    await pool.execute("DELETE FROM basket", exactly_once="yes")  # type: ignore[arg-type]
+
+
+async def transactions(pool: ResilientPool) -> str | None:
+    """Repeat a block as a whole, in both forms."""
+    async for attempt in pool.transaction():
+        assert_type(attempt, Attempt)
+        assert_type(attempt.number, int)
+        async with attempt as connection:
+            assert_type(connection, ResilientConnection)
+            assert_type(await connection.execute("DELETE FROM basket"), str)
+            async with connection.transaction():
+                await connection.executemany("INSERT INTO basket VALUES ($1)", [(1,)])
+    isolation: Isolation = "serializable"
+    retried = pool.transaction(isolation=isolation, readonly=True, deferrable=True, resolve_commit=False, deadline=10.0)
+    assert_type(retried, RetriedTransaction)
+    pool.transaction(isolation="chaos")  # type: ignore[arg-type]
+    async for attempt in retried:
+        async with attempt as connection:
+            return str(await connection.fetchval("SELECT 1"))
+    return None
+
+
+async def transfer(connection: ResilientConnection, amount: int, *accounts: str) -> bool:
+    """Do something in a transaction."""
+    for account in accounts:
+        await connection.execute("UPDATE account SET balance = balance + $1 WHERE name = $2", amount, account)
+    return True
+
+
+async def callbacks(pool: ResilientPool) -> None:
+    """Repeat a function as a whole, and get what it returns."""
+    assert_type(await pool.run_in_transaction(transfer, 5, "a", "b"), bool)
+    options = TransactionOptions(isolation="repeatable_read", readonly=False, resolve_commit=True, deadline=None)
+    assert_type(await pool.run_in_transaction(transfer, 5, "a", **options), bool)
+    await pool.run_in_transaction(transfer, 5, "a", patience=1.0)  # type: ignore[call-arg]
 
 
 async def leases(pool: ResilientPool) -> None:
@@ -123,5 +173,6 @@ async def failures(pool: ResilientPool) -> None:
     except OutcomeUnknownError as error:
         assert_type(error.operation, str)
         assert_type(error.xid, int | None)
+        assert_type(error.__cause__, BaseException | None)
     except (ResilientPoolError, asyncpg.PostgresError, OSError) as error:
         assert resilient_pool.__version__, error

@@ -1,0 +1,116 @@
+"""The reset after a use: in one query where that is the driver's way, as the application's class says elsewhere, and never for ever."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+import pytest
+
+from resilient_pool.observe.events import DiscardReason
+
+both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+
+LEAVE = "SELECT set_config('application.mark', 'yes', false)"
+LOOK = "SELECT current_setting('application.mark', true)"
+
+
+@both_loops
+async def test_a_reset_that_is_not_answered_ends_at_its_time_limit(make_pool, dsn, proxy, eventually):
+    """The connection is given up, and its place is free again."""
+    async with make_pool(proxy.dsn(dsn), max_size=1, reset_timeout=0.1) as pool:
+        await pool.execute(LEAVE)
+        proxy.blackhole()
+        await eventually(lambda: pool.stats().discarded.get(DiscardReason.RESET_FAILED) == 1)
+        assert pool.stats().resetting == 0
+        proxy.restore()
+        assert not await pool.fetchval(LOOK)
+
+
+@both_loops
+@pytest.mark.parametrize("turns", [0, 1, 2])
+async def test_a_reset_that_is_cancelled_gives_its_place_back(make_pool, turns):
+    """Before its first step, once it is sent, and when it may have been answered: the session is not handed on."""
+    async with make_pool(max_size=1) as pool:
+        await pool.execute(LEAVE)
+        (reset,) = pool._upkeep._background
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        reset.cancel()
+        async with asyncio.timeout(3):
+            assert not await pool.fetchval(LOOK)
+        assert (pool.stats().resetting, pool.get_size()) == (0, 1)
+        assert not pool._upkeep.returning
+
+
+@both_loops
+async def test_a_caller_that_waits_for_a_reset_is_served_when_it_is_answered(make_pool):
+    """The same connection, and nothing of the use before."""
+    async with make_pool(max_size=1) as pool:
+        await pool.execute(LEAVE)
+        assert pool.stats().resetting == 1
+        assert not await pool.fetchval(LOOK)
+        stats = pool.stats()
+        assert (stats.opened, stats.resets, stats.waits) == (1, 1, 1)
+
+
+@both_loops
+async def test_a_transaction_left_open_by_one_call_is_rolled_back(make_pool, bystander):
+    """What takes more than one query to reset gets it."""
+    async with make_pool(max_size=1) as pool:
+        said = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context["message"]))
+        await pool.execute("BEGIN")
+        async with pool.acquire() as connection:
+            assert not connection.is_in_transaction()
+        assert pool.stats().opened == 1
+    assert ["active transaction" in text for text in said] == [True]
+
+
+async def test_an_unanswered_rollback_is_bounded_as_well(make_pool, dsn, proxy, eventually):
+    """The time limit is one for all that a reset sends."""
+    async with make_pool(proxy.dsn(dsn), max_size=1, reset_timeout=0.1) as pool:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: None)
+        await pool.execute("BEGIN")
+        proxy.blackhole()
+        await eventually(lambda: pool.stats().discarded.get(DiscardReason.RESET_FAILED) == 1)
+        proxy.restore()
+
+
+async def test_a_class_that_resets_in_its_own_way_is_asked_to(make_pool):
+    """It is the application's word what stays in a session."""
+
+    class Keeping(asyncpg.Connection):
+        async def reset(self, *, timeout=None):
+            assert timeout == 7.0
+
+    async with make_pool(max_size=1, connection_class=Keeping, reset_timeout=7.0) as pool:
+        await pool.execute(LEAVE)
+        assert await pool.fetchval(LOOK) == "yes"
+
+
+@pytest.mark.parametrize(("query", "left"), [("", "yes"), ("SET application.mark = 'asked'", "asked")])
+async def test_a_class_that_resets_with_a_query_of_its_own_is_heard(make_pool, query, left):
+    """Also when that query is none at all."""
+
+    class Asking(asyncpg.Connection):
+        def get_reset_query(self):
+            return query
+
+    async with make_pool(max_size=1, connection_class=Asking) as pool:
+        await pool.execute(LEAVE)
+        assert await pool.fetchval(LOOK) == left
+        assert pool.stats().opened == 1
+
+
+async def test_a_reset_that_fails_costs_the_connection(make_pool):
+    """What could not be reset is not handed on."""
+
+    class Failing(asyncpg.Connection):
+        def get_reset_query(self):
+            return "SELECT 1 / 0"
+
+    async with make_pool(max_size=1, connection_class=Failing) as pool:
+        await pool.execute(LEAVE)
+        assert not await pool.fetchval(LOOK)
+        assert pool.stats().discarded == {DiscardReason.RESET_FAILED: 1}
