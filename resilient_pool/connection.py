@@ -103,6 +103,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         *,
         idempotent: bool,
         deadline: float | None,
+        fail_fast: bool | None,
         replayable: bool = True,
         exactly_once: bool = False,
     ) -> T:
@@ -120,7 +121,13 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             # The driver would say the same, but the connection would be checked and replaced under the other operation.
             raise asyncpg.InterfaceError("cannot perform operation: another operation is in progress")
         call = self._lender.call(
-            operation, sql, execute, idempotent=idempotent, deadline=deadline, replayable=replayable
+            operation,
+            sql,
+            execute,
+            idempotent=idempotent,
+            deadline=deadline,
+            fail_fast=fail_fast,
+            replayable=replayable,
         )
         self._busy = True
         try:
@@ -134,7 +141,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
     async def _attempt(self, call: Call[T]) -> T:
         self._require_loan(call.operation)
         slot, self._slot = self._slot, None  # while it is mended it may be lost
-        self._slot = await self._lender.mend(slot, call.deadline)
+        self._slot = await self._lender.mend(slot, call.deadline, fail_fast=call.fail_fast)
         if self._released:  # by another task, which found no slot to give back
             self._lender.take_back(self)
             self._require_loan(call.operation)
@@ -281,13 +288,25 @@ class Lender:
         *,
         idempotent: bool,
         deadline: float | None,
+        fail_fast: bool | None = None,
         replayable: bool = True,
+        started: float | None = None,
     ) -> Call[T]:
-        """Begin a call. Its deadline is `deadline` seconds from now, by default the pool's."""
-        started = self._clock.monotonic()
+        """Begin a call. Its deadline is `deadline` seconds after it `started`, by default the pool's, and now."""
+        if started is None:
+            started = self._clock.monotonic()
         seconds = self._config.deadline if deadline is None else deadline
         ends = deadline_after(started, seconds)
-        return Call(operation, sql, execute, started, ends, idempotent=idempotent, replayable=replayable)
+        return Call(
+            operation,
+            sql,
+            execute,
+            started,
+            ends,
+            idempotent=idempotent,
+            replayable=replayable,
+            fail_fast=self._config.fail_fast if fail_fast is None else fail_fast,
+        )
 
     def run_in_background(self, work: Coroutine[object, object, None]) -> None:
         """Do something that nobody waits for, except the pool's `close()`."""
@@ -297,14 +316,16 @@ class Lender:
         """Take back a slot that was in nobody's hands but ours."""
         self._upkeep.recondition(slot)
 
-    async def lend(self, seconds: float | None) -> ResilientConnection:
+    async def lend(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection:
         """Lend a healthy connection within `seconds`."""
-        call: Call[ResilientConnection] = self.call("acquire", None, _nothing, idempotent=True, deadline=seconds)
+        call: Call[ResilientConnection] = self.call(
+            "acquire", None, _nothing, idempotent=True, deadline=seconds, fail_fast=fail_fast
+        )
         return await self.runner.run(call, self.lend_once)
 
     async def lend_once(self, call: Call[Any]) -> ResilientConnection:
         """Lend a connection for one attempt of a call."""
-        return await self.lend_slot(await self._checkout.take(call.deadline), call)
+        return await self.lend_slot(await self._checkout.take(call.deadline, fail_fast=call.fail_fast), call)
 
     async def lend_slot(self, slot: Slot[Link], call: Call[T]) -> ResilientConnection:
         """Lend the connection of a slot, set up for the application. If that fails the connection is closed."""
@@ -319,11 +340,11 @@ class Lender:
                 self.take_back(lease)
         return lease
 
-    async def mend(self, slot: Slot[Link] | None, deadline: float | None) -> Slot[Link]:
+    async def mend(self, slot: Slot[Link] | None, deadline: float | None, *, fail_fast: bool = False) -> Slot[Link]:
         """Return a slot with a healthy connection: this one if it can be mended, else another."""
         if slot is not None and await self._checkout.mend(slot, deadline):
             return slot
-        return await self._checkout.take(deadline)
+        return await self._checkout.take(deadline, fail_fast=fail_fast)
 
     async def set_up(self, lease: ResilientConnection) -> None:
         """Let the application prepare a connection."""

@@ -46,6 +46,10 @@ class _State(Enum):
     CLOSED = "is closed"
 
 
+# Looking a member up in its enumeration takes as long as everything else that is asked before a call (Python 3.11).
+_OPEN = _State.OPEN
+
+
 class ResilientPool(Queries):
     """A pool of connections to one PostgreSQL database, for one event loop.
 
@@ -81,6 +85,7 @@ class ResilientPool(Queries):
         self._gate = RecoveryGate(config, self._slots, self._upkeep, self._connector, clock, self._counters, dispatcher)
         self._checkout = Checkout(config, self._slots, self._upkeep, self._gate, clock, self._counters)
         self._runner = Runner(config, self._reader, self._upkeep, self._connector, clock, self._counters, dispatcher)
+        self._deposit = config.retry_budget.deposit
         self._lender = Lender(config, self._checkout, self._upkeep, self._runner, clock)
         inquiry = Inquiry(config, self._lender, clock, dispatcher)
         self._transactions = Transactions(config, self._lender, self._reader, inquiry, clock, self._require_open)
@@ -108,30 +113,54 @@ class ResilientPool(Queries):
         *,
         idempotent: bool,
         deadline: float | None,
+        fail_fast: bool | None,
         replayable: bool = True,
         exactly_once: bool = False,
     ) -> T:
         self._require_open()
-        if exactly_once and not idempotent and (sql is None or not self._reader.is_read_only(sql)):
-            return await self.run_in_transaction(_on_lease, execute, deadline=deadline)
+        if exactly_once and not idempotent and not self._is_read_only(sql):
+            return await self.run_in_transaction(_on_lease, execute, deadline=deadline, fail_fast=fail_fast)
+        started = self._clock.monotonic()
+        link = failure = None
+        slot = self._checkout.at_once()
+        if slot is not None:
+            self._deposit()
+            link = slot.resource
+            try:
+                return await self._use(slot, sql, execute)
+            except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+                failure = error
+        # Only what has to wait, or to be tried again, needs to be remembered.
         call = self._lender.call(
-            operation, sql, execute, idempotent=idempotent, deadline=deadline, replayable=replayable
+            operation,
+            sql,
+            execute,
+            idempotent=idempotent,
+            deadline=deadline,
+            fail_fast=fail_fast,
+            replayable=replayable,
+            started=started,
         )
-        return await self._runner.run(call, self._attempt)
+        if link is not None:
+            call.reach(link)
+        return await self._runner.run(call, self._attempt, failure)
 
     async def _attempt(self, call: Call[T]) -> T:
         self._require_open()
-        slot = await self._checkout.take(call.deadline)
+        slot = await self._checkout.take(call.deadline, fail_fast=call.fail_fast)
         if self._config.setup is not None:
             return await self._attempt_on_loan(await self._lender.lend_slot(slot, call), call)
-        answered = False
+        call.reach(slot.resource)  # type: ignore[arg-type]
+        return await self._use(slot, call.sql, call.execute)
+
+    async def _use(self, slot: Slot[Link], sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]]) -> T:
+        answered, reset = False, None
         try:
-            result = await call.run_on(slot.resource)  # type: ignore[arg-type]
+            result = await execute(slot.resource.connection)  # type: ignore[union-attr]
             answered = True
         finally:
-            if answered and (self._never_resets or (self._trusts_reads and self._proven_read_only(call))):
+            if answered and (self._never_resets or (self._trusts_reads and self._is_read_only(sql))):
                 self._upkeep.give_back(slot)
-                reset = None
             else:
                 reset = self._upkeep.recondition(slot)
         if self._waits_for_reset:
@@ -147,8 +176,8 @@ class ResilientPool(Queries):
             await _end_of(reset)
         return result
 
-    def _proven_read_only(self, call: Call[T]) -> bool:
-        return call.sql is not None and self._reader.is_read_only(call.sql)
+    def _is_read_only(self, sql: str | None) -> bool:
+        return sql is not None and self._reader.is_read_only(sql)
 
     # Transactions
 
@@ -160,6 +189,7 @@ class ResilientPool(Queries):
         deferrable: bool = False,
         resolve_commit: bool = True,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
     ) -> RetriedTransaction:
         """Make a transaction that is repeated as a whole when it fails in a curable way.
 
@@ -174,6 +204,7 @@ class ResilientPool(Queries):
             resolve_commit: Whether to ask the server what became of a COMMIT whose answer was lost. It costs one round trip
                 for each transaction that may have written.
             deadline: How many seconds further attempts may begin, and the server may be asked. Default: the pool's.
+            fail_fast: Whether to fail at once while the server is known to be away. Default: as the pool was made.
 
         Raises:
             OutcomeUnknownError: The answer to COMMIT was lost, and nobody can tell what became of it.
@@ -186,6 +217,7 @@ class ResilientPool(Queries):
             deferrable=deferrable,
             resolve_commit=resolve_commit,
             deadline=deadline,
+            fail_fast=fail_fast,
         )
         return RetriedTransaction(self._transactions, options)
 
@@ -227,21 +259,22 @@ class ResilientPool(Queries):
 
     # Lending
 
-    def acquire(self, *, timeout: float | None = None) -> Acquisition:
+    def acquire(self, *, timeout: float | None = None, fail_fast: bool | None = None) -> Acquisition:
         """Acquire a connection: `async with pool.acquire() as connection`, or `await` it and `release()` it.
 
         Args:
             timeout: How many seconds to wait for a healthy connection. Default: the pool's `deadline`.
+            fail_fast: Whether to fail at once while the server is known to be away. Default: as the pool was made.
 
         Raises:
             AcquireTimeoutError: None became free in time.
             Exception: The driver's own error, when no connection could be opened in time.
         """
-        return Acquisition(self, timeout)
+        return Acquisition(self, timeout, fail_fast=fail_fast)
 
-    async def _acquire(self, timeout: float | None) -> ResilientConnection:
+    async def _acquire(self, timeout: float | None, *, fail_fast: bool | None) -> ResilientConnection:
         self._require_open()
-        return await self._lender.lend(timeout)
+        return await self._lender.lend(timeout, fail_fast=fail_fast)
 
     async def release(self, connection: ResilientConnection, *, timeout: float | None = None) -> None:
         """Release an acquired connection. Releasing it twice does no harm.
@@ -317,7 +350,7 @@ class ResilientPool(Queries):
 
     async def _open_connection(self) -> Slot[Link]:
         async def attempt(call: Call[Slot[Link]]) -> Slot[Link]:
-            return await self._checkout.take(call.deadline)
+            return await self._checkout.take(call.deadline, fail_fast=call.fail_fast)
 
         call: Call[Slot[Link]] = self._lender.call("open", None, _nothing, idempotent=True, deadline=None)
         return await self._runner.run(call, attempt)
@@ -362,7 +395,7 @@ class ResilientPool(Queries):
         return asyncpg.InterfaceError(f"pool {self._state.value}")
 
     def _require_open(self) -> None:
-        if self._state is not _State.OPEN:
+        if self._state is not _OPEN:
             raise self._refusal()
         if asyncio.get_running_loop() is not self._loop:
             self._require_loop()
@@ -448,23 +481,24 @@ async def _end_of(reset: asyncio.Task[None] | None) -> BaseException | None:
 class Acquisition:
     """What `acquire()` returns: await it, or enter it."""
 
-    __slots__ = ("_connection", "_pool", "_timeout", "_used")
+    __slots__ = ("_connection", "_fail_fast", "_pool", "_timeout", "_used")
 
-    def __init__(self, pool: ResilientPool, timeout: float | None) -> None:
+    def __init__(self, pool: ResilientPool, timeout: float | None, *, fail_fast: bool | None) -> None:
         self._pool = pool
         self._timeout = timeout
+        self._fail_fast = fail_fast
         self._connection: ResilientConnection | None = None
         self._used = False
 
     def __await__(self) -> Generator[Any, None, ResilientConnection]:
         self._used = True
-        return self._pool._acquire(self._timeout).__await__()  # noqa: SLF001
+        return self._pool._acquire(self._timeout, fail_fast=self._fail_fast).__await__()  # noqa: SLF001
 
     async def __aenter__(self) -> ResilientConnection:
         if self._used:
             raise asyncpg.InterfaceError("a connection is already acquired")
         self._used = True
-        self._connection = await self._pool._acquire(self._timeout)  # noqa: SLF001
+        self._connection = await self._pool._acquire(self._timeout, fail_fast=self._fail_fast)  # noqa: SLF001
         return self._connection
 
     async def __aexit__(

@@ -57,6 +57,9 @@ class Queries(ABC):
     transaction of its own, as `pool.transaction()` does: if the answer is lost the server is asked what became of it. The
     statement must be allowed inside a transaction. It costs three round trips more.
 
+    `fail_fast`: whether to fail at once, with the error of the last attempt to connect, while the server is known to be
+    away. Default: as the pool was made.
+
     `deadline`: how many seconds the pool may spend on getting a healthy connection and on starting another attempt.
     Default: the pool's. It never cuts a running statement: `timeout=` does.
 
@@ -73,6 +76,7 @@ class Queries(ABC):
         *,
         idempotent: bool,
         deadline: float | None,
+        fail_fast: bool | None,
         replayable: bool = True,
         exactly_once: bool = False,
     ) -> T: ...
@@ -86,6 +90,7 @@ class Queries(ABC):
         idempotent: bool = False,
         exactly_once: bool = False,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
     ) -> list[Record]:
         """Run a query and return its rows."""
         return await self._run(
@@ -94,6 +99,7 @@ class Queries(ABC):
             lambda connection: connection.fetch(query, *args, timeout=timeout, record_class=record_class),
             idempotent=idempotent,
             deadline=deadline,
+            fail_fast=fail_fast,
             exactly_once=exactly_once,
         )
 
@@ -106,6 +112,7 @@ class Queries(ABC):
         idempotent: bool = False,
         exactly_once: bool = False,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
     ) -> Record | None:
         """Run a query and return its first row, or `None`."""
         return await self._run(
@@ -114,6 +121,7 @@ class Queries(ABC):
             lambda connection: connection.fetchrow(query, *args, timeout=timeout, record_class=record_class),
             idempotent=idempotent,
             deadline=deadline,
+            fail_fast=fail_fast,
             exactly_once=exactly_once,
         )
 
@@ -126,6 +134,7 @@ class Queries(ABC):
         idempotent: bool = False,
         exactly_once: bool = False,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
     ) -> Any:
         """Run a query and return one value of its first row, or `None`."""
         return await self._run(
@@ -134,6 +143,7 @@ class Queries(ABC):
             lambda connection: connection.fetchval(query, *args, column=column, timeout=timeout),
             idempotent=idempotent,
             deadline=deadline,
+            fail_fast=fail_fast,
             exactly_once=exactly_once,
         )
 
@@ -146,6 +156,7 @@ class Queries(ABC):
         record_class: type[Record] | None = None,
         idempotent: bool = False,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
     ) -> list[Record]:
         """Run a query once for each of `args`, all or none, and return all rows."""
         return await self._run(
@@ -154,6 +165,7 @@ class Queries(ABC):
             lambda connection: connection.fetchmany(query, args, timeout=timeout, record_class=record_class),
             idempotent=idempotent,
             deadline=deadline,
+            fail_fast=fail_fast,
             replayable=isinstance(args, Sequence),
         )
 
@@ -165,6 +177,7 @@ class Queries(ABC):
         idempotent: bool = False,
         exactly_once: bool = False,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
     ) -> str:
         """Run a command, or without arguments several, and return the status of the last."""
         return await self._run(
@@ -173,6 +186,7 @@ class Queries(ABC):
             lambda connection: connection.execute(query, *args, timeout=timeout),
             idempotent=idempotent,
             deadline=deadline,
+            fail_fast=fail_fast,
             exactly_once=exactly_once,
         )
 
@@ -184,6 +198,7 @@ class Queries(ABC):
         timeout: float | None = None,
         idempotent: bool = False,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
     ) -> None:
         """Run a command once for each of `args`, all or none. A generator of arguments is not read twice."""
         await self._run(
@@ -192,6 +207,7 @@ class Queries(ABC):
             lambda connection: connection.executemany(command, args, timeout=timeout),
             idempotent=idempotent,
             deadline=deadline,
+            fail_fast=fail_fast,
             replayable=isinstance(args, Sequence),
         )
 
@@ -204,6 +220,7 @@ class Queries(ABC):
         schema_name: str | None = None,
         timeout: float | None = None,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
         **options: Unpack[CopyOptions],
     ) -> str:
         """Copy a table to a path, a file or a coroutine function. Only a path is written anew when the copy is cut."""
@@ -220,6 +237,7 @@ class Queries(ABC):
             ),
             idempotent=_is_path(output),
             deadline=deadline,
+            fail_fast=fail_fast,
             replayable=_is_path(output),
         )
 
@@ -231,6 +249,7 @@ class Queries(ABC):
         timeout: float | None = None,
         idempotent: bool = False,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
         **options: Unpack[CopyOptions],
     ) -> str:
         """Copy a query's rows to a path, a file or a coroutine function. Only a path is written anew when it is cut."""
@@ -242,6 +261,7 @@ class Queries(ABC):
             ),
             idempotent=idempotent,
             deadline=deadline,
+            fail_fast=fail_fast,
             replayable=_is_path(output),
         )
 
@@ -255,6 +275,7 @@ class Queries(ABC):
         timeout: float | None = None,
         idempotent: bool = False,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
         **options: Unpack[CopyInOptions],
     ) -> str:
         """Copy a path, a file or an asynchronous iterator into a table. Only a path is read twice."""
@@ -271,6 +292,7 @@ class Queries(ABC):
             ),
             idempotent=idempotent,
             deadline=deadline,
+            fail_fast=fail_fast,
             replayable=_is_path(source),
         )
 
@@ -285,6 +307,7 @@ class Queries(ABC):
         where: str | None = None,
         idempotent: bool = False,
         deadline: float | None = None,
+        fail_fast: bool | None = None,
     ) -> str:
         """Copy records into a table. A list of them can be sent again when the copy is known to have failed."""
         return await self._run(
@@ -295,6 +318,7 @@ class Queries(ABC):
             ),
             idempotent=idempotent,
             deadline=deadline,
+            fail_fast=fail_fast,
             replayable=isinstance(records, Sequence),
         )
 

@@ -38,6 +38,7 @@ class TransactionOptions(TypedDict, total=False):
     deferrable: bool
     resolve_commit: bool
     deadline: float | None
+    fail_fast: bool | None
 
 
 class Witness:
@@ -119,7 +120,12 @@ class RetriedTransaction:
         self._options = options
         self._always_goes_on = always_goes_on
         self._call: Call[None] = shared.lender.call(
-            "transaction", None, _nothing, idempotent=False, deadline=options.get("deadline")
+            "transaction",
+            None,
+            _nothing,
+            idempotent=False,
+            deadline=options.get("deadline"),
+            fail_fast=options.get("fail_fast"),
         )
         self._runner = shared.lender.runner
         self._memory = self._runner.begin_transaction(self._call)

@@ -37,19 +37,19 @@ class Checkout:
         self._ping_after = config.ping_after
         self._ping_timeout = config.ping_timeout
         self._longest_absence = config.reconnect.max_elapsed
-        self._fail_fast = config.fail_fast
+        self._sets_up = config.setup is not None
         self._slots = slots
         self._upkeep = upkeep
         self._gate = gate
         self._clock = clock
         self._counters = counters
 
-    async def take(self, deadline: float | None, *, fail_fast: bool | None = None) -> Slot[Link]:
+    async def take(self, deadline: float | None, *, fail_fast: bool = False) -> Slot[Link]:
         """Take a slot with a healthy connection in it.
 
         Args:
             deadline: Until when to wait for a slot and for a connection, on the line of `Clock.monotonic()`.
-            fail_fast: Whether not to wait for a server that is known to be away; by default as configured.
+            fail_fast: Whether not to wait for a server that is known to be away.
 
         Raises:
             AcquireTimeoutError: No slot became free in time.
@@ -58,7 +58,7 @@ class Checkout:
         while True:
             slot = self._at_hand()
             if slot is None:
-                slot = await self._wait(deadline, fail_fast=self._fail_fast if fail_fast is None else fail_fast)
+                slot = await self._wait(deadline, fail_fast=fail_fast)
             if not self._is_fit(slot):
                 self._upkeep.retire(slot)
                 if not await self.mend(slot, deadline):
@@ -71,6 +71,14 @@ class Checkout:
             if self._slots.is_full or self._is_worth_waiting():
                 return None
             self._gate.doubt_if_alone()
+        return self._slots.take()
+
+    def at_once(self) -> Slot[Link] | None:
+        """Take the slot that was used last if it is idle and its connection needs neither mending nor setting up."""
+        slot = self._slots.newest
+        if slot is None or self._sets_up or not self._is_fit(slot):
+            return None
+        self._counters.acquired += 1
         return self._slots.take()
 
     def _is_fit(self, slot: Slot[Link]) -> bool:

@@ -43,28 +43,25 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's clocks.
 
-    `now()` advances by the largest step that any of three clocks claims since the reading before: monotonic, boot time
-    and wall clock. A process that was suspended with its machine, paused by its container's runtime or frozen between
+    `now()` advances by the largest step that any clock claims since the reading before: boot time, which counts what
+    the monotonic clock counts and the time spent suspended besides, and the wall clock. A process that was suspended with its machine, paused by its container's runtime or frozen between
     two invocations sees that time has passed, whichever clock it was that kept counting. A wall clock that is set back
     is ignored; one that is set forward makes connections look older than they are, which costs a ping.
     """
 
-    __slots__ = ("_boot", "_monotonic", "_now", "_wall")
+    __slots__ = ("_boot", "_now", "_wall")
 
     def __init__(self) -> None:
-        self._monotonic = time.monotonic()
         self._boot = time.clock_gettime(_BOOT_TIME)
         self._wall = time.time()
         self._now = 0.0
 
     def now(self) -> float:
         """Tell the time on the line described above, in seconds since this clock was made."""
-        monotonic = time.monotonic()
-        boot = time.clock_gettime(_BOOT_TIME)
-        wall = time.time()
-        step = max(monotonic - self._monotonic, boot - self._boot, wall - self._wall)
-        self._monotonic, self._boot, self._wall = monotonic, boot, wall
-        self._now += step
+        boot, wall = time.clock_gettime(_BOOT_TIME), time.time()
+        by_boot, by_wall = boot - self._boot, wall - self._wall
+        self._boot, self._wall = boot, wall
+        self._now += max(by_boot, by_wall)
         return self._now
 
     def monotonic(self) -> float:

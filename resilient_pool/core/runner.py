@@ -34,6 +34,7 @@ class Call(Generic[T]):
         sql: Its text, or `None` if it has none that could be judged.
         idempotent: Whether the caller said that it may run twice.
         replayable: Whether its arguments can be read twice. Those of a COPY from a file cannot.
+        fail_fast: Whether not to wait for a server that is known to be away.
         started: When it began, on the line of `Clock.monotonic()`.
         deadline: Until when attempts may begin, on the same line; `None` for ever.
         phase: How far the present attempt has come.
@@ -46,6 +47,7 @@ class Call(Generic[T]):
     __slots__ = (
         "deadline",
         "execute",
+        "fail_fast",
         "idempotent",
         "link",
         "operation",
@@ -68,12 +70,14 @@ class Call(Generic[T]):
         *,
         idempotent: bool = False,
         replayable: bool = True,
+        fail_fast: bool = False,
     ) -> None:
         self.operation = operation
         self.sql = sql
         self.execute = execute
         self.idempotent = idempotent
         self.replayable = replayable
+        self.fail_fast = fail_fast
         self.started = started
         self.deadline = deadline
         self.phase = Phase.CONNECT
@@ -96,10 +100,13 @@ class Call(Generic[T]):
         """Choose what the caller sees in the end: not that time ran out, if it is known what it ran out with."""
         return self.telling if self.telling is not None and isinstance(last, TimeoutError) else last
 
+    def reach(self, link: Link) -> None:
+        """Remember that the present attempt has come to execute on a connection."""
+        self.phase, self.link = Phase.EXECUTE, link
+
     async def run_on(self, link: Link) -> T:
         """Execute on a connection."""
-        self.phase = Phase.EXECUTE
-        self.link = link
+        self.reach(link)
         return await self.execute(link.connection)
 
 
@@ -150,18 +157,26 @@ class Runner:
             operations=operations, reconnect=self._config.reconnect, contention=contention, started=call.started
         )
 
-    async def run(self, call: Call[T], attempt: Callable[[Call[T]], Awaitable[T]]) -> T:
+    async def run(
+        self, call: Call[T], attempt: Callable[[Call[T]], Awaitable[T]], failure: Exception | None = None
+    ) -> T:
         """Make attempts until one succeeds.
+
+        Args:
+            call: What to do.
+            attempt: Makes one attempt of it.
+            failure: How the first attempt ended, if it was made and counted before.
 
         Raises:
             OutcomeUnknownError: The call may have taken effect, and may not be repeated.
             Exception: The driver's own error, when repeating does not help or is not allowed any longer.
         """
-        self._deposit()
-        try:
-            return await attempt(call)
-        except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
-            failure = error
+        if failure is None:
+            self._deposit()
+            try:
+                return await attempt(call)
+            except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+                failure = error
         return await self._try_again(call, attempt, failure)
 
     async def _try_again(self, call: Call[T], attempt: Callable[[Call[T]], Awaitable[T]], error: Exception) -> T:

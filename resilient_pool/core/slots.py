@@ -157,6 +157,11 @@ class Slots(Generic[R]):
         """Since when the longest unused slot is idle, or `None` if none is."""
         return self._idle[0].idle_since if self._idle else None
 
+    @property
+    def newest(self) -> Slot[R] | None:
+        """The idle slot that was used last, which `take` would take, or `None` if none is idle."""
+        return self._idle[-1] if self._idle else None
+
     def take(self) -> Slot[R] | None:
         """Take the slot that was used last, else a new one to fill, else `None`: the caller has to wait."""
         if self._idle:

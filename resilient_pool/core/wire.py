@@ -105,7 +105,8 @@ class Link:
     @property
     def queries(self) -> int:
         """How many queries were sent on this connection."""
-        return 0 if self.connection.is_closed() else int(self.connection._protocol.queries_count)  # type: ignore[attr-defined] # noqa: SLF001
+        protocol: Any = self.connection._protocol  # type: ignore[attr-defined] # noqa: SLF001
+        return 0 if protocol is None else int(protocol.queries_count)
 
     @property
     def is_usable(self) -> bool:

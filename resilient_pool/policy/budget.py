@@ -42,7 +42,8 @@ class RetryBudget:
 
     def deposit(self) -> None:
         """Put in what one call pays for."""
-        self._tokens = min(self._cap, self._tokens + self._ratio)
+        if self._tokens < self._cap:
+            self._tokens = min(self._cap, self._tokens + self._ratio)
 
     def withdraw(self) -> bool:
         """Take out one retry, if one is paid for, and say whether it was."""

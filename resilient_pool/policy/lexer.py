@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import cache
 from typing import NamedTuple
 
 
@@ -39,8 +40,7 @@ class Token(NamedTuple):
 _START = r"[A-Za-z_\u0080-\U0010ffff]"
 _INNER = r"[A-Za-z0-9_$\u0080-\U0010ffff]"
 
-_TOKEN = re.compile(
-    rf"""
+_TOKEN = rf"""
       (?P<blank>   [ \t\n\r\f]++ | --[^\n\r]*+ )
     | (?P<comment> /\* )
     | (?P<escaped> [eE]'[^'\\]*+(?:(?:\\.|'')[^'\\]*+)*+' | [uU]&'[^']*+(?:''[^']*+)*+' )
@@ -51,19 +51,23 @@ _TOKEN = re.compile(
     | (?P<number>  (?:\$[0-9]++ | 0[xXoObB][0-9A-Fa-f_]++ | (?:[0-9][0-9_]*+(?:\.[0-9_]*+)?+ | \.[0-9][0-9_]*+)(?:[eE][+-]?[0-9]++)?+)(?!{_INNER}) )
     | (?P<dollar>  \$(?:{_START}[A-Za-z0-9_\u0080-\U0010ffff]*+)?+\$ )
     | (?P<sign>    :: | [-+*/<>=~!@\#%^&|`?()\[\],.:;] )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
+    """
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
 _TO_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 _SPACE = frozenset({"blank", "comment"})
 
 
+@cache
+def _token_at() -> Callable[[str, int], re.Match[str] | None]:
+    # Compiled with the first statement that is read: that takes a tenth of the time that the whole package's import does.
+    return re.compile(_TOKEN, re.VERBOSE | re.DOTALL).match
+
+
 def tokens(sql: str) -> Iterator[Token]:
     """Yield the tokens of a text, without blanks and comments. A `DOUBT` is the last one, if there is any."""
-    position = 0
+    position, token_at = 0, _token_at()
     while position < len(sql):
-        found = _TOKEN.match(sql, position)
+        found = token_at(sql, position)
         end = None if found is None else _end(found, sql)
         if found is None or end is None:
             yield Token(Kind.DOUBT, "")

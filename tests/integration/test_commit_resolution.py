@@ -390,6 +390,7 @@ async def test_pools_that_make_the_log_at_the_same_moment_do_not_mind(postgres, 
     pools = [ResilientPool(postgres.dsn(), commit_log=log) for _ in range(8)]
     try:
         await asyncio.gather(*pools)
+        await asyncio.gather(*(pool.fetch("SELECT 1") for pool in pools))  # so that they come to it all at once
         await asyncio.gather(*(pool.run_in_transaction(insert, table) for pool in pools))
         async with postgres.admin() as admin:
             assert await admin.fetchval(f"SELECT count(*) FROM {log} WHERE NOT fenced") == 8
@@ -493,3 +494,21 @@ async def test_a_transaction_that_used_all_its_time_is_still_asked_about(postgre
         await pool.run_in_transaction(insert, table, wait, deadline=0.04)
         assert pool.answers() == ["committed"]
     assert await count(postgres, table) == 1
+
+
+async def test_where_the_epoch_may_not_be_asked_any_more_the_log_is(server):
+    """Somebody took the right away in between, or another server never gave it."""
+    await server.create_role("clerk", password="secret")
+    async with server.admin() as admin:
+        await admin.execute("GRANT ALL ON t TO clerk; GRANT ALL ON SCHEMA public TO clerk")
+        with FaultProxy(server.host, server.port) as proxy:
+            arguments = {"user": "clerk", "password": "secret", "commit_log": "public.commits"}
+            async with opened(server, proxy, **arguments) as pool:
+                proxy.swallow_next_answer(matching=b"COMMIT")
+                running = asyncio.create_task(pool.run_in_transaction(insert, "t", cut_off(proxy)))
+                await until_fired(proxy)
+                await admin.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+                proxy.accept()
+                await running
+                assert pool.answers() == ["committed"]
+    assert await count(server) == 1

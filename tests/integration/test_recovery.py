@@ -116,6 +116,38 @@ async def test_fail_fast_ends_at_once(postgres):
             assert len(server.outage_attempts) <= 5
 
 
+@pytest.mark.parametrize("way", ["fetch", "acquire", "transaction", "exactly once", "lease"])
+async def test_fail_fast_may_be_said_for_one_call(postgres, way):
+    """While others wait."""
+    with asleep(postgres, away="57P03", resume_seconds=1.0) as server:
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False) as pool:
+            await pool.execute("CREATE TEMP TABLE IF NOT EXISTS hasty ()")
+            lease = await pool.acquire()
+            while pool.stats().resetting:
+                await asyncio.sleep(0)
+            server.pause()
+            patient = asyncio.create_task(pool.fetchval("SELECT 1", fail_fast=False))
+            while not pool.stats().gate_closed:
+                await asyncio.sleep(0.01)
+            began = time.monotonic()
+            with pytest.raises(asyncpg.CannotConnectNowError):
+                if way == "fetch":
+                    await pool.fetch("SELECT 1", fail_fast=True)
+                elif way == "acquire":
+                    await pool.acquire(fail_fast=True)
+                elif way == "transaction":
+                    async for attempt in pool.transaction(fail_fast=True):
+                        async with attempt:
+                            pass
+                elif way == "exactly once":
+                    await pool.execute("CREATE TEMP TABLE t ()", exactly_once=True, fail_fast=True)
+                else:
+                    await lease.fetch("SELECT 1", fail_fast=True)
+            assert time.monotonic() - began < 0.2
+            await pool.release(lease)
+            assert await patient == 1
+
+
 async def test_an_idle_application_lets_the_database_sleep(postgres):
     """After a burst no connection is left once the idle lifetime is over, and then nothing at all is sent."""
     with asleep(postgres, pause_after=0.5, resume_seconds=0.2) as server:

@@ -11,7 +11,7 @@ import uuid
 import asyncpg
 import pytest
 
-from resilient_pool import OutcomeUnknownError, ResilientPool
+from resilient_pool import OutcomeUnknownError, ResilientPool, RetryBudget
 from resilient_pool.observe.events import PoolerDetected, RetryScheduled
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
@@ -247,3 +247,26 @@ async def test_contention_is_retried_and_told(postgres, table):
         assert await blocked == "UPDATE 1"
         assert await pool.fetchval(f"SELECT id FROM {table}") == 11
     assert [event.sqlstate for event in events if isinstance(event, RetryScheduled)] == ["40001"]
+
+
+async def test_the_deadline_of_a_call_counts_from_its_beginning_not_from_its_first_failure(pool):
+    """A query that took longer than that is not begun again."""
+    query = "SELECT pg_sleep(0.2), pg_terminate_backend(pg_backend_pid())"
+    for state in ("cold", "warm"):
+        with pytest.raises(asyncpg.PostgresError):
+            await pool.execute(query, idempotent=True, deadline=0.2)
+        assert pool.stats().retries_total == 0, f"repeated on a {state} pool"
+        await pool.fetch("SELECT 1")
+
+
+async def test_each_call_pays_once_for_retries_whether_it_fails_or_not(postgres):
+    """On a cold pool, on a warm one, and again after a failure."""
+    budget = RetryBudget(ratio=0.25, reserve=0)
+    async with ResilientPool(postgres.dsn(), retry_budget=budget) as pool:
+        await pool.fetch("SELECT 1")
+        assert budget.tokens == 0.25
+        await pool.fetch("SELECT 1")
+        assert budget.tokens == 0.5
+        with pytest.raises(asyncpg.UndefinedTableError):
+            await pool.fetch("SELECT * FROM is_not_there")
+        assert budget.tokens == 0.75

@@ -256,7 +256,7 @@ async def test_pruning_cut_off_at_any_await_leaves_nothing_open(postgres, databa
             if not cut.happened:
                 break
         assert ended is None
-        assert at > 3
+        assert at >= 2
 
 
 async def cut_once(work, *, at: int, late: bool) -> tuple[Cut, BaseException | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
+from typing import ClassVar
 
 import asyncpg
 import pytest
@@ -224,14 +225,61 @@ async def test_an_exception_caught_inside_the_loop_ends_it(pool, table):
     assert await rows(pool, table) == []
 
 
-async def test_another_services_loss_is_the_applications_own(pool, table):
-    """A refused connection to somebody else says nothing about this one."""
-    with pytest.raises(ConnectionRefusedError):
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionRefusedError(111, "elsewhere"), ConnectionResetError(104, "elsewhere"), TimeoutError()],
+    ids=repr,
+)
+async def test_another_services_loss_is_the_applications_own(pool, table, error):
+    """What somebody else's connection met says nothing about this one."""
+    with pytest.raises(type(error)) as caught:
         async for attempt in pool.transaction():
             async with attempt as connection:
                 await connection.execute(f"INSERT INTO {table} VALUES (1)")
-                raise ConnectionRefusedError(111, "somebody else")
+                raise error
+    assert caught.value is error
     assert pool.stats().retries_total == 0
+    assert await rows(pool, table) == []
+
+
+class Watched(asyncpg.Connection):
+    """Notes whether a transaction is open when the session is reset."""
+
+    open_at_reset: ClassVar[list[bool]] = []
+
+    async def reset(self, *, timeout=None):
+        self.open_at_reset.append(self.is_in_transaction())
+        await super().reset(timeout=timeout)
+
+
+async def test_an_exception_passes_only_after_the_rollback(postgres, table):
+    """Its locks are gone when the application goes on; the reset, in the background, would be too late for that."""
+    async with ResilientPool(postgres.dsn(), connection_class=Watched) as pool:
+        Watched.open_at_reset.clear()
+        with pytest.raises(ApplicationError):
+            async for attempt in pool.transaction():
+                async with attempt as connection:
+                    await connection.execute(f"LOCK TABLE {table}")
+                    raise ApplicationError
+        await pool.fetch("SELECT 1")
+    assert Watched.open_at_reset == [False]
+
+
+async def test_what_follows_a_commit_of_the_applications_own_is_not_repeated_either(pool, postgres, refused_once):
+    """A conflict at the last COMMIT surfaces: the block as a whole cannot be run again."""
+    own = f"own_{refused_once}"
+    async with postgres.admin() as admin:
+        await admin.execute(f"CREATE TABLE {own} (id int)")
+    with pytest.raises(asyncpg.SerializationError):
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {own} VALUES (1)")
+                await connection.execute("COMMIT")
+                await connection.execute("BEGIN")
+                await connection.execute(f"INSERT INTO {refused_once} VALUES (1)")
+    assert await rows(pool, own) == [1]
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP TABLE {own}")
 
 
 async def test_a_failure_that_was_caught_inside_the_block_is_not_taken_for_success(pool, table):

@@ -47,6 +47,20 @@ async def test_setup_runs_each_time(make_pool):
         pool.terminate()
 
 
+async def test_setup_precedes_a_call_on_an_idle_connection(make_pool, eventually):
+    """A connection that could be used at once without it could not with it."""
+    seen = []
+
+    async def setup(connection):
+        seen.append(connection.get_server_pid())
+
+    async with make_pool(max_size=1, setup=setup) as pool:
+        for calls in (1, 2, 3):
+            await pool.fetchval("SELECT 1")
+            assert len(seen) == calls
+            await eventually(lambda: pool.get_idle_size() == 1)
+
+
 async def test_setup_precedes_a_one_shot_call(make_pool):
     """What `setup` sets is in force for `pool.fetchval`."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from resilient_pool.policy.backoff import BackoffPolicy
@@ -25,17 +27,16 @@ def step(memory, fault, outcome=Outcome.NOT_EXECUTED, **words):
 
 
 @pytest.mark.parametrize("repeatable", [True, False])
-@pytest.mark.parametrize("outcome", Outcome)
-@pytest.mark.parametrize("fault", Fault)
-def test_what_may_have_taken_effect_is_never_repeated_unless_it_is_repeatable(fault, outcome, repeatable):
+def test_what_may_have_taken_effect_is_never_repeated_unless_it_is_repeatable(repeatable):
     """For every verdict: permanent faults end the call, unknown outcomes do unless repeatable, all else is retried."""
-    decision = step(state(), fault, outcome, repeatable=repeatable)
-    if fault is Fault.PERMANENT:
-        assert decision is GiveUpReason.PERMANENT
-    elif outcome is Outcome.UNKNOWN and not repeatable:
-        assert decision is GiveUpReason.OUTCOME_UNKNOWN
-    else:
-        assert isinstance(decision, float | int)
+    for fault, outcome in itertools.product(Fault, Outcome):
+        decision = step(state(), fault, outcome, repeatable=repeatable)
+        if fault is Fault.PERMANENT:
+            assert decision is GiveUpReason.PERMANENT, (fault, outcome)
+        elif outcome is Outcome.UNKNOWN and not repeatable:
+            assert decision is GiveUpReason.OUTCOME_UNKNOWN, (fault, outcome)
+        else:
+            assert isinstance(decision, float | int), (fault, outcome)
 
 
 @pytest.mark.parametrize(

@@ -23,35 +23,41 @@ def reader():
     return StatementReader(PURE_FUNCTIONS)
 
 
-@pytest.mark.parametrize("sql", READ_ONLY)
-def test_a_statement_that_only_reads_is_recognised(reader, sql):
+# The tables are long and their rows alike: each is one test, which names the rows that are wrong.
+
+
+def test_a_statement_that_only_reads_is_recognised(reader):
     """What applications ask most often is known to be harmless."""
-    assert reader.is_read_only(sql)
+    assert [sql for sql in READ_ONLY if not reader.is_read_only(sql)] == []
 
 
-@pytest.mark.parametrize("sql", MAY_WRITE)
-def test_a_statement_that_may_write_is_never_called_read_only(reader, sql):
+def test_a_statement_that_may_write_is_never_called_read_only(reader):
     """Whatever writes, locks, changes the session, or cannot be told, may write."""
-    assert not reader.is_read_only(sql)
+    assert [sql for sql in MAY_WRITE if reader.is_read_only(sql)] == []
 
 
-@pytest.mark.parametrize("sql", READ_ONLY)
-def test_a_second_statement_is_never_overlooked(reader, sql):
+def test_a_second_statement_is_never_overlooked(reader):
     """After any statement that only reads, another one may write."""
-    assert not reader.is_read_only(f"{sql}\n;DELETE FROM users")
+    assert [sql for sql in READ_ONLY if reader.is_read_only(f"{sql}\n;DELETE FROM users")] == []
 
 
-@pytest.mark.parametrize("sql", [text for text in READ_ONLY if not text.startswith(("SHOW", "(")) and ";" not in text])
-def test_a_volatile_function_is_never_overlooked(reader, sql):
+@pytest.mark.parametrize(
+    "beside",
+    ["SELECT 1 WHERE EXISTS ({}\n) AND nextval('numbers') > 0", "SELECT nextval('numbers') FROM ({}\n) x"],
+)
+def test_a_volatile_function_is_never_overlooked(reader, beside):
     """Beside anything that only reads, a call of a volatile function is still seen."""
-    assert not reader.is_read_only(f"SELECT 1 WHERE EXISTS ({sql}\n) AND nextval('numbers') > 0")
-    assert not reader.is_read_only(f"SELECT nextval('numbers') FROM ({sql}\n) x")
+    texts = [text for text in READ_ONLY if not text.startswith(("SHOW", "(")) and ";" not in text]
+    assert len(texts) > 90
+    assert [sql for sql in texts if reader.is_read_only(beside.format(sql))] == []
 
 
-@pytest.mark.parametrize("sql", [text for text in READ_ONLY if not text.startswith("SHOW") and ";" not in text])
-def test_reading_statements_can_be_nested(reader, sql):
+def test_reading_statements_can_be_nested(reader):
     """A statement that only reads does so as a part of another one, too."""
-    assert reader.is_read_only(f"WITH a AS ({sql}\n) SELECT lower('A') FROM ({sql}\n) x(c) JOIN (SELECT 1) y ON true")
+    texts = [text for text in READ_ONLY if not text.startswith("SHOW") and ";" not in text]
+    assert len(texts) > 90
+    nested = "WITH a AS ({0}\n) SELECT lower('A') FROM ({0}\n) x(c) JOIN (SELECT 1) y ON true"
+    assert [sql for sql in texts if not reader.is_read_only(nested.format(sql))] == []
 
 
 @pytest.mark.parametrize(
