@@ -31,12 +31,14 @@ class Idleness:
 
     Attributes:
         empty_after: Seconds from the burst's end until no connection was left, or None if there still were.
+        watched: For how many seconds that was waited for.
         left: How many there were then.
         sent: Bytes the server received from then on.
         phase: What the database was doing at the end.
     """
 
     empty_after: float | None
+    watched: float
     left: int
     sent: int
     phase: str
@@ -72,6 +74,7 @@ async def fall_idle(server: PausingServer, pool: AnyPool, *, limit: float, watch
     await asyncio.sleep(watch)
     return Idleness(
         empty_after=None if left else quiet_from - began,
+        watched=quiet_from - began,
         left=left,
         sent=server.bytes_since(quiet_from),
         phase=server.phase,

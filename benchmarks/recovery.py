@@ -231,8 +231,9 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
 
 def crowd_notes() -> str:
     return (
-        "Pools of at most 10 connections. Beside resilient_pool stands asyncpg.Pool with a retry loop around each call, as people "
-        "write it: again after half a second, or `backoff.on_exception(backoff.expo, ...)` from 0.1 s to 2 s with full jitter."
+        f"100 callers at once meet a database that takes {RESUME:g} s to wake, through pools of at most 10 connections. Beside "
+        "resilient_pool stands asyncpg.Pool with a retry loop around each call, as people write it: again after half a second, or "
+        "`backoff.on_exception(backoff.expo, ...)` from 0.1 s to 2 s with full jitter."
     )
 
 
@@ -297,7 +298,7 @@ def idle_rows(idle: Mapping[str, Idleness]) -> tuple[list[str], list[list[str]]]
     rows = [
         [
             name,
-            "never" if each.empty_after is None else f"{each.empty_after:.2f}",
+            f"not in {each.watched:.0f}" if each.empty_after is None else f"{each.empty_after:.2f}",
             str(each.left),
             str(each.sent),
             each.phase,

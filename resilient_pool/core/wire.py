@@ -72,7 +72,7 @@ class Link:
     Attributes:
         connection: The driver's connection.
         doomed: Whether it must not be used again; it is closed when it is given back.
-        has_served: Whether it came back in good order from a use, at least once.
+        has_served: Whether it was given back in good order, at least once.
         pid: The process id the server gave in the handshake.
     """
 
