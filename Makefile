@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ASYNCPG_BEFORE := 0.30.0 0.31.0
 
+DEMO_ARGS ?=
 CHAOS_SECONDS ?= 120
 CHAOS_SEED ?= 1
 
@@ -28,15 +29,16 @@ DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 .PHONY: help demo test chaos check bench format readme clean
 
 help:
-	@echo "make demo   an application on asyncpg.Pool and one on ResilientPool, under the same mistreatment"
+	@echo "make demo   asyncpg.Pool and ResilientPool before a database that sleeps, and under the same mistreatment"
+	@echo "            (DEMO_ARGS='--resume-seconds 15' for the time a real one takes to wake)"
 	@echo "make test   all tests, on the installed wheel and on every supported asyncpg"
 	@echo "make chaos  ledgers of reads and writes under mistreatment, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
 	@echo "make check  formatting, lint, types, import contracts"
-	@echo "make bench  what a call costs, beside other pools"
+	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
 	@echo "make format / make readme / make clean"
 
 demo: $(DEMO)
-	$(BIN)/python -m resilient_pool.demo
+	$(BIN)/python -m resilient_pool.demo $(DEMO_ARGS)
 
 # The tests import the wheel that users would install, not the sources: `pytest`, unlike `python -m pytest`, leaves the
 # current directory out of the path. While you edit, `.venv/bin/python -m pytest tests/unit` tests the sources instead.
@@ -62,6 +64,7 @@ check: $(DEVELOP)
 
 bench: $(VENV)/.wheel
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/transactions.py
 	$(BIN)/python scripts/update_readme.py
 

@@ -12,7 +12,7 @@ from resilient_pool.policy.verdict import Fault, Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-FIGURES = ROOT / "benchmarks" / "results" / "overhead.md"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def verdicts() -> str:
@@ -31,14 +31,23 @@ def arguments() -> str:
 
 
 def benchmarks() -> str:
-    """Quote what `make bench` wrote: how it was measured, and the figures beside what was aimed at."""
-    if not FIGURES.exists():
+    """Quote what a call costs."""
+    return _quote("overhead.md", "Aims")
+
+
+def recovery() -> str:
+    """Quote what a recovery takes: the aims, and the crowd that meets a database which sleeps."""
+    return _quote("recovery.md", "Aims", "100 callers")
+
+
+def _quote(name: str, *titles: str) -> str:
+    """Quote what `make bench` wrote: how it was measured, and the sections whose titles begin so."""
+    if not (RESULTS / name).exists():
         return "Run `make bench` to measure it on your machine.\n"
-    conditions, _, rest = FIGURES.read_text(encoding="utf-8").partition("## Aims")
-    quoted = conditions.partition("\n")[2].strip(), rest.partition("\n## ")[0].strip()
-    return (
-        "\n\n".join((*quoted, "More in `benchmarks/results/overhead.md`; `make bench` measures your machine.")) + "\n"
-    )
+    head, *sections = (RESULTS / name).read_text(encoding="utf-8").split("\n## ")
+    quoted = [section.partition("\n")[2] for title in titles for section in sections if section.startswith(title)]
+    source = f"More in `benchmarks/results/{name}`; `make bench` measures your machine."
+    return "\n\n".join(part.strip() for part in (head.partition("\n")[2], *quoted, source)) + "\n"
 
 
 def _again(fault: str, outcome: str) -> str:
@@ -56,7 +65,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-PARTS = MappingProxyType({"verdicts": verdicts, "arguments": arguments, "benchmarks": benchmarks})
+PARTS = MappingProxyType({"verdicts": verdicts, "arguments": arguments, "benchmarks": benchmarks, "recovery": recovery})
 
 
 def render(text: str) -> str:

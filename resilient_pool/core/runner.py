@@ -243,6 +243,7 @@ class Runner:
             now=now,
             deadline=call.deadline,
             budget=self._config.retry_budget,
+            had_served=call.link is None or call.link.has_served,
         )
         if isinstance(decision, Retry) and failure.sent and not call.replayable and failure.phase is Phase.EXECUTE:
             return GiveUp(reason=GiveUpReason.OUTCOME_UNKNOWN if unknown else GiveUpReason.PERMANENT)

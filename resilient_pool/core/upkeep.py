@@ -100,8 +100,10 @@ class Upkeep:
         reason = self._unfit(slot)
         if reason is not None:
             self.discard(slot, reason)
-        else:
-            self.keep(slot)
+            return
+        if slot.resource is not None:
+            slot.resource.has_served = True
+        self.keep(slot)
 
     def keep(self, slot: Slot[Link]) -> None:
         """Give a slot that was never used, or was found fit, to whoever waits for one."""

@@ -72,14 +72,16 @@ class Link:
     Attributes:
         connection: The driver's connection.
         doomed: Whether it must not be used again; it is closed when it is given back.
+        has_served: Whether it was given back in good order, at least once.
         pid: The process id the server gave in the handshake.
     """
 
-    __slots__ = ("_poll", "connection", "doomed", "pid")
+    __slots__ = ("_poll", "connection", "doomed", "has_served", "pid")
 
     def __init__(self, connection: AnyConnection) -> None:
         self.connection = connection
         self.doomed = False
+        self.has_served = False
         self.pid = connection.get_server_pid()
         self._poll = self._watch()
 

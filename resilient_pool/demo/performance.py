@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
+from resilient_pool.demo import sleep
 from resilient_pool.demo.actor import Actor
 from resilient_pool.demo.application import INDEX, POOLS, TABLE, WRITE_ONCE
 from resilient_pool.demo.mistreatment import DELAY, IDLE_SESSION_TIMEOUT, Act, Stage, schedule
-from resilient_pool.demo.score import Answer, Ledger, Score
+from resilient_pool.demo.score import Answer, Ledger, Night, Score
 from resilient_pool.demo.table import Display
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
@@ -24,27 +25,33 @@ class Performance:
     """One run of the demo.
 
     Attributes:
-        scores: What each pool's application has reported so far, by the pool's name.
+        nights: What became of the requests that found the databases asleep, by the pool's name.
+        scores: What each pool's application has reported so far, likewise.
         ledgers: What the database held at the end, likewise.
     """
 
+    nights: Mapping[str, Night] = field(default_factory=lambda: {pool: Night() for pool in sleep.POOLS})
     scores: Mapping[str, Score] = field(default_factory=lambda: {pool: Score() for pool in POOLS})
     ledgers: dict[str, Ledger] = field(default_factory=dict)
     _act: str = ""
     _frozen: list[tuple[float, float]] = field(default_factory=list)
 
-    async def play(self, display: Display, seconds: float) -> None:
-        """Play every act and count the rows.
+    async def play(self, display: Display, seconds: float, resume_seconds: float) -> None:
+        """Play the night and every act, and count the rows.
 
         Args:
             display: Where to tell what is going on.
             seconds: How long the mistreatment takes in all.
+            resume_seconds: How long a sleeping database takes to wake.
 
         Raises:
             ActorFailedError: An application came down by itself.
         """
         display.preparing("starting a PostgreSQL server")
         async with self._stage() as stage:
+            display.falls_asleep(sleep.story(resume_seconds))
+            await sleep.play(stage.server, self.nights, resume_seconds)
+            display.night_is_over()
             display.preparing("starting the applications")
             await asyncio.gather(*(actor.start() for actor in stage.actors))
             for act, duration in schedule(seconds):

@@ -12,6 +12,13 @@ UNKNOWN = "OutcomeUnknownError"
 UNANSWERED = "never answered"
 """Stands for the error of an operation that was still waiting when the application ended."""
 
+ATTEMPTS, ATTEMPTS_LAST = 9, 5.0
+"""How many attempts to connect a database may be met with, in how many seconds of waking."""
+BETWEEN_ATTEMPTS = 0.75
+"""Seconds between two attempts of a patient prober, at least: what a longer resume may cost."""
+LATENESS = 2.0
+"""Seconds after its resume within which a database must have answered whoever waited for it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -129,6 +136,69 @@ class Score:
         if answer.error is None:
             return self.done
         return self.uncertain if answer.is_unknown else self.failed
+
+
+@dataclass(slots=True, kw_only=True)
+class Night:
+    """What became of the requests that found one pool's database asleep, and what became of its sleep.
+
+    Attributes:
+        asked: How many requests there were.
+        answered: How many of them were answered.
+        errors: How the others ended.
+        slowest: Seconds the slowest of all took.
+        attempts: How often somebody tried to connect while it slept or woke.
+        connections: How many are open.
+        database: `"awake"`, `"paused"` or `"resuming"`.
+        asleep_after: How many seconds after the last answer it was asleep again, or `None` if it never was.
+        awake_for: For how many seconds after the last answer it was watched in vain, or `None`.
+    """
+
+    asked: int = 0
+    answered: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    slowest: float = 0.0
+    attempts: int = 0
+    connections: int = 0
+    database: str = "awake"
+    asleep_after: float | None = None
+    awake_for: float | None = None
+
+    def add(self, seconds: float, error: Exception | None) -> None:
+        """Count the end of one request, after so many seconds."""
+        self.slowest = max(self.slowest, seconds)
+        if error is None:
+            self.answered += 1
+        else:
+            self.errors[f"request: {type(error).__name__}: {' '.join(str(error).split())}"] += 1
+
+    @property
+    def failures(self) -> int:
+        """How many requests ended in an error."""
+        return self.errors.total()
+
+    def failings(self, resume_seconds: float) -> list[str]:
+        """Say, one line each, what a pool that keeps its promises would not have let happen."""
+        found = []
+        if self.failures:
+            found.append(f"requests failed although their database was only asleep: {self.failures}")
+        if not self.answered:
+            found.append("no request was answered at all")
+        if self.slowest > resume_seconds + LATENESS:
+            found.append(f"a request took {self.slowest:.1f} s, and its database woke in {resume_seconds:g} s")
+        if self.attempts > most_attempts(resume_seconds):
+            found.append(
+                f"attempts to connect while its database woke: {self.attempts}, "
+                f"more than {most_attempts(resume_seconds)}"
+            )
+        if self.asleep_after is None:
+            found.append("its database could not fall asleep again")
+        return found
+
+
+def most_attempts(resume_seconds: float) -> int:
+    """Tell how many attempts to connect a database may be met with that takes so long to wake."""
+    return ATTEMPTS + int(max(0.0, resume_seconds - ATTEMPTS_LAST) / BETWEEN_ATTEMPTS)
 
 
 def _overlap(answer: Answer, frozen: Iterable[tuple[float, float]]) -> float:

@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from resilient_pool.demo.mistreatment import ACTS, Act
-from resilient_pool.demo.score import Ledger, Score, Tally
+from resilient_pool.demo.score import Ledger, Night, Score, Tally
 
 Scores = Mapping[str, Score]
+Nights = Mapping[str, Night]
 Ledgers = Mapping[str, Ledger]
 
 WIDTH = 100
@@ -44,6 +45,14 @@ class Display(Protocol):
         """Tell what is being prepared."""
         ...
 
+    def falls_asleep(self, story: str) -> None:
+        """Tell that the databases fall asleep."""
+        ...
+
+    def night_is_over(self) -> None:
+        """Tell what became of the requests that found them asleep."""
+        ...
+
     def begins(self, act: Act) -> None:
         """Tell that an act begins."""
         ...
@@ -54,11 +63,14 @@ class Display(Protocol):
 
 
 class LiveDisplay:
-    """A table that redraws itself in place."""
+    """A table that redraws itself in place: first the one of the night, then the one of the acts."""
 
-    def __init__(self, console: Console, scores: Scores) -> None:
+    def __init__(self, console: Console, nights: Nights, scores: Scores) -> None:
+        self._console = console
+        self._nights = nights
         self._scores = scores
         self._now = "starting"
+        self._is_night = True
         self._current: Act | None = None
         self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=REFRESH, transient=True)
 
@@ -75,6 +87,15 @@ class LiveDisplay:
         """Show it under the table."""
         self._now, self._current = what, None
 
+    def falls_asleep(self, story: str) -> None:
+        """Show it under the table."""
+        self._now = story
+
+    def night_is_over(self) -> None:
+        """Let the table stand, and go on below it."""
+        self._is_night = False
+        self._console.print(night_table(self._nights))
+
     def begins(self, act: Act) -> None:
         """Mark the act's line."""
         self._now, self._current = act.story, act
@@ -83,14 +104,16 @@ class LiveDisplay:
         """Do nothing: the table shows it already."""
 
     def _draw(self) -> Group:
-        return Group(acts_table(self._scores, current=self._current), Text(f"now: {self._now}", style="italic"))
+        table = night_table(self._nights) if self._is_night else acts_table(self._scores, current=self._current)
+        return Group(table, Text(f"now: {self._now}", style="italic"))
 
 
 class PlainDisplay:
     """One line per thing that happens."""
 
-    def __init__(self, console: Console, scores: Scores) -> None:
+    def __init__(self, console: Console, nights: Nights, scores: Scores) -> None:
         self._console = console
+        self._nights = nights
         self._scores = scores
 
     def __enter__(self) -> Self:
@@ -104,6 +127,14 @@ class PlainDisplay:
     def preparing(self, what: str) -> None:
         """Print it."""
         self._console.print(f"{what} ...")
+
+    def falls_asleep(self, story: str) -> None:
+        """Print it."""
+        self._console.print(f"{story} ...")
+
+    def night_is_over(self) -> None:
+        """Print the table."""
+        self._console.print(night_table(self._nights))
 
     def begins(self, act: Act) -> None:
         """Print the act's story."""
@@ -119,15 +150,45 @@ class PlainDisplay:
             )
 
 
-def display(console: Console, scores: Scores) -> LiveDisplay | PlainDisplay:
+def display(console: Console, nights: Nights, scores: Scores) -> LiveDisplay | PlainDisplay:
     """Choose the display that fits where the output goes."""
-    return LiveDisplay(console, scores) if console.is_terminal else PlainDisplay(console, scores)
+    kind = LiveDisplay if console.is_terminal else PlainDisplay
+    return kind(console, nights, scores)
 
 
 def console() -> Console:
     """Make the console for standard output, wide enough where nobody tells a width."""
     plain = Console(highlight=False)
     return plain if plain.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def night_table(nights: Nights) -> Table:
+    """Draw what became of the requests that found a database asleep, one line per figure and one column per pool."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="Two pools, each before a database that sleeps when nobody is connected",
+        title_justify="left",
+    )
+    table.add_column("", no_wrap=True)
+    for pool in nights:
+        table.add_column(pool, justify="right", no_wrap=True)
+    each = nights.values()
+    table.add_row("requests", *(str(night.asked) for night in each))
+    table.add_row("  answered", *(str(night.answered) for night in each))
+    table.add_row("  failed", *(_count(night.failures, "red") for night in each))
+    table.add_row("slowest request", *(f"{night.slowest:.2f} s" for night in each))
+    table.add_row("attempts to connect while it woke", *(str(night.attempts) for night in each))
+    table.add_section()
+    table.add_row("connections open now", *(str(night.connections) for night in each))
+    table.add_row("the database is now", *(night.database for night in each))
+    table.add_row("asleep again after the last answer", *(_asleep_again(night) for night in each))
+    return table
+
+
+def _asleep_again(night: Night) -> Text:
+    if night.asleep_after is not None:
+        return Text(f"after {night.asleep_after:.1f} s", style="green")
+    return Text("" if night.awake_for is None else f"not in {night.awake_for:.1f} s", style="red")
 
 
 def acts_table(scores: Scores, *, current: Act | None) -> Table:
@@ -183,6 +244,7 @@ def summary_table(scores: Scores, ledgers: Ledgers) -> Table:
 def verdict(pool: str, complaints: Sequence[str], errors: Counter[str]) -> Text:
     """Say in words how the pool did; with complaints, also the errors its application saw, most frequent first."""
     if not complaints:
-        return Text(f"{pool}: no failure that waiting would have cured, nothing twice, nothing lost.", style="green")
+        kept = "nothing failed that waiting cures, nothing twice, nothing lost, sleep undisturbed"
+        return Text(f"{pool}: {kept}.", style="green")
     seen = [f"  {times} x {error}" for error, times in errors.most_common(ERRORS_SHOWN)]
     return Text("\n".join([f"{pool} did not keep its promises:", *(f"  {line}" for line in complaints), *seen]), "red")

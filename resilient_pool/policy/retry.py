@@ -144,6 +144,7 @@ def decide(
     now: float,
     deadline: float | None,
     budget: RetryBudget | None,
+    had_served: bool = True,
 ) -> Retry | GiveUp:
     """Count one failure in `state` and say what follows from it.
 
@@ -155,6 +156,8 @@ def decide(
         now: The present instant, in seconds.
         deadline: The instant at which the last attempt may start, on the same line, or `None` for no bound.
         budget: Is asked for a token only while the server is up and failing; `None` for no bound.
+        had_served: Whether the connection had worked before. A server that restarts takes such connections along; one
+            that loses others too is up and failing.
 
     Returns:
         `Retry` with a delay that does not outlast the deadline, or `GiveUp`. A call that may have taken effect is
@@ -170,14 +173,15 @@ def decide(
     left = course.time_left(now, deadline)
     if left is not None and left <= 0:
         return GiveUp(reason=GiveUpReason.DEADLINE)
-    if budget is not None and _burdens_the_server(verdict.fault, state) and not budget.withdraw():
+    burdens = _burdens_the_server(verdict.fault, state, had_served=had_served)
+    if burdens and budget is not None and not budget.withdraw():
         return GiveUp(reason=GiveUpReason.BUDGET)
     delay = 0.0 if _is_cured_at_once(verdict.fault, state) else course.next_delay()
     return Retry(delay=delay if left is None else min(delay, left))
 
 
-def _burdens_the_server(fault: Fault, state: RetryState) -> bool:
-    return fault is Fault.OVERLOADED or (fault in _LOSSES and state.losses > 1)
+def _burdens_the_server(fault: Fault, state: RetryState, *, had_served: bool) -> bool:
+    return fault is Fault.OVERLOADED or (fault in _LOSSES and (state.losses > 1 or not had_served))
 
 
 def _is_cured_at_once(fault: Fault, state: RetryState) -> bool:

@@ -77,11 +77,21 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 
 async def test_a_quick_demo_ends_well_and_says_so_in_its_summary(tmp_path: Path):
-    """Under every mistreatment ResilientPool lets nothing through, while asyncpg.Pool's application sees failures."""
+    """Before a sleeping database and under every mistreatment only asyncpg.Pool lets failures through."""
     demo = await start(tmp_path, "--quick")
     output = (await asyncio.wait_for(demo.communicate(), LIMIT))[0].decode()
 
     assert demo.returncode == 0, output
+    assert figures(output, "requests") == (100, 100)
+    assert figures(output, "answered")[1] == 100
+    plain, resilient = figures(output, "failed")
+    assert plain > 0
+    assert resilient == 0
+    plain, resilient = figures(output, "attempts to connect while it woke")
+    assert plain > resilient
+    assert figures(output, "connections open now") == (10, 0)
+    assert re.search(r"the database is now +awake +paused *$", output, re.MULTILINE)
+    assert re.search(r"asleep again after the last answer +not in [\d.]+ s +after [\d.]+ s *$", output, re.MULTILINE)
     plain, resilient = figures(output, "operations")
     assert plain > 100
     assert resilient > 100
@@ -108,7 +118,7 @@ async def test_a_demo_cut_short_leaves_no_process_behind(
     tmp_path: Path, send: Callable[[int, int], None], number: signal.Signals, status: int
 ):
     """Ended while its applications are frozen, the worst moment, it takes them and the server with it."""
-    demo = await start(tmp_path, "--quick")
+    demo = await start(tmp_path, "--quick", "--resume-seconds", "0.5")
     seen = b""
     while b"freeze:" not in seen:
         line = await asyncio.wait_for(demo.stdout.readline(), LIMIT)
@@ -123,13 +133,20 @@ async def test_a_demo_cut_short_leaves_no_process_behind(
     await wait_until(lambda: not descendants(tmp_path))
 
 
-async def test_too_short_a_demo_is_refused_before_anything_starts(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--seconds", "2", "--seconds must be between 9 and 24, not 2"),
+        ("--resume-seconds", "0", "--resume-seconds must be between 0.5 and 45, not 0"),
+    ],
+)
+async def test_a_wrong_time_is_refused_before_anything_starts(tmp_path: Path, option: str, value: str, complaint: str):
     """The message names the option, its bounds and the value."""
-    demo = await start(tmp_path, "--seconds", "2")
+    demo = await start(tmp_path, option, value)
     output = (await asyncio.wait_for(demo.communicate(), LIMIT))[0].decode()
 
     assert demo.returncode == 2
-    assert "--seconds must be between 9 and 30, not 2" in output
+    assert complaint in output
 
 
 async def test_the_demos_repeatable_write_is_applied_once_even_when_two_of_it_overlap():

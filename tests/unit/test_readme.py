@@ -35,7 +35,10 @@ def test_the_tables_are_those_of_the_package_and_of_the_last_benchmark():
 def test_text_outside_the_markers_is_left_alone():
     """A README whose tables were emptied becomes the same README again."""
     emptied = re.sub(
-        r"(<!-- (verdicts|arguments|benchmarks):begin -->\n).*?(<!-- \2:end -->)", r"\1\3", TEXT, flags=re.DOTALL
+        r"(<!-- (verdicts|arguments|benchmarks|recovery):begin -->\n).*?(<!-- \2:end -->)",
+        r"\1\3",
+        TEXT,
+        flags=re.DOTALL,
     )
     assert emptied != TEXT
     assert load_script().render(emptied) == TEXT

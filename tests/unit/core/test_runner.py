@@ -61,7 +61,9 @@ class Bench:
             self.attempts += 1
             phase, outcome = next(outcomes)
             call.phase = phase
-            call.link = SimpleNamespace(doomed=False, connection=SimpleNamespace(is_closed=lambda: True))
+            call.link = SimpleNamespace(
+                doomed=False, has_served=True, connection=SimpleNamespace(is_closed=lambda: True)
+            )
             self.link = call.link
             if isinstance(outcome, Exception):
                 raise outcome

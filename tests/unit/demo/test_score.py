@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import pytest
 
-from resilient_pool.demo.score import Answer, Ledger, Score, failings
+from resilient_pool.demo.score import Answer, Ledger, Night, Score, failings, most_attempts
 
 
 def answer(kind: str = "read", row: int | None = None, error: str | None = None, seconds: float = 1.0) -> Answer:
@@ -78,3 +81,43 @@ def test_an_application_that_did_nothing_is_a_failing():
     """An empty score must not pass for a clean one."""
     nothing_wrong = Ledger(lost=0, duplicated=0, ghosts=0, unknown_present=0)
     assert failings(Score(), nothing_wrong) == ["the application wrote nothing at all"]
+
+
+def good_night(**otherwise: object) -> Night:
+    """Make a night in which every promise was kept, but for what is said otherwise."""
+    return Night(**{"asked": 100, "answered": 100, "slowest": 5.3, "attempts": 9, "asleep_after": 3.5, **otherwise})
+
+
+def test_the_ends_of_requests_are_counted():
+    """The slowest is the slowest of all, answered or not."""
+    night = Night()
+    night.add(1.0, None)
+    night.add(2.0, ConnectionResetError("gone\n away"))
+    assert (night.answered, night.failures, night.slowest) == (1, 1, 2.0)
+    assert list(night.errors) == ["request: ConnectionResetError: gone away"]
+
+
+def test_a_good_night_has_no_failings():
+    """Neither a request nor the database was disturbed."""
+    assert good_night().failings(5.0) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"errors": Counter({"request: TimeoutError: ": 2})}, "requests failed although .*: 2"),
+        ({"answered": 0}, "no request was answered"),
+        ({"slowest": 7.1}, "a request took 7.1 s, and its database woke in 5 s"),
+        ({"attempts": 10}, "attempts to connect while its database woke: 10, more than 9"),
+        ({"asleep_after": None}, "could not fall asleep again"),
+    ],
+)
+def test_each_disturbance_of_the_night_is_a_failing(wrong: dict[str, object], complaint: str):
+    """One is enough, and it is said which."""
+    (said,) = good_night(**wrong).failings(5.0)
+    assert re.search(complaint, said)
+
+
+def test_a_longer_resume_may_cost_more_attempts():
+    """One for each pause that a patient prober makes at least."""
+    assert [most_attempts(seconds) for seconds in (0.5, 5.0, 15.0)] == [9, 9, 22]

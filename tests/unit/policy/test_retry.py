@@ -165,6 +165,14 @@ def test_two_kinds_of_loss_are_counted_together():
     ]
 
 
+@pytest.mark.parametrize("fault", [Fault.DISCONNECTED, Fault.POISONED])
+def test_the_loss_of_a_connection_that_never_worked_is_paid_for(fault):
+    """A server that takes every call and drops it is failing, from the first call on."""
+    budget = RetryBudget(reserve=1)
+    assert step(state(), fault, budget=budget, had_served=False) == 0
+    assert step(state(), fault, budget=budget, had_served=False) is GiveUpReason.BUDGET
+
+
 def test_a_stale_connection_is_no_loss():
     """The first loss is free also when a stale connection came before it."""
     memory, budget = state(), RetryBudget(reserve=0)

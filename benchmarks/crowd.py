@@ -1,0 +1,117 @@
+"""A process with one pool and a crowd of callers, who ask when they are told to; the only module that knows who waits how.
+
+It reads two lines: an order in JSON, and whatever means "now". It writes two: "ready", and what became of the callers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+import backoff
+
+import resilient_pool.pool
+from resilient_pool import BackoffPolicy, ResilientPool
+from resilient_pool.core.slots import Slots
+
+OURS = "resilient_pool"
+NO_JITTER = "resilient_pool, no jitter"
+NO_ADMISSION = "resilient_pool, no admission"
+NEITHER = "resilient_pool, neither"
+FIXED = "asyncpg.Pool, again after 0.5 s"
+EXPO = "asyncpg.Pool, exponential backoff"
+
+UNJITTERED = BackoffPolicy(base=0.25, max_value=1.0, jitter=None, max_attempts=None, max_elapsed=60.0)
+PATIENCE = 60.0
+"""Seconds for which each caller goes on trying."""
+
+Ask = Callable[[], Awaitable[object]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What to do: which contestant, how many callers and connections, and for how long each call takes the server."""
+
+    contestant: str
+    dsn: str
+    callers: int
+    connections: int
+    seconds: float
+
+
+class AdmittingSlots(Slots[Any]):
+    """Slots that admit everybody as soon as anybody is admitted: 1, then all, in place of 1, 2, 4, ..."""
+
+    __slots__ = ()
+
+    def admit(self, number: int) -> None:
+        super().admit(self._max_size if number else 0)
+
+
+@contextlib.asynccontextmanager
+async def resilient(order: Order) -> AsyncIterator[Ask]:
+    if order.contestant in {NO_ADMISSION, NEITHER}:
+        # There is no argument that switches admission off, and for a comparison alone there should be none.
+        resilient_pool.pool.Slots = AdmittingSlots
+    policies = {"reconnect": UNJITTERED} if order.contestant in {NO_JITTER, NEITHER} else {}
+    async with ResilientPool(order.dsn, ssl=False, max_size=order.connections, **policies) as pool:
+        yield lambda: pool.fetchval("SELECT 1 FROM pg_sleep($1)", order.seconds, idempotent=True)
+
+
+@contextlib.asynccontextmanager
+async def retried(order: Order) -> AsyncIterator[Ask]:
+    """Put around each call on `asyncpg.Pool` what people put around it."""
+    # Without min_size=0 the pool itself could not be made while the database sleeps.
+    pool = await asyncpg.create_pool(order.dsn, ssl=False, min_size=0, max_size=order.connections)
+    waits = {"interval": 0.5, "jitter": None} if order.contestant == FIXED else {"factor": 0.1, "max_value": 2}
+    again = backoff.on_exception(
+        backoff.constant if order.contestant == FIXED else backoff.expo,
+        (asyncpg.PostgresError, asyncpg.InterfaceError, OSError),
+        max_time=PATIENCE,
+        logger=None,
+        **waits,
+    )
+
+    async def ask() -> object:
+        return await pool.fetchval("SELECT 1 FROM pg_sleep($1)", order.seconds)
+
+    try:
+        yield again(ask)
+    finally:
+        pool.terminate()
+
+
+async def crowd(order: Order, go: Awaitable[object]) -> dict[str, object]:
+    """Let all callers ask at once, and tell when the last was answered and how the unanswered ended."""
+    ended: list[float] = []
+    errors: Counter[str] = Counter()
+
+    async def call(ask: Ask) -> None:
+        try:
+            await ask()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is counted
+            errors[type(error).__name__] += 1
+        ended.append(time.monotonic())
+
+    async with resilient(order) if order.contestant.startswith(OURS) else retried(order) as ask:
+        print("ready", flush=True)
+        await go
+        await asyncio.gather(*(call(ask) for _ in range(order.callers)))
+    return {"last": max(ended), "failed": errors.total(), "errors": errors}
+
+
+def main() -> None:
+    order = Order(**json.loads(sys.stdin.readline()))
+    print(json.dumps(asyncio.run(crowd(order, asyncio.to_thread(sys.stdin.readline)))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
