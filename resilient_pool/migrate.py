@@ -214,7 +214,7 @@ class _Command:
             attempts=done.attempts,
             waited=done.waited,
         )
-        symptom = could_not_connect(lines.heard)
+        symptom = could_not_connect(tuple(lines.heard))
         if symptom is None:
             raise failed
         raise _CouldNotConnect(scrub(symptom, self._secrets), failed)

@@ -138,6 +138,9 @@ class MigrationLock:
         name = f"resilient-pool migrate on {socket.gethostname()} (process {os.getpid()})"
         settings = {**_SETTINGS, "application_name": name[:_LONGEST_NAME]}
         await connection.fetch(_SET, list(settings), list(settings.values()))
+        # The driver leaves the portal of its last query open, and that has a snapshot for as long as the transaction
+        # lasts; a query by the simple protocol takes its place, and leaves none.
+        await connection.execute("SELECT 1")
         self._connection = connection
 
     async def _holder(self, connection: ResilientConnection) -> str:

