@@ -12,6 +12,7 @@ from resilient_pool.observe.events import (
     ConnectionOpened,
     DiscardReason,
     Event,
+    MigrationLockLost,
     OutcomeUnknown,
     PoolerDetected,
     RetryExhausted,
@@ -30,6 +31,7 @@ _LEVELS: Mapping[type[Event], int] = {
     RetryExhausted: logging.WARNING,
     OutcomeUnknown: logging.WARNING,
     PoolerDetected: logging.WARNING,
+    MigrationLockLost: logging.WARNING,
 }
 
 # These tell that something outside the pool went wrong; the other reasons are its own housekeeping.
@@ -50,7 +52,8 @@ class StructlogObserver:
     """Logs every event under its dotted name, with its attributes as fields.
 
     Connections opened, and discarded as housekeeping, are logged at DEBUG; retries, and connections that had died, at
-    INFO; operations given up, unknown outcomes and poolers at WARNING. SQL text and arguments are never logged.
+    INFO; operations given up, unknown outcomes, poolers and a migration's lost lock at WARNING. SQL text and arguments are
+    never logged.
 
     Args:
         logger: A structlog logger. The default is structlog's logger `resilient_pool` as the application configured
