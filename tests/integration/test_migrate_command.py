@@ -13,6 +13,19 @@ from urllib.parse import quote
 
 import asyncpg
 import pytest
+from migration_tools import (
+    PSQL,
+    QUICK,
+    alembic_project,
+    databases,
+    marked,
+    program,
+    run,
+    start,
+    through,
+    until,
+    yoyo_project,
+)
 
 from resilient_pool import (
     BackoffPolicy,
@@ -29,21 +42,7 @@ from resilient_pool.observe.events import (
     MigrationStarted,
     RetryScheduled,
 )
-from resilient_pool.testing import EmbeddedPostgres, FaultProxy, PausingServer
-
-from migration_tools import (
-    PSQL,
-    QUICK,
-    alembic_project,
-    databases,
-    marked,
-    program,
-    run,
-    start,
-    through,
-    until,
-    yoyo_project,
-)
+from resilient_pool.testing import EmbeddedPostgres, PausingServer
 
 CANARY = "c@n/a:r%y-7391"
 AWAY = ("hang", "refuse", "reset", "57P03")
@@ -235,7 +234,7 @@ async def test_a_lock_that_is_not_free_in_time_is_an_error_that_names_its_holder
 
     holding = asyncio.ensure_future(run_migration(first, dsn=postgres.dsn(), lock="deploy"))
     await begun.wait()
-    with pytest.raises(MigrationLockedError, match="held by resilient-pool migrate on .*server process") as caught:
+    with pytest.raises(MigrationLockedError, match=r"held by resilient-pool migrate on .*server process") as caught:
         await run_migration(second, dsn=postgres.dsn(), lock="deploy", deadline=0.4, observers=[events.append])
     assert caught.value.holder == of(MigrationLockWaited, events)[0].holder
     assert not ran

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from migration_tools import QUICK, databases, run, through
 
 from resilient_pool import ConfigurationError, MigrationFailedError, MigrationResult, run_migration
 from resilient_pool.migration.sql_files import NO_TRANSACTION
 from resilient_pool.observe.events import MigrationStarted, OutcomeResolved
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
-
-from migration_tools import QUICK, databases, run, through
 
 APPLIED = "SELECT name FROM resilient_pool_migrations WHERE finished_at IS NOT NULL ORDER BY name"
 
@@ -178,5 +177,5 @@ async def test_the_command_line_applies_a_directory(dsn, tmp_path):
 
 async def test_a_directory_without_sql_files_is_refused(tmp_path):
     """Rather than being done at once, which would hide a wrong path."""
-    with pytest.raises(ConfigurationError, match="holds no file whose name ends in .sql"):
+    with pytest.raises(ConfigurationError, match=r"holds no file whose name ends in \.sql"):
         await migrate("postgresql://postgres@127.0.0.1:1/postgres", tmp_path)
