@@ -102,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_seconds(wait, "--timeout", WAIT_SECONDS, "how long to wait")
     doctor = actions.add_parser("doctor", parents=[common], epilog=_EPILOG, help="look at the database, and advise")
     _add_seconds(doctor, "--timeout", WAIT_SECONDS, "how long to wait for the database")
+    doctor.add_argument("--min-size", type=int, help="the application's min_size")
+    doctor.add_argument("--statement-cache-size", type=int, help="the application's statement_cache_size")
+    doctor.add_argument(
+        "--max-inactive-connection-lifetime", type=float, metavar="SECONDS", help="the application's own, likewise"
+    )
     actions.add_parser("demo", help="show both pools under the same mistreatment", add_help=False)
     return parser
 
@@ -248,8 +253,13 @@ async def _wait(options: argparse.Namespace) -> int:
 async def _doctor(options: argparse.Namespace) -> int:
     from resilient_pool.doctor import examine  # noqa: PLC0415 - nobody else needs it
 
+    names = ("min_size", "statement_cache_size", "max_inactive_connection_lifetime")
     findings = await examine(
-        sealed_dsn(options.dsn), deadline=options.timeout, backoff=WAIT_BACKOFF, observers=[_Narrator()]
+        sealed_dsn(options.dsn),
+        deadline=options.timeout,
+        backoff=WAIT_BACKOFF,
+        observers=[_Narrator()],
+        arguments={name: value for name in names if (value := getattr(options, name)) is not None},
     )
     status = FAILED if any(finding.level == "problem" for finding in findings) else DONE
     if options.json:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import signal
 import sys
+import tomllib
 import uuid
 from pathlib import Path
 from urllib.parse import quote
@@ -556,3 +558,44 @@ async def test_waiting_is_told_to_observers(postgres, proxy):
     assert of(RetryScheduled, events)[0].sqlstate == "57P03"
     assert of(MigrationStarted, events)[0].migration.endswith("-c 'print(1)'")
     assert os.environ.get("DATABASE_URL") is None
+
+
+async def test_the_doctor_names_the_setting_to_change(postgres):
+    """Asked of a real server; what would fail has exit status 1, advice has not."""
+    async with databases(postgres, f"doctor_{uuid.uuid4().hex}") as (dsn,):
+        async with postgres.admin() as admin:
+            await admin.execute(f"ALTER DATABASE {dsn.rpartition('/')[2]} SET idle_session_timeout = '20s'")
+        status, output, errors = await run("doctor", "--min-size", "1", dsn=dsn)
+        assert (status, errors) == (0, "")
+        assert "change: max_inactive_connection_lifetime=15" in output
+        assert "change: min_size=0" in output
+        standby = await run("doctor", "--json", dsn=dsn)
+    assert {finding["check"]: finding["level"] for finding in json.loads(standby[1])["findings"]} == {
+        **dict.fromkeys(("server version", "pausing", "keepalive", "pooler", "encryption", "durability"), "ok"),
+        **dict.fromkeys(("permissions", "clock", "role"), "ok"),
+        "idle sessions": "advice",
+    }
+
+
+async def test_the_doctor_finds_a_standby(postgres):
+    """It accepts no writes, so the application would fail: exit status 1."""
+    async with await postgres.standby("doctors") as replica:
+        status, output, _ = await run("doctor", dsn=replica.dsn())
+    assert status == 1
+    assert "problem role: the server is a standby and accepts no writes" in output
+
+
+def test_the_command_is_installed_under_its_name():
+    """`resilient-pool` is `resilient_pool.cli.main`."""
+    from resilient_pool.cli import main
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    name, _, function = project["scripts"]["resilient-pool"].partition(":")
+    assert getattr(importlib.import_module(name), function) is main
+
+
+async def test_demo_is_a_command_too():
+    """It takes the demo's own options."""
+    status, _, errors = await run("demo", "--seconds", "2", dsn=None)
+    assert status == 2
+    assert "--seconds must be between" in errors
