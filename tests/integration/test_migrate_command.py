@@ -433,15 +433,14 @@ async def test_a_function_that_could_not_connect_is_called_again(postgres, proxy
         if len(calls) > 1:
             proxy.restore()
         else:
-            proxy.answer_with_error()
+            proxy.reject()
         connection = await asyncpg.connect(proxy.dsn(postgres.dsn()))
         await connection.close()
 
     result = await run_migration(migrate, dsn=postgres.dsn(), backoff=QUICK, observers=[events.append])
     assert result.attempts == 2
-    assert [event.reason for event in of(MigrationRepeated, events)] == [
-        "CannotConnectNowError: the database system is starting up"
-    ]
+    (repeated,) = of(MigrationRepeated, events)
+    assert repeated.reason.startswith("Connection")
 
 
 @pytest.mark.parametrize(
@@ -551,7 +550,12 @@ async def test_waiting_is_told_to_observers(postgres, proxy):
 
     proxy.answer_with_error()
     result = await run_migration(
-        program("print(1)"), dsn=proxy.dsn(postgres.dsn()), backoff=QUICK, observers=[observe], on_line=ignore
+        program("print(1)"),
+        dsn=proxy.dsn(postgres.dsn()),
+        lock=None,
+        backoff=QUICK,
+        observers=[observe],
+        on_line=ignore,
     )
     assert result.output == ("1",)
     assert result.waited >= 0.1
