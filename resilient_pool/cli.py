@@ -29,14 +29,14 @@ from resilient_pool.observe.events import (
     RetryScheduled,
 )
 from resilient_pool.observe.redaction import Secret, scrub
-from resilient_pool.policy.backoff import BackoffPolicy, half_jitter
+from resilient_pool.policy.backoff import RECONNECT_BACKOFF
 from resilient_pool.pool import ResilientPool
 
 DONE, FAILED, USAGE, UNAVAILABLE = 0, 1, 2, 3
 """The exit statuses; 128 and the signal's number after a signal."""
 
-WAIT_BACKOFF = BackoffPolicy(base=0.5, factor=2, max_value=5.0, jitter=half_jitter, max_attempts=None)
-"""For `wait`: 0.5 s, doubling, at most 5 s, at least half of it kept by the jitter, until its time is over."""
+WAIT_BACKOFF = replace(RECONNECT_BACKOFF, base=0.5, max_value=5.0, max_elapsed=None)
+"""For `wait`: 0.5 s, doubling, at most 5 s, jittered as the pool's own reconnecting is, until its time is over."""
 
 WAIT_SECONDS = 100.0
 
