@@ -47,7 +47,7 @@ from resilient_pool.observe.events import (
 from resilient_pool.testing import EmbeddedPostgres, PausingServer
 
 CANARY = "c@n/a:r%y-7391"
-AWAY = ("hang", "refuse", "reset", "57P03")
+AWAY = ("hang", "refuse", "reset", "57P03", "28000")
 
 
 def ignore(_line: str) -> None:
