@@ -38,3 +38,46 @@ class OutcomeUnknownError(ResilientPoolError):
             f"the connection was lost during {operation}{known_as}: it is not known whether it took effect. "
             f"It was not repeated, because repeating it could apply it twice; {advice}"
         )
+
+
+class MigrationFailedError(ResilientPoolError):
+    """A migration failed by itself: the database was there, and waiting would not have helped.
+
+    Of a directory of SQL files, the server's error is the `__cause__`.
+
+    Attributes:
+        exit_code: The command's exit status; `None` if there was no command.
+        output: The last lines of its output, without secrets.
+        attempts: How often it was run; more than once only if it could not connect before.
+        waited: Seconds spent waiting for the database, for the lock and between attempts.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        exit_code: int | None = None,
+        output: tuple[str, ...] = (),
+        attempts: int = 1,
+        waited: float = 0.0,
+    ) -> None:
+        self.exit_code = exit_code
+        self.output = output
+        self.attempts = attempts
+        self.waited = waited
+        super().__init__(message)
+
+
+class MigrationLockedError(ResilientPoolError, TimeoutError):
+    """Another migration held the lock until the deadline. Nothing was run.
+
+    Attributes:
+        holder: Who held it, as far as the server tells.
+    """
+
+    def __init__(self, name: str, holder: str, waited: float) -> None:
+        self.holder = holder
+        super().__init__(
+            f"the lock {name!r} was not free within {waited:.1f} s, so nothing was run; it is held by {holder}. "
+            "Wait for that migration to end, or allow a longer deadline"
+        )

@@ -6,21 +6,14 @@ Every method changes the state first and returns what its caller has to close or
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from math import inf
 from typing import Generic, TypeVar
 
-from resilient_pool.core.clock import Clock, Timer
+from resilient_pool.core.clock import Clock
+from resilient_pool.core.limits import TimeLimits
 from resilient_pool.errors import AcquireTimeoutError
 
 R = TypeVar("R")
-
-# How late a time limit may be noticed when several end close together: seconds, and never more than this share of the limit.
-_LATEST = 0.05
-_LATEST_SHARE = 0.02
-# Event loops count in milliseconds and may call a little early.
-_TICK = 0.001
 
 
 class Slot(Generic[R]):
@@ -77,13 +70,12 @@ class Slots(Generic[R]):
     __slots__ = (
         "_admitted",
         "_all",
-        "_clock",
         "_drained",
         "_idle",
+        "_impatient",
+        "_limits",
         "_max_size",
         "_min_size",
-        "_sweep_at",
-        "_sweeper",
         "_waiters",
         "on_want",
     )
@@ -91,13 +83,11 @@ class Slots(Generic[R]):
     def __init__(self, max_size: int, clock: Clock, *, min_size: int = 0) -> None:
         self._max_size = self._admitted = max_size
         self._min_size = min_size
-        self._clock = clock
         self._all: set[Slot[R]] = set()
         self._idle: list[Slot[R]] = []
-        # For each who waits: until when, how many seconds that was from the start, and whether impatiently.
-        self._waiters: OrderedDict[asyncio.Future[Slot[R]], tuple[float, float, bool]] = OrderedDict()
-        self._sweeper: Timer | None = None
-        self._sweep_at = inf
+        self._limits: TimeLimits[asyncio.Future[Slot[R]]] = TimeLimits(clock, self._time_is_up)
+        self._waiters = self._limits.waiting
+        self._impatient: set[asyncio.Future[Slot[R]]] = set()
         self._drained = asyncio.Event()
         self.on_want: Callable[[], None] = _nothing
 
@@ -199,13 +189,10 @@ class Slots(Generic[R]):
             AcquireTimeoutError: None became free in time.
         """
         ticket: asyncio.Future[Slot[R]] = asyncio.get_running_loop().create_future()
-        if seconds is None:
-            self._waiters[ticket] = (inf, inf, impatient)
-        else:
-            due = self._clock.monotonic() + seconds
-            self._waiters[ticket] = (due, seconds, impatient)
-            if due < self._sweep_at:
-                self._sweep_by(due)
+        self._limits.begin(ticket, seconds)
+        if impatient:
+            self._impatient.add(ticket)
+            ticket.add_done_callback(self._impatient.discard)
         served = False
         try:
             slot = await ticket
@@ -221,37 +208,15 @@ class Slots(Generic[R]):
         if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
             self.put(ticket.result())
 
-    # One timer for all who wait: one for each, set and cancelled, would cost more than all the rest of waiting.
-
-    def _sweep_by(self, instant: float) -> None:
-        self._stop_sweeping()
-        self._sweep_at = instant
-        self._sweeper = self._clock.call_later(max(instant - self._clock.monotonic(), 0.0), self._sweep)
-
-    def _stop_sweeping(self) -> None:
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        self._sweeper, self._sweep_at = None, inf
-
-    def _sweep(self) -> None:
-        """Let those fail whose time is up, and come again when it is up for others, for as many of them as one may."""
-        now = self._clock.monotonic() + _TICK
-        for ticket, (due, seconds, _) in list(self._waiters.items()):
-            if due <= now:
-                del self._waiters[ticket]
-                if not ticket.done():
-                    ticket.set_exception(self._time_is_up(seconds))
-        self._stop_sweeping()
-        next_due = min((due + _tolerance(seconds) for due, seconds, _ in self._waiters.values()), default=inf)
-        if next_due < inf:
-            self._sweep_by(next_due)
-
-    def _time_is_up(self, seconds: float) -> Exception:
-        return AcquireTimeoutError(
-            f"no connection became free within {max(seconds, 0.0):.3g} s: all {len(self._all)} of "
-            f"max_size={self._max_size} are in use and {len(self._waiters)} more callers wait; "
-            "raise max_size or deadline, or hold connections for a shorter time"
-        )
+    def _time_is_up(self, ticket: asyncio.Future[Slot[R]], seconds: float) -> None:
+        if not ticket.done():
+            ticket.set_exception(
+                AcquireTimeoutError(
+                    f"no connection became free within {max(seconds, 0.0):.3g} s: all {len(self._all)} of "
+                    f"max_size={self._max_size} are in use and {len(self._waiters)} more callers wait; "
+                    "raise max_size or deadline, or hold connections for a shorter time"
+                )
+            )
 
     def put(self, slot: Slot[R]) -> None:
         """Give a slot back: to whoever waits first, else to the idle stack. An empty slot that nobody may fill is gone."""
@@ -275,7 +240,7 @@ class Slots(Generic[R]):
 
     def dismiss_waiters(self, error: Callable[[], Exception]) -> None:
         """Let everybody who waits fail, each with an error of its own."""
-        self._stop_sweeping()
+        self._limits.stop()
         while self._waiters:
             ticket, _ = self._waiters.popitem(last=False)
             if not ticket.done():
@@ -283,9 +248,9 @@ class Slots(Generic[R]):
 
     def dismiss_impatient(self, error: Callable[[], Exception]) -> None:
         """Let those who wait impatiently fail, each with an error of its own."""
-        for ticket, (_, _, impatient) in list(self._waiters.items()):
-            if impatient and not ticket.done():
-                del self._waiters[ticket]
+        for ticket in tuple(self._impatient):
+            self._waiters.pop(ticket, None)
+            if not ticket.done():
                 ticket.set_exception(error())
 
     async def drained(self) -> None:
@@ -308,7 +273,3 @@ class Slots(Generic[R]):
 
 def _nothing() -> None:
     """Nobody cares what is wanted."""
-
-
-def _tolerance(seconds: float) -> float:
-    return min(_LATEST, max(seconds, 0.0) * _LATEST_SHARE)

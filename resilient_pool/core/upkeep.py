@@ -12,6 +12,7 @@ import asyncpg
 from resilient_pool.config import PoolConfig
 from resilient_pool.core.clock import Clock, Timer
 from resilient_pool.core.connector import Connector
+from resilient_pool.core.limits import TimeLimits
 from resilient_pool.core.slots import Slot, Slots
 from resilient_pool.core.wire import Link
 from resilient_pool.observe.events import ConnectionDiscarded, ConnectionOpened, DiscardReason, Dispatcher
@@ -64,6 +65,7 @@ class Upkeep:
         self._counters = counters
         self._dispatcher = dispatcher
         self._background: set[asyncio.Task[object]] = set()
+        self._watched: TimeLimits[asyncio.Task[None]] = TimeLimits(clock, lambda task, _: task.cancel())
         self._reaper: Timer | None = None
         self._generation = 0
         self.closing = False
@@ -128,22 +130,27 @@ class Upkeep:
         prompt = slot.resource is not None and not slot.resource.is_cancelling
         self.resetting += 1
         self.returning += prompt
+        # Whoever waits for it is to learn that its time is up; if nobody does, a limit that costs less is enough.
+        watched = seconds is None and self._config.session_reset != "on_release"
         limit = self._config.reset_timeout if seconds is None else seconds
-        task = asyncio.get_running_loop().create_task(self._reset(slot, limit))
+        task = asyncio.get_running_loop().create_task(self._reset(slot, limit, watched=watched))
         self._background.add(task)
+        if watched:
+            self._watched.begin(task, limit)
         # Not the task itself: one that is cancelled before its first step would never give its slot back.
         task.add_done_callback(lambda task: self._settle(slot, task, prompt=prompt))
         return task
 
-    async def _reset(self, slot: Slot[Link], seconds: float) -> None:
+    async def _reset(self, slot: Slot[Link], seconds: float, *, watched: bool) -> None:
         link = slot.resource
         # What failed on it may have been judged by now, and the connection with it.
         if link is not None and self._unfit(slot) is None:
             self._counters.resets += 1
-            await link.restore(self._config.reset, seconds)
+            await link.restore(self._config.reset, seconds, watched=watched)
 
     def _settle(self, slot: Slot[Link], task: asyncio.Task[None], *, prompt: bool) -> None:
         self._background.discard(task)
+        self._watched.waiting.pop(task, None)
         self.resetting -= 1
         self.returning -= prompt
         if task.cancelled() or task.exception() is not None:
@@ -254,6 +261,7 @@ class Upkeep:
         await self._slots.drained()
         while self._background:
             await asyncio.wait(self._background)
+        self._watched.stop()
 
     async def rest(self, seconds: float | None) -> None:
         """Wait until nothing is done in the background; what is not done after `seconds` is cut short."""
@@ -282,6 +290,7 @@ class Upkeep:
         self.begin_closing()
         for task in self._background:
             task.cancel()
+        self._watched.stop()
         self._slots.abandon()
 
     def run_in_background(self, work: Coroutine[object, object, object]) -> None:

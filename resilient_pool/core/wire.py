@@ -148,12 +148,15 @@ class Link:
             return False
         return True
 
-    async def restore(self, reset: Callable[[AnyConnection], Awaitable[None]] | None, seconds: float) -> None:
+    async def restore(
+        self, reset: Callable[[AnyConnection], Awaitable[None]] | None, seconds: float, *, watched: bool
+    ) -> None:
         """Wait for a pending cancellation, then reset the session, all within a time limit.
 
         Args:
             reset: The application's own reset; `None` for the driver's.
             seconds: The limit.
+            watched: Whether the caller cancels what takes longer. Then a reset in one query is spared the limit's cost.
 
         Raises:
             TimeoutError: It took longer.
@@ -165,9 +168,9 @@ class Link:
             if not self._resets_in_one_query():
                 await connection.reset(timeout=seconds)
                 return
-            # What follows every write: the same without the driver's time limit, which costs more than all the rest of it.
+            # What follows every write: the same, without a time limit of the driver's kind around it.
             await connection._reset()  # noqa: SLF001
-            await connection.execute(connection.get_reset_query(), timeout=seconds)
+            await connection.execute(connection.get_reset_query(), timeout=None if watched else seconds)
             return
         with anyio.fail_after(seconds):
             if protocol._is_cancelling():  # noqa: SLF001

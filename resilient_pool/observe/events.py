@@ -211,6 +211,66 @@ class PoolerDetected(Event):
     statement_cache_size: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationStarted(Event):
+    """A migration begins to run.
+
+    Attributes:
+        migration: The command without secrets, the directory, or the function's name.
+        attempt: Which attempt this is; the first is 1.
+        elapsed: Seconds since `run_migration` was called.
+    """
+
+    name: ClassVar[str] = "migration.started"
+    migration: str
+    attempt: int
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationRepeated(Event):
+    """A migration could not connect, and is run again.
+
+    Attributes:
+        reason: What it said, without secrets.
+        attempt: Which attempt failed; the first is 1.
+        delay: Seconds until the next attempt.
+        elapsed: Seconds since `run_migration` was called.
+    """
+
+    name: ClassVar[str] = "migration.repeated"
+    reason: str
+    attempt: int
+    delay: float
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationLockWaited(Event):
+    """A migration waits for another one to end. Told once for each other one.
+
+    Attributes:
+        holder: Whom it waits for, as far as the server tells.
+        elapsed: How long it has waited so far, in seconds.
+    """
+
+    name: ClassVar[str] = "migration.lock.waited"
+    holder: str
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationLockLost(Event):
+    """The connection that holds the lock was lost while a migration ran; another one may have begun.
+
+    Attributes:
+        losses: How often that has happened to this migration.
+    """
+
+    name: ClassVar[str] = "migration.lock.lost"
+    losses: int
+
+
 class Observer(Protocol):
     """Whatever wants to be told. It is called in the event loop, between two steps of an operation: it must not block."""
 

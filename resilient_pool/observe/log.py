@@ -13,6 +13,7 @@ from resilient_pool.observe.events import (
     DiscardReason,
     Event,
     GateClosed,
+    MigrationLockLost,
     OutcomeUnknown,
     PoolerDetected,
     RetryExhausted,
@@ -32,6 +33,7 @@ _LEVELS: Mapping[type[Event], int] = {
     OutcomeUnknown: logging.WARNING,
     GateClosed: logging.WARNING,
     PoolerDetected: logging.WARNING,
+    MigrationLockLost: logging.WARNING,
 }
 
 # These tell that something outside the pool went wrong; the other reasons are its own housekeeping.
@@ -52,7 +54,8 @@ class StructlogObserver:
     """Logs every event under its dotted name, with its attributes as fields.
 
     Connections opened, and discarded as housekeeping, are logged at DEBUG; retries, and connections that had died, at
-    INFO; operations given up, unknown outcomes, a server that is away and poolers at WARNING. SQL text and arguments are never logged.
+    INFO; operations given up, unknown outcomes, a server that is away, poolers and a migration's lost lock at WARNING. SQL
+    text and arguments are never logged.
 
     Args:
         logger: A structlog logger. The default is structlog's logger `resilient_pool` as the application configured

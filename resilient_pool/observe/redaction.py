@@ -18,9 +18,10 @@ _LONGEST_PART = 8
 _LOWER_CASE_ESCAPE = re.compile(r"%[0-9A-F]{2}")
 
 # Greedy up to the last "@": a password that was not URL-quoted may hold any of the characters that end a URL's parts.
-_USERINFO = re.compile(r"(?P<kept>[A-Za-z][A-Za-z0-9+.\-]*://[^\s:/?#@]*:)\S+(?=@)")
+# Nothing before the "://" is of any length: on one long word, such as a key in base64, the search would take for ever.
+_USERINFO = re.compile(r"(?P<kept>[A-Za-z][A-Za-z0-9+.\-]{0,31}://[^\s:/?#@]*:)\S+(?=@)")
 
-_KEY = r"(?:\w*password|passwd|pwd|passphrase)"
+_KEY = r"(?:\w{0,32}password|passwd|pwd|passphrase)"
 _QUOTED = r"'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\""
 _PAIRS = (
     re.compile(rf"(?P<kept>{_KEY}\s*=\s*)(?:{_QUOTED}|\S+)", re.IGNORECASE),

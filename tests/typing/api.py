@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import assert_type
 
 import asyncpg
@@ -16,6 +17,9 @@ from resilient_pool import (
     Event,
     Failure,
     Fault,
+    MigrationFailedError,
+    MigrationLockedError,
+    MigrationResult,
     Observer,
     Outcome,
     OutcomeUnknownError,
@@ -29,6 +33,7 @@ from resilient_pool import (
     StructlogObserver,
     Verdict,
     create_pool,
+    run_migration,
 )
 from resilient_pool.transaction import Attempt, Isolation, RetriedTransaction, TransactionOptions
 
@@ -176,3 +181,25 @@ async def failures(pool: ResilientPool) -> None:
         assert_type(error.__cause__, BaseException | None)
     except (ResilientPoolError, asyncpg.PostgresError, OSError) as error:
         assert resilient_pool.__version__, error
+
+
+async def migrations() -> None:
+    """Run each kind of migration, with what comes of it."""
+
+    async def function() -> int:
+        return 1
+
+    result = await run_migration(["alembic", "upgrade", "head"], dsn=DSN, backoff=BackoffPolicy(), deadline=200.0)
+    assert_type(result, MigrationResult)
+    assert_type(result.exit_code, int | None)
+    assert_type(result.output, tuple[str, ...])
+    await run_migration("alembic upgrade head", lock=None, on_line=print, observers=[listen])
+    assert_type((await run_migration(Path("migrations"))).applied, tuple[str, ...])
+    await run_migration(lambda: None, lock="another", stop_within=5.0, timeout=3.0)
+    try:
+        await run_migration(function, deadline=None)
+    except MigrationFailedError as error:
+        assert_type(error.exit_code, int | None)
+        assert_type(error.waited, float)
+    except MigrationLockedError as error:
+        assert_type(error.holder, str)

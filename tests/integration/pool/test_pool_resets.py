@@ -8,6 +8,7 @@ import asyncpg
 import pytest
 
 from resilient_pool.observe.events import DiscardReason
+from resilient_pool.testing import ScriptedClock
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
@@ -43,6 +44,31 @@ async def test_a_reset_that_is_cancelled_gives_its_place_back(make_pool, turns):
         assert not pool._upkeep.returning
 
 
+@pytest.mark.parametrize(("reset_timeout", "timeout"), [(0.1, None), (30.0, 0.1)])
+async def test_whoever_waits_for_a_reset_learns_that_it_took_too_long(make_pool, dsn, proxy, reset_timeout, timeout):
+    """With `session_reset="on_release"`, within the pool's time limit or the release's own."""
+    async with make_pool(proxy.dsn(dsn), max_size=1, session_reset="on_release", reset_timeout=reset_timeout) as pool:
+        connection = await pool.acquire()
+        await connection.execute(LEAVE)
+        proxy.blackhole()
+        with pytest.raises(TimeoutError):
+            await pool.release(connection, timeout=timeout)
+        proxy.restore()
+
+
+async def test_a_pool_that_was_closed_leaves_no_timer_of_its_resets(make_pool, dsn):
+    """However it ends."""
+    for end in ("close", "terminate"):
+        clock = ScriptedClock()
+        pool = await make_pool(max_size=1, clock=clock, max_inactive_connection_lifetime=0)
+        await pool.execute(LEAVE)
+        assert 5.0 in clock.pending
+        ended = getattr(pool, end)()
+        if ended is not None:
+            await ended
+        assert clock.pending == []
+
+
 @both_loops
 async def test_a_caller_that_waits_for_a_reset_is_served_when_it_is_answered(make_pool):
     """The same connection, and nothing of the use before."""
@@ -52,6 +78,7 @@ async def test_a_caller_that_waits_for_a_reset_is_served_when_it_is_answered(mak
         assert not await pool.fetchval(LOOK)
         stats = pool.stats()
         assert (stats.opened, stats.resets, stats.waits) == (1, 1, 2)  # for the first connection, too
+        assert not pool._upkeep._watched.waiting
 
 
 @both_loops
@@ -114,3 +141,17 @@ async def test_a_reset_that_fails_costs_the_connection(make_pool):
         await pool.execute(LEAVE)
         assert not await pool.fetchval(LOOK)
         assert pool.stats().discarded == {DiscardReason.RESET_FAILED: 1}
+
+
+@both_loops
+@pytest.mark.parametrize("writers", [1, 3, 10])
+async def test_busy_writers_get_a_connection_each_and_one_to_spare_between_them(make_pool, writers):
+    """They wait for each other's resets rather than open one connection for each write that is being reset."""
+
+    async def work():
+        for _ in range(30):
+            await pool.execute(LEAVE)
+
+    async with make_pool(max_size=30) as pool:
+        await asyncio.gather(*(work() for _ in range(writers)))
+        assert writers <= pool.get_size() <= writers + 1

@@ -76,6 +76,10 @@ def test_the_names_are_dotted_and_each_belongs_to_one_kind_of_event():
         "pool.outcome.resolved",
         "pool.outcome.unknown",
         "pool.pooler.detected",
+        "migration.started",
+        "migration.repeated",
+        "migration.lock.waited",
+        "migration.lock.lost",
     } == {kind.name for kind in KINDS}
     assert len(KINDS) == len({kind.name for kind in KINDS})
 

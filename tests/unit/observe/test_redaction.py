@@ -5,6 +5,7 @@ import inspect
 import json
 import pickle
 import re
+import time
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -174,3 +175,13 @@ def test_scrubbing_leaves_nothing_of_the_secret_in_the_regular_expressions_cache
 def test_several_secrets_are_taken_out_of_one_text():
     """Each of them, in any order."""
     assert scrub("first-one and second-two", [Secret("second-two"), Secret("first-one")]) == "**** and ****"
+
+
+def test_a_long_word_takes_no_longer_than_a_long_text():
+    """Commands write keys and images in base64; the time for them must not grow with the square of their length."""
+    word = "x" * 60_000
+    started = time.perf_counter()
+    assert scrub(word) == word
+    assert scrub(f"{word}_password=secret") == f"{word}_password=****"
+    assert scrub(f"{word}://me:secret@host") == f"{word}://me:****@host"
+    assert time.perf_counter() - started < 2

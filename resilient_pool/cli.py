@@ -1,0 +1,312 @@
+"""The command line: `resilient-pool migrate | wait | doctor | demo`. Results go to standard output, the rest to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from resilient_pool.config import PoolConfig
+from resilient_pool.core.clock import SystemClock
+from resilient_pool.errors import ConfigurationError, MigrationFailedError, MigrationLockedError, ResilientPoolError
+from resilient_pool.migrate import CONNECT_TIMEOUT, DEADLINE, LOCK, MIGRATION_BACKOFF, run_migration, sealed_dsn
+from resilient_pool.migration.output import print_line
+from resilient_pool.observe.events import (
+    Event,
+    MigrationLockLost,
+    MigrationLockWaited,
+    MigrationRepeated,
+    MigrationStarted,
+    RetryScheduled,
+)
+from resilient_pool.observe.redaction import Secret, scrub
+from resilient_pool.policy.backoff import RECONNECT_BACKOFF
+from resilient_pool.pool import ResilientPool
+
+DONE, FAILED, USAGE, UNAVAILABLE = 0, 1, 2, 3
+"""The exit statuses; 128 and the signal's number after a signal."""
+
+WAIT_BACKOFF = replace(RECONNECT_BACKOFF, base=0.5, max_value=5.0, max_elapsed=None)
+"""For `wait`: 0.5 s, doubling, at most 5 s, jittered as the pool's own reconnecting is, until its time is over."""
+
+WAIT_SECONDS = 100.0
+
+# Classes of SQLSTATE: the connection, a login refused, no such database, no room, an operator's intervention.
+_NO_CONNECTION = ("08", "28", "3D", "53", "57")
+
+_EPILOG = """\
+The database is the one that --dsn names, else the environment variable DATABASE_URL, else PGHOST, PGPORT, PGUSER,
+PGDATABASE and PGPASSWORD. Exit status: 0 done; 1 the migration failed (or, of doctor, something needs to be changed);
+2 the command line or the configuration is wrong; 3 the database never came, or refused to let us in.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: The command line's arguments. Default: those of this process.
+
+    Returns:
+        0 done, 1 the migration failed, 2 bad usage, 3 the database never came; 128 and the signal's number after a signal.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["demo"]:
+        from resilient_pool.demo.__main__ import main as demo  # noqa: PLC0415 - nobody else needs it
+
+        return demo(given[1:])
+    parser = _parser()
+    before, separator, command = _split(given)
+    options = parser.parse_args(before)
+    if options.action == "migrate":
+        _settle(options, command if separator else None, parser)
+    elif separator:
+        parser.error("only migrate takes a command behind --")
+    _warn_of_password(options.dsn)
+    return _guarded(options)
+
+
+def _split(given: list[str]) -> tuple[list[str], bool, list[str]]:
+    """Part the options from the command behind the first `--`."""
+    if "--" not in given:
+        return given, False, []
+    position = given.index("--")
+    return given[:position], True, given[position + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="resilient-pool", epilog=_EPILOG)
+    actions = parser.add_subparsers(dest="action", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--dsn", help="where the database is; a password in it can be seen in the process list")
+    common.add_argument("--json", action="store_true", help="write the result to standard output as JSON")
+    migrate = actions.add_parser(
+        "migrate",
+        parents=[common],
+        epilog=_EPILOG,
+        usage="resilient-pool migrate [options] (DIRECTORY | -- COMMAND...)",
+        help="wait for the database, then run a migration",
+    )
+    migrate.add_argument("directory", nargs="?", type=Path, help="a directory of *.sql files")
+    _add_migrate_options(migrate)
+    wait = actions.add_parser("wait", parents=[common], epilog=_EPILOG, help="wait until the database answers")
+    _add_seconds(wait, "--timeout", WAIT_SECONDS, "how long to wait")
+    doctor = actions.add_parser("doctor", parents=[common], epilog=_EPILOG, help="look at the database, and advise")
+    _add_seconds(doctor, "--timeout", WAIT_SECONDS, "how long to wait for the database")
+    doctor.add_argument("--min-size", type=int, help="the application's min_size")
+    doctor.add_argument("--statement-cache-size", type=int, help="the application's statement_cache_size")
+    doctor.add_argument(
+        "--max-inactive-connection-lifetime", type=float, metavar="SECONDS", help="the application's own, likewise"
+    )
+    actions.add_parser("demo", help="show both pools under the same mistreatment", add_help=False)
+    return parser
+
+
+def _add_migrate_options(parser: argparse.ArgumentParser) -> None:
+    _add_seconds(parser, "--deadline", DEADLINE, "for all waiting together; it never cuts a running migration")
+    _add_seconds(parser, "--connect-timeout", CONNECT_TIMEOUT, "for one attempt to connect while waiting")
+    parser.add_argument(
+        "--attempts", type=int, default=MIGRATION_BACKOFF.max_attempts, help="how often to try (default: %(default)s)"
+    )
+    _add_seconds(parser, "--stop-within", 10.0, "an interrupted command has to end by itself")
+    lock = parser.add_mutually_exclusive_group()
+    lock.add_argument("--lock", default=LOCK, help="the advisory lock's name (default: %(default)s)")
+    lock.add_argument("--no-lock", dest="lock", action="store_const", const=None, help="take no lock")
+
+
+def _add_seconds(parser: argparse.ArgumentParser, option: str, default: float, meaning: str) -> None:
+    parser.add_argument(
+        option, type=float, default=default, metavar="SECONDS", help=f"{meaning} (default: %(default)g)"
+    )
+
+
+def _settle(options: argparse.Namespace, command: list[str] | None, parser: argparse.ArgumentParser) -> None:
+    """Put what to run into `options.migration`."""
+    if (options.directory is None) == (command is None):
+        parser.error("migrate takes either a directory of *.sql files or a command behind --")
+    if command is not None and not command:
+        parser.error("no command behind --")
+    options.migration = command or options.directory
+
+
+def _warn_of_password(dsn: str | None) -> None:
+    if dsn is None:
+        return
+    with contextlib.suppress(ConfigurationError):  # told later
+        if scrub(dsn) != dsn:
+            _say(
+                "warning: everybody on this machine can read the password in --dsn in the process list; "
+                "put it into DATABASE_URL, PGPASSWORD or a password file"
+            )
+
+
+def _guarded(options: argparse.Namespace) -> int:
+    actions: Mapping[str, Callable[[argparse.Namespace], Coroutine[Any, Any, int]]]
+    actions = {"migrate": _migrate, "wait": _wait, "doctor": _doctor}
+    caught: list[int] = []
+    try:
+        return asyncio.run(_until_signalled(actions[options.action](options), caught))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        number = caught[0] if caught else signal.SIGINT
+        _say(f"ended by {signal.Signals(number).name}")
+        return 128 + number
+    except Exception as error:  # noqa: BLE001 - a person wants a sentence, not a traceback
+        return _report(options, error)
+
+
+async def _until_signalled(action: Coroutine[Any, Any, int], caught: list[int]) -> int:
+    """Run an action; SIGTERM cancels it, as asyncio lets SIGINT do."""
+    task = asyncio.current_task()
+
+    def cancel() -> None:
+        caught.append(signal.SIGTERM)
+        if task is not None:
+            task.cancel()
+
+    with contextlib.suppress(NotImplementedError):  # some event loops know no signals
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
+    return await action
+
+
+def _report(options: argparse.Namespace, error: Exception) -> int:
+    """Tell an error, and return the exit status that it means."""
+    status, word = _meaning(error)
+    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+    text = scrub(f"{_told(error)}{notes}", _secrets(options.dsn))
+    _say(f"resilient-pool: {word}: {text}")
+    if options.json:
+        facts: dict[str, object] = {"status": word, "exit_status": status, "error": text}
+        if isinstance(error, MigrationFailedError):
+            facts |= {"command_exit_status": error.exit_code, "attempts": error.attempts, "output": error.output}
+            facts["waited"] = round(error.waited, 3)
+        _write(facts)
+    return status
+
+
+def _meaning(error: Exception) -> tuple[int, str]:
+    if isinstance(error, MigrationFailedError | MigrationLockedError):
+        return FAILED, "the migration failed" if isinstance(error, MigrationFailedError) else "nothing was run"
+    if isinstance(error, ConfigurationError):
+        return USAGE, "wrong usage"
+    about_the_server = isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "08")[:2] in _NO_CONNECTION
+    if about_the_server or isinstance(error, OSError | asyncpg.InterfaceError | ResilientPoolError):
+        return UNAVAILABLE, "no connection to the database"
+    return FAILED, "it failed"
+
+
+def _told(error: Exception) -> str:
+    # The errors of the network and of the driver do not all say what they are.
+    own = isinstance(error, ResilientPoolError | asyncpg.PostgresError)
+    return str(error) if own and str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _secrets(dsn: str | None) -> tuple[Secret, ...]:
+    try:
+        return PoolConfig.from_arguments(sealed_dsn(dsn)).secrets()
+    except ConfigurationError:
+        return ()
+
+
+# The actions
+
+
+async def _migrate(options: argparse.Namespace) -> int:
+    policy = replace(MIGRATION_BACKOFF, max_attempts=options.attempts)
+    result = await run_migration(
+        options.migration,
+        dsn=options.dsn,
+        backoff=policy,
+        deadline=options.deadline,
+        timeout=options.connect_timeout,
+        lock=options.lock,
+        stop_within=options.stop_within,
+        on_line=_say if options.json else print_line,
+        observers=[_Narrator()],
+    )
+    _say(f"done, after {result.attempts} attempt(s) and {result.waited:.1f} s of waiting")
+    if options.json:
+        _write({"status": "done", "exit_status": DONE, **asdict(result), "waited": round(result.waited, 3)})
+    return DONE
+
+
+async def _wait(options: argparse.Namespace) -> int:
+    clock = SystemClock()
+    started = clock.monotonic()
+    async with _waiting_pool(options) as pool:
+        version = await pool.fetchval("SELECT pg_catalog.current_setting('server_version')")
+    waited = clock.monotonic() - started
+    _say(f"the database answers, after {waited:.1f} s")
+    if options.json:
+        _write({"status": "up", "exit_status": DONE, "waited": round(waited, 3), "server_version": version})
+    return DONE
+
+
+async def _doctor(options: argparse.Namespace) -> int:
+    from resilient_pool.doctor import examine  # noqa: PLC0415 - nobody else needs it
+
+    names = ("min_size", "statement_cache_size", "max_inactive_connection_lifetime")
+    findings = await examine(
+        sealed_dsn(options.dsn),
+        deadline=options.timeout,
+        backoff=WAIT_BACKOFF,
+        observers=[_Narrator()],
+        arguments={name: value for name in names if (value := getattr(options, name)) is not None},
+    )
+    status = FAILED if any(finding.level == "problem" for finding in findings) else DONE
+    if options.json:
+        _write({"exit_status": status, "findings": [asdict(finding) for finding in findings]})
+    for finding in () if options.json else findings:
+        print_line(f"{finding.level:8}{finding.check}: {finding.text}")
+        if finding.change:
+            print_line(f"        change: {finding.change}")
+    return status
+
+
+def _waiting_pool(options: argparse.Namespace) -> ResilientPool:
+    return ResilientPool(
+        sealed_dsn(options.dsn),
+        max_size=1,
+        reconnect=WAIT_BACKOFF,
+        deadline=options.timeout,
+        timeout=min(CONNECT_TIMEOUT, max(options.timeout, 0.001)),
+        observers=[_Narrator()],
+    )
+
+
+class _Narrator:
+    """Tells a person what is being waited for."""
+
+    def __call__(self, event: Event, /) -> None:
+        """Tell `event`, if it means something to whoever watches."""
+        if isinstance(event, RetryScheduled):
+            state = f" ({event.sqlstate})" if event.sqlstate else ""
+            _say(
+                f"the database is {event.fault.value}{state}: attempt {event.attempt}, waited {event.elapsed:.1f} s, "
+                f"next try in {event.delay:.1f} s"
+            )
+        elif isinstance(event, MigrationStarted):
+            _say(f"running {event.migration} (attempt {event.attempt}, after {event.elapsed:.1f} s)")
+        elif isinstance(event, MigrationRepeated):
+            _say(f"it could not connect ({event.reason}); next try in {event.delay:.1f} s")
+        elif isinstance(event, MigrationLockWaited):
+            _say(f"waiting for another migration to end: {event.holder}")
+        elif isinstance(event, MigrationLockLost):
+            _say("warning: the connection that holds the lock was lost; another migration may run beside this one")
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _write(facts: Mapping[str, object]) -> None:
+    print_line(json.dumps(facts))

@@ -1,0 +1,96 @@
+"""The only module that reads what a command writes: whole lines, without secrets, and the last of them kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from urllib.parse import unquote
+
+from resilient_pool.observe.redaction import Secret, scrub
+
+LineSink = Callable[[str], object]
+"""Is given each line, scrubbed and without its end."""
+
+_LOGGER = logging.getLogger("resilient_pool")
+_LONGEST_LINE = 65536
+_CUT_OFF = 4096
+_KEPT_FOR_JUDGEMENT = 400
+_KEPT_FOR_THE_RESULT = 40
+_PASSWORD_IN_URL = re.compile(r"://[^\s:/?#@]*:([^\s@]+)@")
+
+
+def print_line(line: str) -> None:
+    """Write a line to standard output at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def secrets_around(texts: Iterable[str], environment: Mapping[str, str] = os.environ) -> Iterator[Secret]:
+    """Yield the passwords that a command is given: in its arguments' URLs, in its environment's URLs, and in PGPASSWORD."""
+    if password := environment.get("PGPASSWORD"):
+        yield Secret(password)
+    for text in (*texts, *environment.values()):
+        for found in _PASSWORD_IN_URL.finditer(text):
+            yield Secret(found[1])
+            yield Secret(unquote(found[1]))
+
+
+class Lines:
+    """Makes lines of a command's output.
+
+    A secret may be cut in two between two reads, but not between two lines, so that nothing is told before its line has
+    ended. A line of more than 65536 bytes is cut short.
+
+    Args:
+        secrets: What is known to be secret.
+        sink: Is given each line. If it raises, that is logged once and the rest is not told.
+
+    Attributes:
+        heard: The last lines as they were written, to be judged and never shown.
+        told: The last lines as they were told.
+    """
+
+    __slots__ = ("_rest", "_secrets", "_sink", "heard", "told")
+
+    def __init__(self, secrets: Iterable[Secret], sink: LineSink) -> None:
+        self._secrets = tuple(secrets)
+        self._sink: LineSink | None = sink
+        self._rest = b""
+        self.heard: deque[str] = deque(maxlen=_KEPT_FOR_JUDGEMENT)
+        self.told: deque[str] = deque(maxlen=_KEPT_FOR_THE_RESULT)
+
+    def feed(self, data: bytes) -> None:
+        """Take what was read."""
+        *lines, rest = (self._rest + data).split(b"\n")
+        self._rest = rest[:_LONGEST_LINE]
+        for line in lines:
+            self._hear(line)
+
+    def end(self) -> None:
+        """Tell a last line that has no end."""
+        if self._rest:
+            self._hear(self._rest)
+            self._rest = b""
+
+    def _hear(self, line: bytes) -> None:
+        text = line[:_LONGEST_LINE].decode(errors="replace").rstrip("\r")
+        self.heard.append(text)
+        shown = scrub(text, self._secrets)
+        if len(line) >= _LONGEST_LINE:
+            # Where it was cut a secret may have been cut too, which `scrub` cannot recognise.
+            shown = shown[:-_CUT_OFF] + " (the line goes on)"
+        self.told.append(shown)
+        self._tell(shown)
+
+    def _tell(self, line: str) -> None:
+        if self._sink is None:
+            return
+        try:
+            self._sink(line)
+        except Exception:  # a migration must not fail because nobody listens
+            self._sink = None
+            _LOGGER.exception("the output of the migration cannot be told any more")

@@ -1,0 +1,213 @@
+"""The only module that applies a directory of SQL files: each once, in order, in a transaction, and recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncpg
+
+from resilient_pool.connection import ResilientConnection
+from resilient_pool.errors import ConfigurationError, MigrationFailedError, OutcomeUnknownError
+from resilient_pool.migration.output import LineSink
+from resilient_pool.policy.atomicity import ends_transaction, is_atomic
+from resilient_pool.pool import ResilientPool
+
+TABLE = "resilient_pool_migrations"
+"""Where applied files are recorded, in the first schema of the search path."""
+
+NO_TRANSACTION = "-- resilient-pool: no transaction"
+"""The first line of a file whose one statement cannot run in a transaction, such as CREATE INDEX CONCURRENTLY."""
+
+_CREATE = f"""
+    CREATE TABLE IF NOT EXISTS {TABLE} (
+        name text PRIMARY KEY, checksum text NOT NULL, started_at timestamptz NOT NULL DEFAULT now(),
+        finished_at timestamptz)
+"""
+_EXISTS = f"SELECT pg_catalog.to_regclass('{TABLE}') IS NOT NULL"
+_RECORDED = f"SELECT name, checksum, finished_at IS NOT NULL AS finished FROM {TABLE}"  # noqa: S608
+# A second transaction that inserts the same name waits for the first one's end, so that even without the lock, and even
+# if nobody knows what became of the first, no file is applied twice.
+_RECORD = f"""
+    INSERT INTO {TABLE} (name, checksum, finished_at) VALUES ($1, $2, CASE WHEN $3 THEN clock_timestamp() END)
+    ON CONFLICT (name) DO NOTHING RETURNING true
+"""  # noqa: S608
+_FINISH = f"UPDATE {TABLE} SET finished_at = clock_timestamp() WHERE name = $1 AND checksum = $2"  # noqa: S608
+_FORGET = f"DELETE FROM {TABLE} WHERE name = $1 AND checksum = $2 AND finished_at IS NULL"  # noqa: S608
+# Two that create it at the same moment may get in each other's way in spite of IF NOT EXISTS.
+_MADE_BY_ANOTHER = (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError)
+_NUMBER = re.compile(r"(\d+)")
+# The connection, a lack of resources, and an operator's intervention.
+_ABOUT_THE_SERVER = ("08", "53", "57")
+_TRIES_OF_AN_UNKNOWN_COMMIT = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqlFile:
+    """One file.
+
+    Attributes:
+        name: Its name in the directory.
+        sql: What it holds.
+        checksum: SHA-256 of that, with line ends as Unix writes them.
+        transactional: Whether it runs in a transaction.
+    """
+
+    name: str
+    sql: str
+    checksum: str
+    transactional: bool
+
+
+def read_directory(directory: Path) -> tuple[SqlFile, ...]:
+    """Return the `*.sql` files of a directory in the order of their names, with numbers in them counted as numbers.
+
+    Raises:
+        ConfigurationError: It is no directory, holds no such file, or one that cannot be read or ends its transaction.
+    """
+    if not directory.is_dir():
+        raise ConfigurationError(f"{str(directory)!r} is not a directory of SQL files")
+    paths = sorted(directory.glob("*.sql"), key=lambda path: _order(path.name))
+    if not paths:
+        raise ConfigurationError(f"the directory {str(directory)!r} holds no file whose name ends in .sql")
+    return tuple(_read(path) for path in paths)
+
+
+def _order(name: str) -> tuple[tuple[object, ...], str]:
+    parts = _NUMBER.split(name)
+    return tuple(int(part) if position % 2 else part for position, part in enumerate(parts)), name
+
+
+def _read(path: Path) -> SqlFile:
+    try:
+        sql = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path.name} cannot be read as UTF-8 text: {error}") from error
+    transactional = sql.partition("\n")[0].strip() != NO_TRANSACTION
+    if transactional and ends_transaction(sql):
+        raise ConfigurationError(
+            f"{path.name} may end the transaction that it runs in: take BEGIN, COMMIT, ROLLBACK and PREPARE out, since each "
+            "file is one transaction. If it is one statement that cannot run in a transaction, begin the file with "
+            f"{NO_TRANSACTION!r}"
+        )
+    return SqlFile(
+        name=path.name, sql=sql, checksum=hashlib.sha256(sql.encode()).hexdigest(), transactional=transactional
+    )
+
+
+class SqlDirectory:
+    """A directory of SQL files, to be applied by `apply`.
+
+    Args:
+        directory: Where they are. They are read at once.
+        tell: Is given one line for each file applied.
+    """
+
+    def __init__(self, directory: Path, tell: LineSink) -> None:
+        self.files = read_directory(directory)
+        self._tell = tell
+
+    async def apply(self, pool: ResilientPool) -> tuple[str, ...]:
+        """Apply what is not recorded yet, and return the names.
+
+        Raises:
+            MigrationFailedError: A recorded file has changed, or was begun outside a transaction and not finished; then
+                nothing was applied. Or a file failed: those before it stay applied.
+        """
+        if not await pool.fetchval(_EXISTS):
+            with contextlib.suppress(*_MADE_BY_ANOTHER):
+                await pool.execute(_CREATE, idempotent=True)
+        recorded = {row["name"]: row for row in await pool.fetch(_RECORDED)}
+        for file in self.files:
+            if file.name in recorded:
+                _check(file, recorded[file.name])
+        applied = []
+        for file in self.files:
+            if file.name not in recorded and await self._apply(pool, file):
+                self._tell(f"applied {file.name}")
+                applied.append(file.name)
+        return tuple(applied)
+
+    async def _apply(self, pool: ResilientPool, file: SqlFile) -> bool:
+        try:
+            if file.transactional:
+                return await _in_transaction(pool, file)
+            return await _outside_transaction(pool, file)
+        except OutcomeUnknownError as error:
+            raise MigrationFailedError(f"{file.name}: the connection was lost, and its end is not known") from error
+        except asyncpg.PostgresError as error:
+            if _is_about_the_server(error):
+                raise
+            raise MigrationFailedError(f"{file.name}{_place(file, error)}: {error}") from error
+
+
+def _check(file: SqlFile, recorded: asyncpg.Record) -> None:
+    if recorded["checksum"] != file.checksum:
+        raise MigrationFailedError(
+            f"{file.name} has changed since it was applied (recorded as {recorded['checksum'][:12]}, now "
+            f"{file.checksum[:12]}): restore it, and put the change into a new file"
+        )
+    if not recorded["finished"]:
+        raise MigrationFailedError(
+            f"{file.name}, which runs outside a transaction, was begun before and its end is not known: see whether its "
+            f"statement has taken effect. If it has, set finished_at in its row of the table {TABLE}; if it has not, delete "
+            "that row"
+        )
+
+
+async def _in_transaction(pool: ResilientPool, file: SqlFile) -> bool:
+    for attempt in range(1, _TRIES_OF_AN_UNKNOWN_COMMIT + 1):
+        try:
+            return await pool.run_in_transaction(_record_and_run, file)
+        except OutcomeUnknownError:
+            # The server could not tell what became of the COMMIT, but the record is part of that transaction: it is
+            # there if, and only if, the file took effect.
+            if await _is_recorded(pool, file):
+                return True
+            if attempt == _TRIES_OF_AN_UNKNOWN_COMMIT:
+                raise
+    return False
+
+
+async def _record_and_run(connection: ResilientConnection, file: SqlFile) -> bool:
+    # First the record: afterwards the file may have changed the search path.
+    if not await connection.fetchval(_RECORD, file.name, file.checksum, True):
+        return False
+    await connection.execute(file.sql)
+    return True
+
+
+async def _outside_transaction(pool: ResilientPool, file: SqlFile) -> bool:
+    if not await pool.fetchval(_RECORD, file.name, file.checksum, False, exactly_once=True):
+        return False
+    try:
+        await pool.execute(file.sql)
+    except asyncpg.PostgresError:
+        # The server refused the one statement, so it can be begun again. What it leaves behind, as a failed CREATE INDEX
+        # CONCURRENTLY leaves an invalid index, is for its author to remove. A CALL may have committed something before.
+        if is_atomic(file.sql):
+            await pool.execute(_FORGET, file.name, file.checksum, idempotent=True)
+        raise
+    await pool.execute(_FINISH, file.name, file.checksum, idempotent=True)
+    return True
+
+
+async def _is_recorded(pool: ResilientPool, file: SqlFile) -> bool:
+    found: Sequence[asyncpg.Record] = await pool.fetch(_RECORDED)
+    return any(row["name"] == file.name and row["checksum"] == file.checksum for row in found)
+
+
+def _is_about_the_server(error: asyncpg.PostgresError) -> bool:
+    state = error.sqlstate or ""
+    return state[:2] in _ABOUT_THE_SERVER and not isinstance(error, asyncpg.QueryCanceledError)
+
+
+def _place(file: SqlFile, error: asyncpg.PostgresError) -> str:
+    position = getattr(error, "position", None)
+    if not isinstance(position, str) or not position.isdigit():
+        return ""
+    return f", line {file.sql.count(chr(10), 0, int(position) - 1) + 1}"

@@ -1,0 +1,605 @@
+"""Commands that wait for the database: `resilient-pool migrate -- COMMAND` and `run_migration(command)`, with the real tools."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import signal
+import sys
+import tomllib
+import uuid
+from pathlib import Path
+from urllib.parse import quote
+
+import asyncpg
+import pytest
+from migration_tools import (
+    PSQL,
+    QUICK,
+    alembic_project,
+    databases,
+    marked,
+    program,
+    run,
+    start,
+    through,
+    until,
+    yoyo_project,
+)
+
+from resilient_pool import (
+    BackoffPolicy,
+    ConfigurationError,
+    MigrationFailedError,
+    MigrationLockedError,
+    run_migration,
+)
+from resilient_pool.migrate import CONNECT_TIMEOUT, MIGRATION_BACKOFF
+from resilient_pool.observe.events import (
+    MigrationLockLost,
+    MigrationLockWaited,
+    MigrationRepeated,
+    MigrationStarted,
+    RetryScheduled,
+)
+from resilient_pool.testing import EmbeddedPostgres, PausingServer
+
+CANARY = "c@n/a:r%y-7391"
+AWAY = ("hang", "refuse", "reset", "57P03")
+
+
+def ignore(_line: str) -> None:
+    """Do not tell."""
+
+
+def of(kind: type, events: list) -> list:
+    """Those of one kind."""
+    return [event for event in events if isinstance(event, kind)]
+
+
+async def wait_out(postgres: EmbeddedPostgres, directory: Path, away: str, dsn: str) -> tuple[int, str]:
+    """Migrate a database whose server sleeps, and needs 5 s to wake."""
+    command = alembic_project(directory, "CREATE TABLE migrated (id int)")
+    with PausingServer(postgres.host, postgres.port, pause_after=None, resume_seconds=5.0, away=away) as server:
+        server.pause()
+        status, _, errors = await run("migrate", "--", *command, dsn=server.dsn(dsn))
+    return status, errors
+
+
+async def test_a_migration_waits_out_every_way_of_being_away(postgres, tmp_path):
+    """Five seconds of an absent server are waited for, and the command is run once."""
+    names = [f"away_{uuid.uuid4().hex}" for _ in AWAY]
+    async with databases(postgres, *names) as dsns:
+        outcomes = await asyncio.gather(
+            *(wait_out(postgres, tmp_path / way, way, dsn) for way, dsn in zip(AWAY, dsns, strict=True))
+        )
+        for way, name, (status, errors) in zip(AWAY, names, outcomes, strict=True):
+            assert status == 0, (way, errors)
+            assert errors.count("running ") == 1, (way, errors)
+            async with postgres.admin(name) as admin:
+                assert await admin.fetchval("SELECT count(*) FROM migrated") == 0
+
+
+def test_the_usual_policy_takes_about_a_hundred_seconds_in_the_worst_case():
+    """Five attempts to connect and the four waits between them, which fits a function of five minutes."""
+    delays = MIGRATION_BACKOFF.delays()
+    waits = [next(delays) for _ in range(MIGRATION_BACKOFF.max_attempts - 1)]
+    assert [int(wait - 1e-9) for wait in waits] == [3, 6, 12, 24]
+    assert 90 < sum(waits) + MIGRATION_BACKOFF.max_attempts * CONNECT_TIMEOUT < 100
+
+
+async def test_a_broken_migration_runs_once_and_fails_with_the_tools_own_message(postgres, tmp_path):
+    """A syntax error is not cured by waiting."""
+    command = alembic_project(tmp_path / "project", "CREAT TABLE broken (id int)")
+    async with databases(postgres, f"broken_{uuid.uuid4().hex}") as (dsn,):
+        status, output, errors = await run("migrate", "--json", "--", *command, dsn=dsn)
+    result = json.loads(output)
+    assert status == 1
+    assert errors.count("running ") == 1
+    assert 'syntax error at or near "CREAT"' in errors
+    assert (result["attempts"], result["command_exit_status"]) == (1, 1)
+    assert any('syntax error at or near "CREAT"' in line for line in result["output"])
+
+
+async def test_a_wrong_password_ends_at_once_and_says_so(postgres, tmp_path):
+    """Nothing is run, and nothing is waited for."""
+    await make_role(postgres, "mistaken")
+    touched = tmp_path / "touched"
+    status, output, errors = await run(
+        *("migrate", "--", *program(f"open({str(touched)!r}, 'w')")),
+        dsn=postgres.dsn("postgres", "mistaken", "wrong"),
+    )
+    assert status == 3
+    assert 'password authentication failed for user "mistaken"' in errors
+    assert "next try" not in errors
+    assert output == ""
+    assert not touched.exists()
+
+
+async def make_role(postgres: EmbeddedPostgres, name: str) -> None:
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP ROLE IF EXISTS {name}")
+    await postgres.create_role(name, CANARY)
+
+
+@pytest.mark.parametrize("tool", ["psql", "yoyo", "alembic"])
+async def test_a_command_that_could_not_connect_is_run_again(postgres, proxy, tmp_path, tool, monkeypatch):
+    """The tool's own exit and output say so; when the server can be reached it does its work."""
+    events = []
+
+    def observe(event):
+        events.append(event)
+        if isinstance(event, MigrationStarted) and event.attempt == 1:
+            proxy.refuse()
+        if isinstance(event, MigrationRepeated):
+            proxy.restore()
+
+    async with databases(postgres, f"again_{uuid.uuid4().hex}") as (dsn,):
+        away = through(dsn, proxy.port)
+        monkeypatch.setenv("DATABASE_URL", away)
+        command = {
+            "psql": lambda: [PSQL, away, "-c", "CREATE TABLE migrated ()"],
+            "yoyo": lambda: yoyo_project(tmp_path / "project", "CREATE TABLE migrated ();", away),
+            "alembic": lambda: alembic_project(tmp_path / "project", "CREATE TABLE migrated ()"),
+        }[tool]()
+        result = await run_migration(command, backoff=QUICK, on_line=ignore, observers=[observe])
+        connection = await asyncpg.connect(dsn)
+        assert await connection.fetchval("SELECT count(*) FROM migrated") == 0
+        await connection.close()
+    assert result.attempts == 2
+    assert result.exit_code == 0
+    assert len(of(MigrationRepeated, events)) == 1
+
+
+async def test_a_command_that_never_can_connect_ends_with_its_own_last_words(postgres):
+    """The policy's attempts are spent; the exit status and the last lines are the command's."""
+    with pytest.raises(MigrationFailedError) as caught:
+        await run_migration(
+            [PSQL, "postgresql://postgres@127.0.0.1:1/postgres", "-c", "SELECT 1"],
+            dsn=postgres.dsn(),
+            backoff=BackoffPolicy(base=0.02, max_attempts=3, jitter=None),
+            on_line=ignore,
+        )
+    assert caught.value.exit_code == 2
+    assert caught.value.attempts == 3
+    assert "Connection refused" in "".join(caught.value.output)
+
+
+async def test_a_database_that_never_comes_ends_with_the_drivers_error_and_status_3(tmp_path):
+    """Nothing was run; a person is told each attempt, and a machine what it came to."""
+    status, output, errors = await run(
+        *("migrate", "--json", "--deadline", "0.5", "--dsn", "postgresql://postgres@127.0.0.1:1/postgres"),
+        *("--", *program("print('ran')")),
+        dsn=None,
+    )
+    assert status == 3
+    assert json.loads(output)["exit_status"] == 3
+    assert "Connect call failed" in errors
+    assert "attempt 1, waited 0.0 s, next try in " in errors
+    assert "ran" not in output
+
+
+async def test_output_comes_line_by_line_and_not_only_in_the_end(postgres):
+    """A line is told while the command still runs."""
+    process = await start(
+        *("migrate", "--no-lock", "--", *program("print('first', flush=True); import time; time.sleep(60)")),
+        dsn=postgres.dsn(),
+    )
+    assert await asyncio.wait_for(process.stdout.readline(), 20) == b"first\n"
+    process.send_signal(signal.SIGINT)
+    await asyncio.wait_for(process.communicate(), 20)
+
+
+# One at a time
+
+
+async def test_two_concurrent_migrations_run_one_after_the_other(postgres, tmp_path):
+    """The second waits until the first has ended, and says for whom."""
+    log = tmp_path / "log"
+    source = (
+        f"import time; log = open({str(log)!r}, 'a', 1); log.write('begin\\n'); time.sleep(0.7); log.write('end\\n')"
+    )
+    async with databases(postgres, f"both_{uuid.uuid4().hex}") as (dsn,):
+        outcomes = await asyncio.gather(*(run("migrate", "--", *program(source), dsn=dsn) for _ in range(2)))
+    assert [status for status, _, _ in outcomes] == [0, 0]
+    assert log.read_text().split() == ["begin", "end", "begin", "end"]
+    assert (
+        sum("waiting for another migration to end: resilient-pool migrate on" in text for _, _, text in outcomes) == 1
+    )
+
+
+async def test_without_the_lock_they_run_together(postgres):
+    """`lock=None` turns it off; of the other two each waits for the other to begin."""
+    both = asyncio.Barrier(2)
+
+    async def migrate() -> None:
+        async with asyncio.timeout(20):
+            await both.wait()
+
+    await asyncio.gather(*(run_migration(migrate, dsn=postgres.dsn(), lock=None) for _ in range(2)))
+
+
+async def test_a_lock_that_is_not_free_in_time_is_an_error_that_names_its_holder(postgres):
+    """Nothing was run, and the waiting has an end."""
+    events, ran = [], []
+    release = asyncio.Event()
+    begun = asyncio.Event()
+
+    async def first() -> None:
+        begun.set()
+        await release.wait()
+
+    async def second() -> None:
+        ran.append(1)
+
+    holding = asyncio.ensure_future(run_migration(first, dsn=postgres.dsn(), lock="deploy"))
+    await begun.wait()
+    with pytest.raises(MigrationLockedError, match=r"held by resilient-pool migrate on .*server process") as caught:
+        await run_migration(second, dsn=postgres.dsn(), lock="deploy", deadline=0.4, observers=[events.append])
+    assert caught.value.holder == of(MigrationLockWaited, events)[0].holder
+    assert not ran
+    await run_migration(second, dsn=postgres.dsn(), lock="another", deadline=5.0)
+    release.set()
+    assert (await holding).lock_losses == 0
+    await run_migration(second, dsn=postgres.dsn(), lock="deploy", deadline=5.0)
+    assert len(ran) == 2
+
+
+async def test_an_index_can_be_built_concurrently_while_another_deployment_waits(postgres):
+    """Neither the held lock nor the waiting for it has a snapshot that CREATE INDEX CONCURRENTLY would wait for."""
+    async with databases(postgres, f"index_{uuid.uuid4().hex}") as (dsn,):
+        begun, waits = asyncio.Event(), asyncio.Event()
+
+        async def build() -> None:
+            begun.set()
+            connection = await asyncpg.connect(dsn)
+            await connection.execute("CREATE TABLE t (id int)")
+            await asyncio.wait_for(waits.wait(), 20)
+            await connection.execute("CREATE INDEX CONCURRENTLY ON t (id)", timeout=20)
+            await connection.close()
+
+        async def nothing() -> None:
+            return
+
+        def observe(event) -> None:
+            if isinstance(event, MigrationLockWaited):
+                waits.set()
+
+        first = asyncio.ensure_future(run_migration(build, dsn=dsn))
+        await asyncio.wait_for(begun.wait(), 20)
+        await asyncio.gather(first, run_migration(nothing, dsn=dsn, observers=[observe]))
+
+
+async def test_a_lost_lock_is_told_and_taken_again(postgres):
+    """The migration goes on; the result says that it was not alone for certain."""
+    events = []
+    async with databases(postgres, f"lost_{uuid.uuid4().hex}") as (dsn,):
+
+        async def lose_the_lock() -> None:
+            connection = await asyncpg.connect(dsn)
+            holder = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            before = await connection.fetchval(holder)
+            await connection.execute("SELECT pg_terminate_backend($1)", before)
+            async with asyncio.timeout(20):
+                while await connection.fetchval(holder) in (None, before):
+                    await asyncio.sleep(0.02)
+            await connection.close()
+
+        result = await run_migration(lose_the_lock, dsn=dsn, observers=[events.append], backoff=QUICK)
+    assert result.lock_losses == 1
+    assert of(MigrationLockLost, events) == [MigrationLockLost(losses=1)]
+
+
+# Cut short
+
+HOLDER = """
+import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.argv[1], os.environ["DATABASE_URL"], "-c",
+    "BEGIN; LOCK TABLE precious IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(60)"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+count = []
+def interrupted(*_):
+    count.append(1)
+    print("interrupted", len(count), flush=True)
+signal.signal(signal.SIGINT, interrupted)
+print("running", flush=True)
+child.wait()
+print("child ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("send", "status"),
+    [
+        pytest.param(signal.SIGINT, 130, id="ctrl-c"),
+        pytest.param(signal.SIGTERM, 143, id="terminated"),
+        pytest.param(signal.SIGKILL, -9, id="killed"),
+    ],
+)
+async def test_cut_short_half_way_nothing_stays_locked_and_no_process_remains(postgres, send, status):
+    """The command is interrupted once, with what it has started; its lock and ours are free again."""
+    mark = uuid.uuid4().hex
+    async with databases(postgres, f"cut_{mark}") as (dsn,):
+        admin = await asyncpg.connect(dsn)
+        await admin.execute("CREATE TABLE precious ()")
+        process = await start("migrate", "--", *program(HOLDER), PSQL, dsn=dsn, MARK=mark)
+        assert await asyncio.wait_for(process.stdout.readline(), 20) == b"running\n"
+        locks = "SELECT count(*) FROM pg_locks WHERE relation = 'precious'::regclass OR (locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+        async with asyncio.timeout(20):
+            while await admin.fetchval(locks) != 2:
+                await asyncio.sleep(0.02)
+        assert len(marked(mark)) == 4, "the search for processes does not find them"
+        process.send_signal(send)
+        output, errors = await asyncio.wait_for(process.communicate(), 20)
+        assert process.returncode == status, errors
+        if send is not signal.SIGKILL:
+            assert output == b"interrupted 1\nchild ended\n"
+            assert marked(mark) == []
+        await until(lambda: not marked(mark), "the end of the orphans")
+        async with asyncio.timeout(20):
+            while await admin.fetchval(locks):
+                await asyncio.sleep(0.02)
+        await admin.close()
+
+
+async def test_a_command_that_does_not_heed_ctrl_c_is_killed(postgres, monkeypatch):
+    """Cancelling run_migration ends it within the time that it was given and a few seconds more."""
+    mark, lines = uuid.uuid4().hex, []
+    monkeypatch.setenv("MARK", mark)
+    source = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        " print('deaf', flush=True); time.sleep(60)"
+    )
+    migration = asyncio.ensure_future(
+        run_migration(program(source), dsn=postgres.dsn(), on_line=lines.append, stop_within=0.2)
+    )
+    await until(lambda: lines)
+    assert len(marked(mark)) == 2, "the search for processes does not find them"
+    migration.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(migration, 10)
+    assert marked(mark) == []
+
+
+async def test_what_a_command_leaves_behind_ends_with_it(postgres):
+    """A background process that still holds the output does not keep the migration waiting."""
+    source = f"import subprocess; subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep(60)'])"
+    async with asyncio.timeout(20):
+        assert (await run_migration(program(source), dsn=postgres.dsn(), on_line=ignore)).exit_code == 0
+
+
+async def test_the_exit_status_of_a_command_ended_by_a_signal_is_a_shells(postgres):
+    """128 and the signal's number."""
+    with pytest.raises(MigrationFailedError, match="exit status 137") as caught:
+        await run_migration(program("import os; os.kill(os.getpid(), 9)"), dsn=postgres.dsn(), on_line=ignore)
+    assert caught.value.exit_code == 137
+
+
+# Secrets
+
+SPEAKING = """
+import os, sys, time
+from urllib.parse import quote
+password = sys.argv[1]
+print(os.environ["DATABASE_URL"])
+print("the password is", password, repr(password), quote(password, safe=""), file=sys.stderr)
+for half in (password[:7], password[7:]):
+    os.write(1, half.encode())
+    time.sleep(0.05)
+print()
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["for people", "for machines"])
+async def test_the_password_appears_in_no_output_even_when_the_command_prints_its_dsn(postgres, options, status):
+    """Whole, quoted, or in two pieces; from DATABASE_URL and from the command's own arguments."""
+    await make_role(postgres, "speaking")
+    dsn = f"postgresql://speaking:{quote(CANARY, safe='')}@{postgres.host}:{postgres.port}/postgres"
+    given, output, errors = await run(
+        *("migrate", "--no-lock", *options, "--", *program(SPEAKING), CANARY, str(status)), dsn=dsn
+    )
+    assert given == status
+    assert "the password is ****" in output + errors
+    for text in (CANARY, quote(CANARY, safe=""), CANARY[:7], CANARY[7:]):
+        assert text not in output + errors
+
+
+async def test_a_password_in_the_dsn_option_works_and_earns_a_warning(postgres):
+    """Others can read it in the process list; the command finds the DSN in DATABASE_URL."""
+    await make_role(postgres, "warned")
+    dsn = f"postgresql+asyncpg://warned:{quote(CANARY, safe='')}@{postgres.host}:{postgres.port}/postgres"
+    source = f"import os; assert os.environ['DATABASE_URL'] == {dsn!r}"
+    status, output, errors = await run(
+        "migrate", "--no-lock", "--dsn", dsn, "--", *program(source), dsn="postgresql://nowhere:1/"
+    )
+    assert status == 0, errors
+    assert "warning: everybody on this machine can read the password in --dsn" in errors
+    assert CANARY not in output + errors
+    assert quote(CANARY, safe="") not in output + errors
+
+
+# Functions
+
+
+async def test_a_function_that_could_not_connect_is_called_again(postgres, proxy):
+    """What asyncpg met while connecting is classified as the pool's own attempts are."""
+    events, calls = [], []
+
+    async def migrate() -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            proxy.restore()
+        else:
+            proxy.reject()
+        connection = await asyncpg.connect(proxy.dsn(postgres.dsn()))
+        await connection.close()
+
+    result = await run_migration(migrate, dsn=postgres.dsn(), backoff=QUICK, observers=[events.append])
+    assert result.attempts == 2
+    (repeated,) = of(MigrationRepeated, events)
+    assert repeated.reason.startswith("Connection")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(111, "Connect call failed"),
+        asyncpg.RaiseError("the database system is starting up"),
+        TimeoutError(),
+    ],
+)
+async def test_an_error_that_did_not_come_from_connecting_is_final(postgres, error):
+    """It reaches the caller untouched, after one call."""
+    calls = []
+
+    async def migrate() -> None:
+        calls.append(1)
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        await run_migration(migrate, dsn=postgres.dsn(), backoff=QUICK)
+    assert caught.value is error
+    assert calls == [1]
+
+
+async def test_a_function_that_is_no_coroutine_function_is_called_in_a_thread(postgres):
+    """So that it may run an event loop of its own, as alembic's `command.upgrade` does."""
+    answers = []
+
+    async def ask() -> None:
+        connection = await asyncpg.connect(postgres.dsn())
+        answers.append(await connection.fetchval("SELECT 42"))
+        await connection.close()
+
+    result = await run_migration(lambda: asyncio.run(ask()), dsn=postgres.dsn())
+    assert answers == [42]
+    assert (result.attempts, result.exit_code) == (1, None)
+
+
+# The command line
+
+
+async def test_wait_ends_well_when_the_database_answers(postgres):
+    """For entrypoints: `resilient-pool wait && serve`."""
+    with PausingServer(postgres.host, postgres.port, pause_after=None, resume_seconds=1.0, away="57P03") as server:
+        server.pause()
+        status, output, errors = await run("wait", "--json", dsn=server.dsn(postgres.dsn()))
+    assert status == 0, errors
+    assert json.loads(output)["status"] == "up"
+    assert json.loads(output)["waited"] >= 0.9
+    assert "next try in" in errors
+
+
+async def test_wait_has_an_end(postgres):
+    """Its `--timeout` is kept, and the status says that the database never came."""
+    status, output, errors = await run(
+        "wait", "--timeout", "0.5", "--dsn", "postgresql://postgres@127.0.0.1:1/postgres", dsn=None
+    )
+    assert status == 3
+    assert output == ""
+    assert "no connection to the database" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["migrate"], "either a directory of *.sql files or a command behind --"),
+        (["migrate", "somewhere", "--", "true"], "either a directory"),
+        (["migrate", "--"], "no command behind --"),
+        (["migrate", "--", "no-such-command-anywhere"], "there is no command 'no-such-command-anywhere'"),
+        (["migrate", "/no/such/directory"], "is not a directory of SQL files"),
+        (["migrate", "--attempts", "0", "--", "true"], "max_attempts"),
+        (["wait", "--", "true"], "only migrate takes a command"),
+        (["wait", "--dsn", "mysql://me:canary-1234@host/db"], "scheme must be postgresql"),
+        (["migrate", "alembic", "upgrade", "head"], "unrecognized arguments: upgrade head"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+    ],
+)
+def test_wrong_usage_ends_with_status_2_before_anything_happens(arguments, message, capsys, monkeypatch):
+    """The message says what is wrong, and no secret."""
+    from resilient_pool.cli import main
+
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    shown = "".join(capsys.readouterr())
+    assert status == 2
+    assert message in shown
+    assert "canary-1234" not in shown
+
+
+async def test_a_missing_command_is_found_before_the_database_is_woken():
+    """The configuration is wrong, whatever the database does."""
+    with pytest.raises(ConfigurationError, match="there is no command 'nowhere'"):
+        await run_migration("nowhere --at all", dsn="postgresql://postgres@127.0.0.1:1/postgres")
+
+
+async def test_waiting_is_told_to_observers(postgres, proxy):
+    """Each attempt to connect that failed, as the pool tells it."""
+    events = []
+
+    def observe(event) -> None:
+        events.append(event)
+        if isinstance(event, RetryScheduled):
+            proxy.restore()
+
+    proxy.answer_with_error()
+    result = await run_migration(
+        program("print(1)"),
+        dsn=proxy.dsn(postgres.dsn()),
+        lock=None,
+        backoff=QUICK,
+        observers=[observe],
+        on_line=ignore,
+    )
+    assert result.output == ("1",)
+    assert result.waited >= 0.1
+    assert of(RetryScheduled, events)[0].sqlstate == "57P03"
+    assert of(MigrationStarted, events)[0].migration.endswith("-c 'print(1)'")
+    assert os.environ.get("DATABASE_URL") is None
+
+
+async def test_the_doctor_names_the_setting_to_change(postgres):
+    """Asked of a real server; what would fail has exit status 1, advice has not."""
+    async with databases(postgres, f"doctor_{uuid.uuid4().hex}") as (dsn,):
+        async with postgres.admin() as admin:
+            await admin.execute(f"ALTER DATABASE {dsn.rpartition('/')[2]} SET idle_session_timeout = '20s'")
+        status, output, errors = await run("doctor", "--min-size", "1", dsn=dsn)
+        assert (status, errors) == (0, "")
+        assert "change: max_inactive_connection_lifetime=15" in output
+        assert "change: min_size=0" in output
+        standby = await run("doctor", "--json", dsn=dsn)
+    assert {finding["check"]: finding["level"] for finding in json.loads(standby[1])["findings"]} == {
+        **dict.fromkeys(("server version", "pausing", "keepalive", "pooler", "encryption", "durability"), "ok"),
+        **dict.fromkeys(("permissions", "clock", "role"), "ok"),
+        "idle sessions": "advice",
+    }
+
+
+async def test_the_doctor_finds_a_standby(postgres):
+    """It accepts no writes, so the application would fail: exit status 1."""
+    async with await postgres.standby("doctors") as replica:
+        status, output, _ = await run("doctor", dsn=replica.dsn())
+    assert status == 1
+    assert "problem role: the server is a standby and accepts no writes" in output
+
+
+def test_the_command_is_installed_under_its_name():
+    """`resilient-pool` is `resilient_pool.cli.main`."""
+    from resilient_pool.cli import main
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    name, _, function = project["scripts"]["resilient-pool"].partition(":")
+    assert getattr(importlib.import_module(name), function) is main
+
+
+async def test_demo_is_a_command_too():
+    """It takes the demo's own options."""
+    status, _, errors = await run("demo", "--seconds", "2", dsn=None)
+    assert status == 2
+    assert "--seconds must be between" in errors

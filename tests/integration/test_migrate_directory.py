@@ -1,0 +1,181 @@
+"""Directories of SQL files: each file once, in order, in one transaction, recorded; and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+from migration_tools import QUICK, databases, run, through
+
+from resilient_pool import ConfigurationError, MigrationFailedError, MigrationResult, run_migration
+from resilient_pool.migration.sql_files import NO_TRANSACTION
+from resilient_pool.observe.events import MigrationStarted, OutcomeResolved
+from resilient_pool.testing import EmbeddedPostgres, FaultProxy
+
+APPLIED = "SELECT name FROM resilient_pool_migrations WHERE finished_at IS NOT NULL ORDER BY name"
+
+
+@pytest.fixture
+async def dsn(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
+    """A database of the test's own."""
+    async with databases(postgres, f"files_{uuid.uuid4().hex}") as (dsn,):
+        yield dsn
+
+
+def write(directory: Path, **files: str) -> Path:
+    """Write files into a directory, each under its name and `.sql`."""
+    directory.mkdir(exist_ok=True)
+    for name, sql in files.items():
+        (directory / f"{name.lstrip('_')}.sql").write_text(sql)
+    return directory
+
+
+async def ask(dsn: str, sql: str) -> list:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return [row[0] for row in await connection.fetch(sql)]
+    finally:
+        await connection.close()
+
+
+async def migrate(dsn: str, directory: Path, **options) -> MigrationResult:
+    return await run_migration(directory, dsn=dsn, backoff=QUICK, on_line=lambda _: None, **options)
+
+
+async def test_each_file_is_applied_once_in_the_order_of_their_numbers(dsn, tmp_path):
+    """Ten comes after nine; what is recorded is not applied again, what is new is."""
+    write(tmp_path, _1_make="CREATE TABLE t (id serial, what text)", _9_nine="INSERT INTO t (what) VALUES ('nine')")
+    write(tmp_path, _10_ten="INSERT INTO t (what) VALUES ('ten'); INSERT INTO t (what) VALUES ('more');")
+    first = await migrate(dsn, tmp_path)
+    assert first.applied == ("1_make.sql", "9_nine.sql", "10_ten.sql")
+    assert (await migrate(dsn, tmp_path)).applied == ()
+    write(tmp_path, _11_eleven="INSERT INTO t (what) VALUES ('eleven')")
+    assert (await migrate(dsn, tmp_path)).applied == ("11_eleven.sql",)
+    assert await ask(dsn, "SELECT what FROM t ORDER BY id") == ["nine", "ten", "more", "eleven"]
+
+
+async def test_a_failing_file_is_undone_as_a_whole_and_named_with_its_line(dsn, tmp_path):
+    """Those before it stay, those after it are not begun, and once it is mended it is applied."""
+    write(tmp_path, _1="CREATE TABLE a ()", _2="CREATE TABLE b ();\nCREAT TABLE c ();\n", _3="CREATE TABLE d ()")
+    events = []
+    with pytest.raises(MigrationFailedError, match=r'2\.sql, line 2: syntax error at or near "CREAT"') as caught:
+        await migrate(dsn, tmp_path, observers=[events.append])
+    assert isinstance(caught.value.__cause__, asyncpg.PostgresSyntaxError)
+    assert len([event for event in events if isinstance(event, MigrationStarted)]) == 1
+    assert await ask(dsn, APPLIED) == ["1.sql"]
+    assert await ask(dsn, "SELECT to_regclass('b') IS NULL") == [True]
+    write(tmp_path, _2="CREATE TABLE b ();\nCREATE TABLE c ();\n")
+    assert (await migrate(dsn, tmp_path)).applied == ("2.sql", "3.sql")
+
+
+async def test_a_recorded_file_that_has_changed_is_refused_before_anything_is_applied(dsn, tmp_path):
+    """But not one whose line ends are another system's."""
+    await migrate(dsn, write(tmp_path, _1="CREATE TABLE a ();\n"))
+    write(tmp_path, _2="CREATE TABLE b ()")
+    (tmp_path / "1.sql").write_bytes(b"CREATE TABLE a ();\r\n")
+    assert (await migrate(dsn, tmp_path)).applied == ("2.sql",)
+    write(tmp_path, _1="CREATE TABLE a (id int);\n", _3="CREATE TABLE c ()")
+    with pytest.raises(MigrationFailedError, match=r"1\.sql has changed since it was applied"):
+        await migrate(dsn, tmp_path)
+    assert await ask(dsn, APPLIED) == ["1.sql", "2.sql"]
+
+
+@pytest.mark.parametrize("lock", ["deploy", None], ids=["under the lock", "without it"])
+async def test_two_deployments_apply_each_file_once(dsn, tmp_path, lock):
+    """Also without the lock: the record is written first, and the second one waits for it."""
+    write(tmp_path, _1="CREATE TABLE t (id int)", _2="INSERT INTO t VALUES (1); SELECT pg_sleep(0.2)")
+    results = await asyncio.gather(*(migrate(dsn, tmp_path, lock=lock) for _ in range(2)))
+    assert sorted(name for result in results for name in result.applied) == ["1.sql", "2.sql"]
+    assert await ask(dsn, "SELECT id FROM t") == [1]
+
+
+async def test_a_commit_whose_answer_was_lost_is_resolved(postgres, dsn, tmp_path):
+    """The file took effect, so it counts as applied, and it is not applied again."""
+    write(tmp_path, _1="CREATE TABLE t (id int)", _2="INSERT INTO t VALUES (1)")
+    await migrate(dsn, tmp_path)
+    write(tmp_path, _3="INSERT INTO t VALUES (3)")
+    events = []
+    with FaultProxy(postgres.host, postgres.port) as proxy:
+        proxy.swallow_next_answer("rst", matching=b"COMMIT")
+        result = await migrate(through(dsn, proxy.port), tmp_path, observers=[events.append])
+        assert proxy.fired == 1
+    assert result.applied == ("3.sql",)
+    assert [event.answer for event in events if isinstance(event, OutcomeResolved)] == ["committed"]
+    assert await ask(dsn, "SELECT id FROM t ORDER BY id") == [1, 3]
+
+
+async def test_a_connection_lost_before_the_commit_is_made_good(postgres, dsn, tmp_path):
+    """The transaction is repeated as a whole."""
+    write(tmp_path, _1="CREATE TABLE t (id int); INSERT INTO t VALUES (1)")
+    with FaultProxy(postgres.host, postgres.port) as proxy:
+        proxy.lose_next_request(matching=b"CREATE TABLE t ")
+        assert (await migrate(through(dsn, proxy.port), tmp_path)).applied == ("1.sql",)
+        assert proxy.fired == 1
+    assert await ask(dsn, "SELECT id FROM t") == [1]
+
+
+async def test_a_marked_file_runs_outside_a_transaction(dsn, tmp_path):
+    """Unmarked, the server says that it cannot, and nothing is recorded."""
+    write(tmp_path, _1="CREATE TABLE t (id int)", _2="CREATE INDEX CONCURRENTLY i ON t (id)")
+    with pytest.raises(MigrationFailedError, match=r"2\.sql: CREATE INDEX CONCURRENTLY cannot run inside"):
+        await migrate(dsn, tmp_path)
+    write(tmp_path, _2=f"{NO_TRANSACTION}\nCREATE INDEX CONCURRENTLY i ON t (id)")
+    assert (await migrate(dsn, tmp_path)).applied == ("2.sql",)
+    assert await ask(dsn, "SELECT indisvalid FROM pg_index WHERE indexrelid = 'i'::regclass") == [True]
+
+
+async def test_a_marked_file_that_was_refused_may_be_mended(dsn, tmp_path):
+    """The server's error is certain: it is not under way."""
+    write(tmp_path, _1=f"{NO_TRANSACTION}\nVACUUM nowhere")
+    with pytest.raises(MigrationFailedError, match=r'1\.sql: relation "nowhere" does not exist'):
+        await migrate(dsn, tmp_path)
+    write(tmp_path, _1=f"{NO_TRANSACTION}\nVACUUM pg_class")
+    assert (await migrate(dsn, tmp_path)).applied == ("1.sql",)
+
+
+async def test_a_marked_file_whose_end_is_not_known_is_refused_until_somebody_has_looked(postgres, dsn, tmp_path):
+    """It is not guessed: the connection was lost while it ran."""
+    write(tmp_path, _1=f"{NO_TRANSACTION}\nVACUUM pg_class")
+    with FaultProxy(postgres.host, postgres.port) as proxy:
+        proxy.swallow_next_answer("rst", matching=b"VACUUM")
+        with pytest.raises(MigrationFailedError, match=r"1\.sql: the connection was lost, and its end is not known"):
+            await migrate(through(dsn, proxy.port), tmp_path)
+        assert proxy.fired == 1
+    with pytest.raises(MigrationFailedError, match="was begun before and its end is not known"):
+        await migrate(dsn, tmp_path)
+
+
+@pytest.mark.parametrize("sql", ["CREATE TABLE a (); COMMIT; CREATE TABLE b ()", "BEGIN; CREATE TABLE a (); END"])
+async def test_a_file_that_ends_its_transaction_is_refused_before_the_database_is_asked(tmp_path, sql):
+    """It could be applied in part."""
+    with pytest.raises(ConfigurationError, match=r"1\.sql may end the transaction"):
+        await migrate("postgresql://postgres@127.0.0.1:1/postgres", write(tmp_path, _1=sql))
+
+
+async def test_a_file_that_changes_the_search_path_is_recorded_where_the_others_are(dsn, tmp_path):
+    """The record is made first, and the next file begins with a clean session."""
+    write(tmp_path, _1="CREATE SCHEMA other; SET search_path = other; CREATE TABLE t ()", _2="CREATE TABLE u ()")
+    await migrate(dsn, tmp_path)
+    assert await ask(dsn, APPLIED) == ["1.sql", "2.sql"]
+    assert await ask(
+        dsn, "SELECT 1 WHERE to_regclass('other.t') IS NOT NULL AND to_regclass('public.u') IS NOT NULL"
+    ) == [1]
+
+
+async def test_the_command_line_applies_a_directory(dsn, tmp_path):
+    """It writes the name of each file to standard output."""
+    write(tmp_path, _1="CREATE TABLE a ()", _2="CREATE TABLE b (")
+    status, output, errors = await run("migrate", str(tmp_path), dsn=dsn)
+    assert (status, output) == (1, "applied 1.sql\n")
+    assert "resilient-pool: the migration failed: 2.sql" in errors
+    assert "syntax error at end of input" in errors
+
+
+async def test_a_directory_without_sql_files_is_refused(tmp_path):
+    """Rather than being done at once, which would hide a wrong path."""
+    with pytest.raises(ConfigurationError, match=r"holds no file whose name ends in \.sql"):
+        await migrate("postgresql://postgres@127.0.0.1:1/postgres", tmp_path)
