@@ -166,7 +166,7 @@ def night_table(nights: Nights) -> Table:
     """Draw what became of the requests that found a database asleep, one line per figure and one column per pool."""
     table = Table(
         box=box.SIMPLE_HEAD,
-        title="Two pools, each before a database that sleeps when nobody is connected",
+        title="Two pools, each before a database that sleeps",
         title_justify="left",
     )
     table.add_column("", no_wrap=True)
