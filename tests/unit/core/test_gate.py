@@ -26,12 +26,16 @@ def exactly(value: float) -> float:
 
 
 class FakeLink:
-    """A connection that is always well."""
+    """A connection that is well until somebody breaks it."""
 
     doomed = False
+    broken = False
 
     def is_quiet(self):
-        return True
+        return not self.broken
+
+    async def settle(self):
+        return not self.broken
 
     async def ping(self, seconds):
         return True
@@ -70,6 +74,9 @@ class FakeUpkeep:
     def keep(self, slot):
         slot.idle_since = self.clock.now()
         self.slots.put(slot)
+
+    def close_connection(self, slot, reason):
+        slot.empty()
 
     def discard(self, slot, reason):
         slot.empty()
@@ -267,8 +274,7 @@ async def test_a_caller_that_comes_as_the_last_one_leaves_is_not_forgotten():
     first = bench.call()
     await bench.clock.run(0.5)
     first.cancel()
-    await asyncio.sleep(0)
-    second = bench.call()
+    second = bench.call()  # it begins to wait in the very turn in which the first leaves
     await bench.clock.run(5.0)
     assert second.done()
     assert second.exception() is None
@@ -365,6 +371,60 @@ async def test_a_server_left_alone_for_long_may_have_gone_to_sleep_again():
     await bench.clock.run(30.0)
     assert not again.done()
     again.cancel()
+
+
+async def test_a_server_that_was_up_meanwhile_may_be_waking_up_anew():
+    """The window counts from the first failure after it was reached last."""
+    policy = BackoffPolicy(base=10.0, factor=1, jitter=exactly, max_attempts=None)
+    bench = Bench(unlisted(), unlisted(), None, unlisted(), None, max_size=1, reconnect=policy)
+    assert await _after(bench, bench.call(), 20.0) is None
+    bench.upkeep.discard(bench.slots.take(), None)
+    await bench.clock.run(45.0)
+    assert await _after(bench, bench.call(), 10.0) is None
+
+
+async def _after(bench, call, seconds):
+    await bench.clock.run(seconds)
+    return call.exception()
+
+
+async def _open_three(bench):
+    """Let the gate open wide, and leave three idle connections."""
+    calls = [bench.call(holds=1.0) for _ in range(3)]
+    await bench.clock.run(10.0)
+    assert [call.exception() for call in calls] == [None] * 3
+    assert (bench.slots.idle, bench.slots.admitted) == (3, 3)
+    bench.upkeep.began.clear()
+    bench.upkeep.most_at_once = 0
+
+
+async def test_when_no_connection_is_left_the_server_is_not_known_to_be_up():
+    """It may have gone to sleep, so the next crowd is met by one again."""
+    bench = Bench(max_size=3)
+    await _open_three(bench)
+    for slot in bench.slots.withdraw(lambda _: True):
+        bench.upkeep.discard(slot, None)
+    bench.upkeep.takes = 1.0
+    calls = [bench.call() for _ in range(10)]
+    await bench.clock.run(0.9)
+    assert (len(bench.upkeep.began), bench.slots.size) == (1, 1)
+    await bench.clock.run(20.0)
+    assert [call.exception() for call in calls] == [None] * 10
+
+
+async def test_whoever_finds_a_dead_connection_waits_for_the_prober_as_well():
+    """It gives its place up, rather than to knock at the server's door beside the prober."""
+    bench = Bench(*[None] * 3, *away(2), max_size=3)
+    await _open_three(bench)
+    for slot in bench.slots:
+        slot.resource.broken = True
+    bench.gate.doubt()
+    calls = [bench.call() for _ in range(3)]
+    await bench.clock.run(0.3)
+    assert (bench.upkeep.most_at_once, bench.slots.size) == (1, 0)
+    await bench.clock.run(20.0)
+    assert [call.exception() for call in calls] == [None] * 3
+    assert bench.upkeep.most_at_once == 1
 
 
 async def test_live_connections_serve_waiters_while_the_gate_is_closed():
