@@ -375,7 +375,7 @@ async def test_a_server_left_alone_for_long_may_have_gone_to_sleep_again():
 
 async def test_a_server_that_was_up_meanwhile_may_be_waking_up_anew():
     """The window counts from the first failure after it was reached last."""
-    policy = BackoffPolicy(base=10.0, factor=1, jitter=exactly, max_attempts=None)
+    policy = BackoffPolicy(base=10.0, factor=1, max_value=None, jitter=exactly, max_attempts=None)
     bench = Bench(unlisted(), unlisted(), None, unlisted(), None, max_size=1, reconnect=policy)
     assert await _after(bench, bench.call(), 20.0) is None
     bench.upkeep.discard(bench.slots.take(), None)
