@@ -427,6 +427,26 @@ async def test_whoever_finds_a_dead_connection_waits_for_the_prober_as_well():
     assert bench.upkeep.most_at_once == 1
 
 
+async def test_an_attempt_cut_short_by_its_callers_deadline_makes_the_next_ones_careful():
+    """It tells nothing about the server, and so nobody knows any more that it is up."""
+    bench = Bench(max_size=3)
+    await _open_three(bench)
+    held = bench.slots.take()
+    for slot in bench.slots.withdraw(lambda _: True):
+        bench.upkeep.discard(slot, None)
+    bench.upkeep.takes = 30.0
+    hasty = bench.call(1.0)
+    await bench.clock.run(1.0)
+    assert isinstance(hasty.exception(), TimeoutError)
+    assert not bench.gate.is_closed
+    calls = [bench.call() for _ in range(3)]
+    await bench.clock.run(1.0)
+    assert bench.upkeep.at_once == 1
+    bench.upkeep.keep(held)
+    await bench.clock.run(1.0)
+    assert [call.exception() for call in calls] == [None] * 3
+
+
 async def test_live_connections_serve_waiters_while_the_gate_is_closed():
     """A server that takes no further connection still answers on those it has."""
     full = [asyncpg.TooManyConnectionsError("sorry, too many clients already") for _ in range(100)]
