@@ -314,12 +314,12 @@ class Flow:
             self.end("fin", server_sees_close=True)
 
     def _pass_to_server(self, server: Stream, message: _messages.Message) -> None:
-        server.writer.write(message.data)
+        _write(server, message.data)
         self.bytes_to_server += len(message.data)
         self._rules.bytes_to_server += len(message.data)
 
     def _pass_to_client(self, data: bytes) -> None:
-        self._client.writer.write(data)
+        _write(self._client, data)
         self.bytes_to_client += len(data)
         self._rules.bytes_to_client += len(data)
 
@@ -347,6 +347,12 @@ async def _drain(writer: asyncio.StreamWriter) -> None:
 def _reset(writer: asyncio.StreamWriter) -> None:
     _socket_of(writer).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
     writer.transport.abort()
+
+
+def _write(stream: Stream, data: bytes) -> None:
+    # Whoever has left before the last answers is no news; asyncio would warn of each.
+    if not stream.writer.is_closing():
+        stream.writer.write(data)
 
 
 def _half_close(writer: asyncio.StreamWriter) -> None:

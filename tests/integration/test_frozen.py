@@ -14,6 +14,8 @@ import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool, profiles
+from resilient_pool.core.clock import SystemClock
+from resilient_pool.observe.events import DiscardReason
 from resilient_pool.testing import PausingServer
 
 FUNCTION = Path(__file__).with_name("frozen_function.py")
@@ -69,6 +71,45 @@ async def _until_nobody_is_connected(server):
     while server.open_connections:
         assert time.monotonic() < ends
         await asyncio.sleep(0.005)
+
+
+class JumpingClock(SystemClock):
+    """The machine's, and the time that the process was frozen on top."""
+
+    frozen = 0.0
+
+    def now(self):
+        return super().now() + self.frozen
+
+
+async def test_after_a_jump_of_the_clock_overdue_connections_are_closed_first(dsn):
+    """Before one is handed out, and without asking it: the timer that should have closed it did not run."""
+    clock = JumpingClock()
+    async with ResilientPool(dsn, clock=clock) as pool:
+        before = await pool.fetchval("SELECT pg_backend_pid()")
+        clock.frozen = 49.0
+        assert await pool.fetchval("SELECT pg_backend_pid()") == before
+        assert pool.stats().pings == 1
+        clock.frozen += 51.0
+        assert await pool.fetchval("SELECT pg_backend_pid()") != before
+        assert (pool.stats().pings, dict(pool.stats().discarded)) == (1, {DiscardReason.IDLE: 1})
+
+
+async def test_an_invocation_leaves_nobody_who_tries_to_connect(postgres):
+    """Somebody who fails fast lets the pool find out meanwhile whether the server is back."""
+    with PausingServer(postgres.host, postgres.port, pause_after=None, resume_seconds=60, away="57P03") as server:
+        server.pause()
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, fail_fast=True) as pool:
+            while len(server.attempts) < 4:
+                with pytest.raises(asyncpg.CannotConnectNowError):
+                    await pool.fetchval("SELECT 1")
+                await asyncio.sleep(0.01)
+            began = time.monotonic()
+            async with pool.invocation(deadline=5.0):
+                with pytest.raises(asyncpg.CannotConnectNowError):
+                    await pool.fetchval("SELECT 1")
+            assert time.monotonic() - began < 0.3
+            assert not pool._upkeep._background
 
 
 async def test_an_invocation_leaves_nothing_in_flight(dsn):

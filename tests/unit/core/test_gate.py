@@ -447,6 +447,22 @@ async def test_an_attempt_cut_short_by_its_callers_deadline_makes_the_next_ones_
     assert [call.exception() for call in calls] == [None] * 3
 
 
+async def test_failures_at_the_same_moment_count_once():
+    """Three callers that fail together have not waited three times as long."""
+    policy = BackoffPolicy(base=1.0, factor=2, max_value=None, jitter=exactly, max_attempts=3)
+    bench = Bench(None, None, None, *away(3), max_size=5, reconnect=policy)
+    calls = [bench.call(holds=1.0) for _ in range(3)]
+    await bench.clock.run(10.0)
+    held = [bench.slots.take() for _ in range(3)]
+    bench.slots.admit(5)
+    bench.upkeep.discard(held.pop(), None)
+    bench.upkeep.discard(held.pop(), None)
+    calls = [bench.call() for _ in range(3)]
+    await bench.clock.run(5.0)
+    assert [call.exception() for call in calls] == [None] * 3
+    assert [event.delay for event in bench.told(RetryScheduled)] == [1.0]
+
+
 async def test_live_connections_serve_waiters_while_the_gate_is_closed():
     """A server that takes no further connection still answers on those it has."""
     full = [asyncpg.TooManyConnectionsError("sorry, too many clients already") for _ in range(100)]
