@@ -33,6 +33,7 @@ from resilient_pool import (
     StructlogObserver,
     Verdict,
     create_pool,
+    profiles,
     run_migration,
 )
 from resilient_pool.transaction import Attempt, Isolation, RetriedTransaction, TransactionOptions
@@ -203,3 +204,22 @@ async def migrations() -> None:
         assert_type(error.waited, float)
     except MigrationLockedError as error:
         assert_type(error.holder, str)
+
+
+async def function_runtime() -> None:
+    """Live with a database that sleeps, in a process that is frozen."""
+    ResilientPool(DSN, **profiles.AURORA_SERVERLESS)
+    create_pool(DSN, **(profiles.AURORA_SERVERLESS | profiles.LAMBDA | {"max_size": 2}))
+    async with ResilientPool(DSN, may_pause=True, fail_fast=True) as pool:
+        async with pool.invocation(deadline=3.0):
+            assert_type(await pool.fetch("SELECT 1", fail_fast=False), list[asyncpg.Record])
+        async with pool.invocation(), pool.acquire(fail_fast=True) as connection:
+            await connection.execute("SELECT 1", fail_fast=None)
+        await pool.run_in_transaction(with_connection, fail_fast=True)
+        assert_type(pool.stats().gate_closed, bool)
+        assert_type(pool.stats().connect_failures, int)
+
+
+async def with_connection(connection: ResilientConnection) -> None:
+    """Do something in a transaction."""
+    await connection.execute("SELECT 1")
