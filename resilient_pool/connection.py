@@ -306,6 +306,11 @@ class Lender:
         ends = deadline_after(started, config.deadline if deadline is None else deadline)
         return ends, config.fail_fast if fail_fast is None else fail_fast
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing is lent any more."""
+        return self._upkeep.closing
+
     def run_in_background(self, work: Coroutine[object, object, None]) -> None:
         """Do something that nobody waits for, except the pool's `close()`."""
         self._upkeep.run_in_background(work)

@@ -203,6 +203,11 @@ class Inquiry:
         """Return a slot with a healthy connection: this one if it can be mended."""
         return await self._lender.mend(slot, deadline)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody can be asked any more, because the pool is closing."""
+        return self._lender.is_closing
+
     def give_back(self, slot: Slot[Link]) -> None:
         """Take back a slot that was asked on."""
         self._lender.recondition(slot)
@@ -254,7 +259,7 @@ class _Asking:
             patient = clock.monotonic() < self._impatient_from
             answer = await self._ask(insist=insist, patient=patient)
             left = self._ends - clock.monotonic()
-            if answer is not Answer.IN_PROGRESS or left <= 0:
+            if answer is not Answer.IN_PROGRESS or left <= 0 or self._inquiry.is_over:
                 return Answer.UNKNOWN if answer is Answer.IN_PROGRESS else answer
             insist = True
             await clock.sleep(min(next(delays), left))

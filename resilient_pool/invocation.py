@@ -62,6 +62,6 @@ class Invocation:
             ) from error
 
     async def _rest(self) -> None:
-        self._gate.leave()
+        await self._gate.rest()
         left = None if self._ends is None else max(self._ends - self._clock.monotonic(), 0.0)
         await self._upkeep.rest(left)

@@ -336,7 +336,7 @@ class ResilientPool(Queries):
                 self._state = _State.OPEN
             else:
                 self._state = _State.CLOSED
-                self._upkeep.hang_up()
+                self._hang_up()
         if self._slots.wants:
             self._gate.call()
         return self
@@ -380,7 +380,7 @@ class ResilientPool(Queries):
         finally:
             warning.cancel()
             if not closed:
-                self._upkeep.hang_up()
+                self._hang_up()
             self._state = _State.CLOSED
 
     def terminate(self) -> None:
@@ -390,6 +390,10 @@ class ResilientPool(Queries):
         self._require_usable()
         self._state = _State.CLOSED
         self._slots.dismiss_waiters(self._refusal)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        self._gate.stop()
         self._upkeep.hang_up()
 
     def _warn_of_long_close(self) -> None:
@@ -433,7 +437,7 @@ class ResilientPool(Queries):
         sealed, settled = seal(dsn, connect_kwargs)
         del dsn, connect_kwargs
         self._connector.redirect(PoolConfig.from_arguments(sealed, **settled))
-        self._gate.doubt()
+        self._gate.restart()
 
     def is_closing(self) -> bool:
         """Whether the pool is closing or closed."""

@@ -36,7 +36,6 @@ class Checkout:
     ) -> None:
         self._ping_after = config.ping_after
         self._ping_timeout = config.ping_timeout
-        self._longest_absence = config.reconnect.max_elapsed
         self._sets_up = config.setup is not None
         self._slots = slots
         self._upkeep = upkeep
@@ -109,20 +108,13 @@ class Checkout:
         started = self._clock.monotonic()
         self._counters.waits += 1
         try:
-            return await self._slots.wait(self._patience(started, deadline), impatient=fail_fast)
+            return await self._slots.wait(None if deadline is None else deadline - started, impatient=fail_fast)
         except AcquireTimeoutError as timeout:
             failure = self._gate.most_telling(timeout)
         finally:
             self._counters.wait_seconds += self._clock.monotonic() - started
             self._gate.leave()
         raise failure
-
-    def _patience(self, now: float, deadline: float | None) -> float | None:
-        """Return for how many seconds to wait: until the deadline, and for an absent server as long as the policy says."""
-        left = None if deadline is None else deadline - now
-        if self._slots.admitted or self._longest_absence is None:
-            return left
-        return self._longest_absence if left is None else min(left, self._longest_absence)
 
     async def mend(self, slot: Slot[Link], deadline: float | None) -> bool:
         """Make sure that a slot in the caller's hands has a healthy connection: the one it has, or another.

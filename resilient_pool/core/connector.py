@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, cast
 
+import anyio
 import asyncpg
 
 from resilient_pool.config import PoolConfig
@@ -60,15 +62,18 @@ class Connector:
         Raises:
             Exception: Whatever the driver, the password's callable or `init` raises. No frame behind it holds a secret.
         """
-        ends = None if seconds is None else self._clock.monotonic() + seconds
+        target = self._target  # `redirect` may change it meanwhile
+        limits = [limit for limit in (target.timeout, seconds) if limit is not None]
+        ends = self._clock.monotonic() + max(min(limits), 0.001)
         try:
-            link = Link(await self._connect(self._limit(ends)))
+            link = Link(await self._connect(target, ends))
         except Exception as error:
             wire.forget_locals(error)
             raise
         ready = False
         try:
-            await self._prepare(link, ends)
+            with anyio.fail_after(self._left(ends)):
+                await self._prepare(target, link)
             ready = True
         finally:
             if not ready:
@@ -76,26 +81,24 @@ class Connector:
         self._counters.opened += 1
         return link
 
-    def _limit(self, ends: float | None) -> float | None:
-        left = None if ends is None else ends - self._clock.monotonic()
-        limits = [limit for limit in (self._target.timeout, left) if limit is not None]
-        return max(min(limits), 0.001) if limits else None
+    def _left(self, ends: float) -> float:
+        return max(ends - self._clock.monotonic(), 0.001)
 
-    async def _connect(self, limit: float | None) -> AnyConnection:
+    async def _connect(self, target: PoolConfig, ends: float) -> AnyConnection:
         try:
-            return await self._dial(limit)
+            return await self._dial(target, self._left(ends))
         except asyncpg.InvalidPasswordError:
             # A password that is asked for may have been changed in the meantime.
-            if not callable(self._target.password):
+            if not callable(target.password):
                 raise
-        return await self._dial(limit)
+        return await self._dial(target, self._left(ends))
 
-    async def _dial(self, limit: float | None) -> AnyConnection:
-        arguments = self._target.connect_arguments()
+    async def _dial(self, target: PoolConfig, limit: float) -> AnyConnection:
+        arguments = target.connect_arguments()
         arguments["timeout"] = limit
-        if self._target.password is not None:
-            arguments["password"] = self._reveal_password
-        if self.facts is not None and self.facts.has_pooler and self._target.statement_cache_size is None:
+        if target.password is not None:
+            arguments["password"] = partial(_reveal, target)
+        if self.facts is not None and self.facts.has_pooler and target.statement_cache_size is None:
             arguments["statement_cache_size"] = 0
         connect = cast("Callable[..., Awaitable[object]]", self._config.connect or asyncpg.connect)
         connection = await connect(
@@ -111,39 +114,41 @@ class Connector:
             )
         return connection
 
-    async def _reveal_password(self) -> str | None:
-        # The driver keeps this method in its parameters, and calls it. The password itself it holds only while it
-        # connects.
-        password: Any = self._target.password
-        if isinstance(password, Secret):
-            return password.reveal()
-        password = password()
-        if inspect.isawaitable(password):
-            password = await password
-        return password.reveal() if isinstance(password, Secret) else password
-
-    async def _prepare(self, link: Link, ends: float | None) -> None:
+    async def _prepare(self, target: PoolConfig, link: Link) -> None:
         link.tune(keepalive=self._config.tcp_keepalive, user_timeout=self._config.tcp_user_timeout)
-        if self.facts is None:
-            await self._learn(link, self._limit(ends))
         # Several first connections may have been dialled before the first of them had its answer.
-        if self.facts is not None and self.facts.has_pooler and self._target.statement_cache_size is None:
+        facts = self.facts if target is self._target and self.facts is not None else await self._learn(target, link)
+        if facts.has_pooler and target.statement_cache_size is None:
             link.disable_statement_cache()
         if self._config.init is not None:
             await self._config.init(link.connection)
 
-    async def _learn(self, link: Link, seconds: float | None) -> None:
-        facts = await link.inspect(seconds)
-        if self.facts is not None:
-            return  # several first connections were opened at once, and another one asked before
-        self.facts = facts
-        self._counters.pooler = facts.has_pooler
-        if not facts.has_pooler:
-            return
+    async def _learn(self, target: PoolConfig, link: Link) -> ServerFacts:
+        facts = await link.inspect(None)
+        if self.facts is None and target is self._target:
+            self.facts = facts
+            self._counters.pooler = facts.has_pooler
+            if facts.has_pooler:
+                self._tell_of_pooler(target, facts)
+        return facts
+
+    def _tell_of_pooler(self, target: PoolConfig, facts: ServerFacts) -> None:
         self._dispatcher.tell(
             PoolerDetected(
                 handshake_pid=facts.handshake_pid,
                 backend_pid=facts.backend_pid,
-                statement_cache_size=self._target.statement_cache_size or 0,
+                statement_cache_size=target.statement_cache_size or 0,
             )
         )
+
+
+async def _reveal(target: PoolConfig) -> str | None:
+    # The driver keeps this function in its parameters, and calls it. The password itself it holds only while it
+    # connects.
+    password: Any = target.password
+    if isinstance(password, Secret):
+        return password.reveal()
+    password = password()
+    if inspect.isawaitable(password):
+        password = await password
+    return password.reveal() if isinstance(password, Secret) else password

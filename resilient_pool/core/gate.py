@@ -22,6 +22,10 @@ from resilient_pool.policy.verdict import Failure, Fault, Phase, Verdict
 # For so long after the first failure a server that lets nobody in may be one that is waking up: 15 s is usual, 30 s and
 # more after a day of sleep.
 WAKE_WINDOW = 60.0
+# After so many seconds without an answer another attempt is made beside the first: a server that wakes lets attempts hang,
+# but so does an address from which the server has moved away.
+UNANSWERED = 5.0
+_AT_ONCE = 2
 
 
 class RecoveryGate:
@@ -31,6 +35,8 @@ class RecoveryGate:
     is opened by one prober, under the `reconnect` policy. Everybody else waits for a slot, each under its own deadline,
     and holds none. When the prober gets through, waiters are admitted: 1, 2, 4, ... may open at the same time, each step
     when an opening has succeeded. When nobody waits any more the prober stops.
+
+    The prober makes one attempt at a time, and a second one beside it when that has not been answered for 5 s.
 
     Args:
         config: The policy and the classifier.
@@ -62,8 +68,12 @@ class RecoveryGate:
         self._outage: _Outage | None = None
         self._wake_window = _WakeWindow()
         self._prober: asyncio.Task[None] | None = None
+        self._attempts: set[asyncio.Task[None]] = set()
         self._attempt_began: float | None = None
+        self._delays = config.reconnect.delays()
         self._not_before = clock.monotonic()
+        self._last_opened: Link | None = None
+        self._is_final = False
         slots.on_want = self.call
         slots.admit(0)
 
@@ -90,7 +100,7 @@ class RecoveryGate:
         """Let the prober open what nobody else may: while the server is not known to be up, or to keep `min_size`."""
         needed = not self._slots.admitted or self._slots.size < self._config.min_size
         if needed and self._prober is None and not self._upkeep.closing:
-            self._prober = self._upkeep.spawn(self._probe())
+            self._prober = asyncio.get_running_loop().create_task(self._probe())
 
     def leave(self) -> None:
         """Stop the prober, if whoever leaves was the last who waited."""
@@ -99,9 +109,31 @@ class RecoveryGate:
 
     def stop(self) -> None:
         """Stop the prober, whatever it is doing."""
-        prober, self._prober = self._prober, None
-        if prober is not None:
-            prober.cancel()
+        for task in self._working():
+            task.cancel()
+        self._prober = None
+        self._attempts.clear()
+
+    def _working(self) -> set[asyncio.Task[None]]:
+        return self._attempts | ({self._prober} if self._prober is not None else set())
+
+    async def rest(self) -> None:
+        """Stop the prober and wait for its end, unless somebody waits for what it does."""
+        if self._slots.waiting:
+            return
+        working = self._working()
+        self.stop()
+        if working:
+            await asyncio.wait(working)
+
+    def restart(self) -> None:
+        """Forget what is known of the server: another one is meant from now on."""
+        self.stop()
+        self.doubt()
+        self._outage = None
+        self._not_before = self._clock.monotonic()
+        if self._slots.wants:
+            self.call()
 
     def refusal(self) -> Exception | None:
         """Return an error for a caller who does not wait any longer: how the last attempt failed. `None` if it did not."""
@@ -143,7 +175,7 @@ class RecoveryGate:
             if deadline is not None and self._clock.monotonic() >= deadline:
                 self.doubt()  # an attempt that was cut short tells nothing
                 raise
-            final = self._failed(error)
+            final = self._failed(error, is_news=self._slots.admitted > 0)
             if final is not None:
                 raise final() from error.__cause__
             return False
@@ -163,42 +195,82 @@ class RecoveryGate:
     async def _attempt_until_unwanted(self) -> None:
         wanted = True
         while wanted:
-            delay = self._not_before - self._clock.monotonic()
-            if delay > 0:
-                await self._clock.sleep(delay)
-            slot = self._slots.reserve()
-            if slot is None:
+            await self._keep_distance()
+            if not self._begin_attempt():
                 return  # whoever gives a place up calls again
-            await self._attempt(slot)
+            await self._end_of_attempts()
             # Once admitted, those who wait open for themselves.
             wanted = self._slots.wants and not (self._slots.admitted and self._slots.waiting)
 
+    async def _keep_distance(self) -> None:
+        delay = self._not_before - self._clock.monotonic()
+        if delay > 0 and not self._may_hurry():
+            await self._clock.sleep(delay)
+        else:
+            await asyncio.sleep(0)  # opening may fail, or succeed, without ever waiting for anything
+
+    def _may_hurry(self) -> bool:
+        """Whether nothing speaks for a distance: the last attempt was a success, or final and somebody new asks."""
+        served = self._last_opened is not None and self._last_opened.has_served
+        return self._slots.admitted > 0 or served or (self._is_final and self._slots.waiting > 0)
+
+    def _begin_attempt(self) -> bool:
+        """Begin an attempt, unless there is no place for it or enough are under way; say whether it was begun."""
+        slot = self._slots.reserve() if len(self._attempts) < _AT_ONCE else None
+        if slot is None:
+            return False
+        attempt = asyncio.get_running_loop().create_task(self._attempt(slot))
+        self._attempts.add(attempt)
+        attempt.add_done_callback(lambda _: self._settle(attempt, slot))
+        return True
+
+    def _settle(self, attempt: asyncio.Task[None], slot: Slot[Link]) -> None:
+        # Not in the attempt itself: one that is cancelled before its first step would never give its slot back.
+        self._attempts.discard(attempt)
+        if slot.resource is None:
+            self._slots.put(slot)
+        broken = None if attempt.cancelled() else attempt.exception()
+        if isinstance(broken, Exception):
+            # A jitter of the application's, say. Nobody must wait for a prober that cannot go on.
+            twin = _Twin(broken)
+            self._slots.dismiss_waiters(twin.make)
+
+    async def _end_of_attempts(self) -> None:
+        self._unanswered = self._clock.call_later(UNANSWERED, self._relieve)
+        try:
+            while self._attempts:
+                await asyncio.wait(self._attempts, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._unanswered.cancel()
+
+    def _relieve(self) -> None:
+        self._begin_attempt()
+        self._unanswered = self._clock.call_later(UNANSWERED, self._relieve)
+
     async def _attempt(self, slot: Slot[Link]) -> None:
         self._attempt_began = self._clock.monotonic()
-        # For the case that it is given up because nobody waits, and somebody comes right after.
+        # For the case that it is given up because nobody waits, and somebody comes right after; or that what it opens is of
+        # no use.
         self._not_before = self._attempt_began + self._config.reconnect.base
-        failure = None
         try:
             await self._upkeep.open_into(slot, None)
         except Exception as error:  # noqa: BLE001 - it is classified, and told to those who wait
-            failure = error
-        finally:
-            if slot.resource is None:
-                self._slots.put(slot)
-        if failure is None:
-            self._not_before = self._clock.monotonic()
-            self._upkeep.keep(slot)
-            self._succeeded()
+            final = self._failed(error, is_news=True)
+            if final is not None:
+                self._slots.dismiss_waiters(final)
             return
-        final = self._failed(failure)
-        if final is not None:
-            self._slots.dismiss_waiters(final)
+        for other in self._attempts - {asyncio.current_task()}:
+            other.cancel()
+        self._last_opened = slot.resource
+        self._upkeep.keep(slot)
+        self._succeeded()
 
     # What follows from an attempt
 
     def _succeeded(self) -> None:
         outage, self._outage = self._outage, None
         self._wake_window.close()
+        self._delays = self._config.reconnect.delays()
         if outage is not None:
             elapsed = self._clock.monotonic() - outage.began
             self._dispatcher.tell(GateOpened(attempts=outage.attempts, elapsed=elapsed))
@@ -209,9 +281,15 @@ class RecoveryGate:
             # Connections that are being reset come back sooner than others could be opened.
             while self._slots.waiting > self._upkeep.returning and self._slots.offer():
                 pass
+        if not self._slots.waiting:
+            self.call()  # for `min_size`
 
-    def _failed(self, error: Exception) -> Callable[[], Exception] | None:
+    def _failed(self, error: Exception, *, is_news: bool) -> Callable[[], Exception] | None:
         """Take note of a failed attempt.
+
+        Args:
+            error: How it failed.
+            is_news: Whether it counts. Of several callers that fail at once only the first tells anything.
 
         Returns:
             `None` if the server is waited for: nobody may open any more then. Otherwise what makes the error of each
@@ -227,19 +305,22 @@ class RecoveryGate:
         )
         verdict = judge(self._config, failure)
         self._counters.connect_failures += 1
-        outage = self._outage or _Outage(now, self._config.reconnect.delays())
-        # Of several that fail at once only the first tells how long the server has been away.
-        is_news = self._prober is asyncio.current_task() or self._slots.admitted > 0
-        outage.remember(error, verdict, counts=is_news)
-        if verdict.fault is Fault.PERMANENT:
-            self._not_before = now  # whoever comes next may have mended it
-        if verdict.fault is Fault.PERMANENT or self._is_exhausted(outage):
+        is_news = is_news or self._outage is None
+        outage = self._outage or _Outage(now)
+        outage.remember(error, verdict.fault, counts=is_news)
+        delay = next(self._delays) if is_news else 0.0
+        self._not_before = max(self._not_before, now + delay)
+        self._last_opened = None
+        self._is_final = verdict.fault is Fault.PERMANENT
+        if self._is_final or self._is_exhausted(outage):
             self._outage = None
+            if not self._is_final:
+                self.doubt()
             return lambda: outage.refusal(now)
         outage.indulged = outage.indulged or self._is_indulgence(failure)
-        self._shut(outage, failure, verdict)
+        self._shut(outage, failure, verdict, now)
         if is_news:
-            self._plan(outage, failure, verdict)
+            self._tell_retry(outage, failure, verdict, delay, now)
         return None
 
     def _is_exhausted(self, outage: _Outage) -> bool:
@@ -249,16 +330,18 @@ class RecoveryGate:
     def _is_indulgence(self, failure: Failure) -> bool:
         return judge(self._config, replace(failure, waking=False)).fault is Fault.PERMANENT
 
-    def _shut(self, outage: _Outage, failure: Failure, verdict: Verdict) -> None:
+    def _shut(self, outage: _Outage, failure: Failure, verdict: Verdict, now: float) -> None:
         if self._outage is None:
             self._outage = outage
             self._dispatcher.tell(GateClosed(fault=verdict.fault, sqlstate=nearest_sqlstate(failure)))
-        self._slots.admit(0)
-        self._slots.dismiss_impatient(lambda: outage.refusal(self._clock.monotonic()))
+        self.doubt()
+        self._slots.dismiss_impatient(lambda: outage.refusal(now))
+        longest = self._config.reconnect.max_elapsed
+        if longest is not None and now - outage.began >= longest:
+            # Each from its own beginning: one who has just come should not pay for those before.
+            self._slots.dismiss_since(now - longest, lambda: outage.refusal(now))
 
-    def _plan(self, outage: _Outage, failure: Failure, verdict: Verdict) -> None:
-        now, delay = self._clock.monotonic(), next(outage.delays)
-        self._not_before = now + delay
+    def _tell_retry(self, outage: _Outage, failure: Failure, verdict: Verdict, delay: float, now: float) -> None:
         self._counters.retries[verdict.fault] += 1
         if self._dispatcher:
             self._dispatcher.tell(
@@ -280,41 +363,45 @@ class _Outage:
     Attributes:
         began: When the first attempt failed.
         attempts: How many attempts have failed.
-        delays: What to wait between two attempts.
         indulged: Whether one of them would have been the last, had the server not possibly been waking up.
     """
 
-    __slots__ = ("_error", "_fault", "_is_given", "_notes", "attempts", "began", "delays", "indulged")
+    __slots__ = ("_error", "_fault", "_is_given", "_twin", "attempts", "began", "indulged")
 
-    def __init__(self, now: float, delays: Iterator[float]) -> None:
+    def __init__(self, now: float) -> None:
         self.began = now
         self.attempts = 0
-        self.delays = delays
         self.indulged = False
 
-    def remember(self, error: Exception, verdict: Verdict, *, counts: bool) -> None:
+    def remember(self, error: Exception, fault: Fault, *, counts: bool) -> None:
         """Keep how the last attempt failed, for those who wait."""
         self.attempts += counts
         self._error = error
-        self._fault = verdict.fault
-        self._notes = tuple(getattr(error, "__notes__", ()))
+        self._fault = fault
+        # Before anybody raises it: what that caller was handling, and is told, is no other caller's business.
+        self._twin = _Twin(error)
         self._is_given = False
 
     def refusal(self, now: float) -> Exception:
         """Return an exception for one caller, with what was tried in its notes: the last error, or its twin."""
-        refusal = _twin(self._error, self._notes) if self._is_given else self._error
+        refusal = self._twin.make() if self._is_given else self._error
         self._is_given = True
+        for note in self._notes(now):
+            if note not in getattr(refusal, "__notes__", ()):
+                refusal.add_note(note)
+        return refusal
+
+    def _notes(self, now: float) -> Iterator[str]:
         if self.attempts > 1 or self._fault is not Fault.PERMANENT:
-            refusal.add_note(
+            yield (
                 f"resilient_pool: gave up after {self.attempts} attempt{'s' * (self.attempts > 1)} to connect in "
                 f"{now - self.began:.2f} s; the last fault was {self._fault.value}"
             )
         if self.indulged:
-            refusal.add_note(
+            yield (
                 "resilient_pool: it was tried again because a server that is waking up refuses in the same way, "
                 f"for up to {WAKE_WINDOW:g} s"
             )
-        return refusal
 
 
 class _WakeWindow:
@@ -338,15 +425,24 @@ class _WakeWindow:
         self._since = None
 
 
-def _twin(error: Exception, notes: tuple[str, ...]) -> Exception:
-    """Return a copy of an error for another caller: tracebacks and notes are added to each one's own."""
-    try:
-        twin = copy.copy(error)
-    except Exception:  # noqa: BLE001 - an exception of the application's that cannot be copied is shared
-        return error
-    if type(twin) is not type(error):
-        return error
-    twin.__cause__, twin.__context__ = error.__cause__, error.__context__
-    twin.__suppress_context__ = error.__suppress_context__
-    twin.__notes__ = list(notes)
-    return twin
+class _Twin:
+    """Makes copies of an error, one for each caller: tracebacks, contexts and notes are added to each one's own."""
+
+    __slots__ = ("_behind", "_error", "_notes")
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+        self._behind = (error.__cause__, error.__context__, error.__suppress_context__)
+        self._notes = tuple(getattr(error, "__notes__", ()))
+
+    def make(self) -> Exception:
+        """Return a copy as the error was; an application's own that cannot be copied is shared."""
+        try:
+            twin = copy.copy(self._error)
+        except Exception:  # noqa: BLE001 - whatever its constructor says
+            return self._error
+        if type(twin) is not type(self._error):
+            return self._error
+        twin.__cause__, twin.__context__, twin.__suppress_context__ = self._behind
+        twin.__notes__ = list(self._notes)
+        return twin

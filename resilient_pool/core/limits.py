@@ -38,15 +38,14 @@ class TimeLimits(Generic[K]):
         self._expire = expire
         self._timer: Timer | None = None
         self._sweep_at = inf
+        # Until when, and since when.
         self.waiting: OrderedDict[K, tuple[float, float]] = OrderedDict()
 
     def begin(self, thing: K, seconds: float | None) -> None:
         """Let something wait for that many seconds, or for ever."""
-        if seconds is None:
-            self.waiting[thing] = (inf, inf)
-            return
-        due = self._clock.monotonic() + seconds
-        self.waiting[thing] = (due, seconds)
+        now = self._clock.monotonic()
+        due = inf if seconds is None else now + seconds
+        self.waiting[thing] = (due, now)
         if due < self._sweep_at:
             self._sweep_by(due)
 
@@ -65,11 +64,11 @@ class TimeLimits(Generic[K]):
         """Expire what is overdue, and come again for the others, for as many of them at once as may be."""
         self.stop()
         now = self._clock.monotonic() + _TICK
-        for thing, (due, seconds) in list(self.waiting.items()):
+        for thing, (due, since) in list(self.waiting.items()):
             if due <= now:
                 self.waiting.pop(thing, None)
-                self._expire(thing, seconds)
-        latest = min((due + _tolerance(seconds) for due, seconds in self.waiting.values()), default=inf)
+                self._expire(thing, due - since)
+        latest = min((due + _tolerance(due - since) for due, since in self.waiting.values()), default=inf)
         if latest < self._sweep_at:
             self._sweep_by(latest)
 

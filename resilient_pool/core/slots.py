@@ -253,6 +253,14 @@ class Slots(Generic[R]):
             if not ticket.done():
                 ticket.set_exception(error())
 
+    def dismiss_since(self, instant: float, error: Callable[[], Exception]) -> None:
+        """Let those fail who have waited since then or longer, each with an error of its own."""
+        for ticket, (_, since) in list(self._waiters.items()):
+            if since <= instant:
+                del self._waiters[ticket]
+                if not ticket.done():
+                    ticket.set_exception(error())
+
     async def drained(self) -> None:
         """Wait until no slot is left, or until waiting for it has no more sense: see `abandon`."""
         if self._all:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
@@ -65,6 +66,7 @@ class Upkeep:
         self._counters = counters
         self._dispatcher = dispatcher
         self._background: set[asyncio.Task[object]] = set()
+        self._openings: set[asyncio.Timeout] = set()
         self._watched: TimeLimits[asyncio.Task[None]] = TimeLimits(clock, lambda task, _: task.cancel())
         self._reaper: Timer | None = None
         self._generation = 0
@@ -79,10 +81,20 @@ class Upkeep:
         self.require_open()
         generation = self._generation
         started = self._clock.now()
-        link = await self._connector.open(seconds)
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._openings.add(scope)
+                link = await self._connector.open(seconds)
+        except TimeoutError:
+            self.require_open()
+            raise
+        finally:
+            self._openings.discard(scope)
         if self.closing:
             link.terminate()
             self.require_open()
+        if link.connection.is_closed():
+            raise asyncpg.InterfaceError("the server closed a connection as soon as it was made: connection is closed")
         now = self._clock.now()
         slot.fill(link, now=now, expires_at=now + self._lifetime(), generation=generation)
         if self._dispatcher:
@@ -250,6 +262,11 @@ class Upkeep:
     def begin_closing(self) -> None:
         """Keep nothing from now on, and close what is idle."""
         self.closing = True
+        with contextlib.suppress(
+            RuntimeError
+        ):  # terminate() needs no running loop; what runs in none waits for nothing
+            for opening in self._openings:
+                opening.reschedule(asyncio.get_running_loop().time())
         if self._reaper is not None:
             self._reaper.cancel()
             self._reaper = None
@@ -265,10 +282,12 @@ class Upkeep:
 
     async def rest(self, seconds: float | None) -> None:
         """Wait until nothing is done in the background; what is not done after `seconds` is cut short."""
+        ends = None if seconds is None else self._clock.monotonic() + seconds
         try:
             busy: set[asyncio.Task[object]] = set()
             while self._background and not busy:  # what ends may begin something else, such as a goodbye
-                _, busy = await asyncio.wait(self._background, timeout=seconds)
+                left = None if ends is None else max(ends - self._clock.monotonic(), 0.0)
+                _, busy = await asyncio.wait(self._background, timeout=left)
         finally:
             for task in self._background:
                 task.cancel()

@@ -30,6 +30,7 @@ class FakeLink:
 
     doomed = False
     broken = False
+    has_served = False
 
     def is_quiet(self):
         return not self.broken
@@ -235,11 +236,11 @@ async def test_whoever_comes_late_waits_for_as_long_as_the_first():
     first = bench.call(None)
     await bench.clock.run(59.0)
     second = bench.call(None)
-    await bench.clock.run(1.0)
+    await bench.clock.run(2.0)  # it is looked at when an attempt has failed
     assert isinstance(first.exception(), ConnectionRefusedError)
-    await bench.clock.run(58.0)
+    await bench.clock.run(57.0)
     assert not second.done()
-    await bench.clock.run(1.05)  # the ends of waiting are looked for together
+    await bench.clock.run(2.0)
     assert isinstance(second.exception(), ConnectionRefusedError)
 
 
@@ -491,11 +492,135 @@ async def test_the_minimum_is_filled_and_refilled_one_after_the_other():
     """Without anybody waiting, also after losses and failures."""
     bench = Bench(None, refused(), min_size=2, init_size=2)
     bench.gate.call()
-    await bench.clock.run(1.0)
+    for _ in range(4):
+        await bench.clock.run(0.5)
     assert (bench.slots.size, bench.slots.idle) == (2, 2)
     bench.upkeep.discard(bench.slots.take(), None)
     await bench.clock.run(0.0)
     assert bench.slots.idle == 2
+
+
+@pytest.mark.parametrize("waiters", [0, 1, 3, 8])
+async def test_the_minimum_is_filled_after_an_outage_however_many_wait(waiters):
+    """Those who wait open for themselves; the rest is filled when they have been served."""
+    bench = Bench(refused(), None, min_size=9, init_size=9)
+    calls = [bench.call() for _ in range(waiters)]
+    bench.gate.call()
+    for _ in range(10):
+        await bench.clock.run(0.5)
+    assert [call.exception() for call in calls] == [None] * waiters
+    assert bench.slots.size == 9
+
+
+async def test_the_minimum_does_not_hammer_at_a_door_that_stays_closed():
+    """A final refusal is no reason to try again at once; but whoever comes is told the news."""
+    bench = Bench(*(asyncpg.InvalidPasswordError("no") for _ in range(1000)), min_size=1, init_size=1)
+    bench.gate.call()
+    for _ in range(20):
+        await bench.clock.run(0.5)
+    assert len(bench.upkeep.began) <= 12
+    call = bench.call()
+    await bench.clock.run(1.0)
+    assert isinstance(call.exception(), asyncpg.InvalidPasswordError)
+
+
+async def test_an_opening_that_never_waits_for_anything_leaves_the_loop_to_others():
+    """A missing socket is refused at once."""
+    bench = Bench(reconnect=BackoffPolicy(base=0, jitter=None, max_attempts=None))
+
+    async def fail(slot, seconds):
+        raise refused()
+
+    bench.upkeep.open_into = fail
+    call = bench.call(1.0)
+    await bench.clock.run(1.0)
+    assert isinstance(call.exception(), ConnectionRefusedError)
+
+
+async def test_an_attempt_that_is_not_answered_gets_a_second_one_beside_it():
+    """The server may be up, and only that attempt be lost; two at most are under way."""
+    bench = Bench(max_size=5)
+    began = []
+
+    async def hang_at_first(slot, seconds):
+        began.append(bench.clock.monotonic())
+        if len(began) < 3:
+            await bench.clock.sleep(1000.0)
+        slot.fill(FakeLink(), now=bench.clock.now(), expires_at=1e9, generation=0)
+
+    bench.upkeep.open_into = hang_at_first
+    calls = [bench.call(60.0) for _ in range(3)]
+    await bench.clock.run(12.0)
+    assert began == [0.0, 5.0]
+    (attempt,) = [task for task in bench.gate._attempts if task is not None][:1]
+    attempt.cancel()
+    await bench.clock.run(6.0)
+    assert [call.exception() for call in calls] == [None] * 3
+    assert not bench.gate._attempts
+    assert bench.slots.opening == 0
+
+
+async def test_a_connection_that_dies_as_soon_as_it_is_opened_is_not_opened_without_end():
+    """Success is what serves."""
+    bench = Bench(max_size=1)
+    call = bench.call(2.0)
+    for _ in range(400):
+        await bench.clock.run(0.005)
+        for slot in bench.slots:
+            if slot.resource is not None:
+                slot.resource.broken = True
+        for slot in bench.slots.withdraw(lambda _: True):
+            bench.upkeep.discard(slot, None)
+        if not call.done() and not bench.slots.waiting:
+            call.cancel()
+        if call.done():
+            call = bench.call(2.0)
+    assert len(bench.upkeep.began) <= 10
+    call.cancel()
+
+
+async def test_a_jitter_that_raises_ends_the_waiting():
+    """Nobody waits for a prober that is no more."""
+
+    def broken(value):
+        raise RuntimeError("bug")
+
+    bench = Bench(*away(3), reconnect=BackoffPolicy(jitter=broken, max_attempts=None))
+    call = bench.call()
+    await bench.clock.run(1.0)
+    assert isinstance(call.exception(), RuntimeError)
+
+
+async def test_whoever_waited_before_the_outage_began_is_bounded_as_well():
+    """And a busy pool is no outage: the policy's longest absence says nothing of it."""
+    policy = BackoffPolicy(base=0.25, jitter=exactly, max_value=0.25, max_attempts=None, max_elapsed=1.0)
+    bench = Bench(None, *away(100), max_size=1, reconnect=policy)
+    holder = await bench.checkout.take(None)
+    calls = [bench.call(None) for _ in range(3)]
+    await bench.clock.run(5.0)
+    assert not any(call.done() for call in calls)
+    bench.upkeep.discard(holder, None)
+    await bench.clock.run(3.0)
+    assert {type(call.exception()) for call in calls} == {ConnectionRefusedError}
+
+
+async def test_no_caller_sees_what_another_one_was_handling():
+    """An error that is raised while another one is handled belongs to that caller from then on."""
+    bench = Bench(*away(20))
+
+    async def inside_a_handler():
+        try:
+            raise KeyError("the first caller's own")
+        except KeyError:
+            await bench.call(1.0)
+
+    first = asyncio.ensure_future(inside_a_handler())
+    second = bench.call(1.2)
+    await bench.clock.run(1.0)
+    assert isinstance(first.exception(), ConnectionRefusedError)
+    await bench.clock.run(0.3)
+    assert isinstance(second.exception(), ConnectionRefusedError)
+    assert second.exception().__context__ is None
 
 
 @pytest.mark.parametrize("turns", range(12))
