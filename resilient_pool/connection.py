@@ -295,18 +295,16 @@ class Lender:
         """Begin a call. Its deadline is `deadline` seconds after it `started`, by default the pool's, and now."""
         if started is None:
             started = self._clock.monotonic()
-        seconds = self._config.deadline if deadline is None else deadline
-        ends = deadline_after(started, seconds)
+        ends, hastily = self.patience(started, deadline, fail_fast)
         return Call(
-            operation,
-            sql,
-            execute,
-            started,
-            ends,
-            idempotent=idempotent,
-            replayable=replayable,
-            fail_fast=self._config.fail_fast if fail_fast is None else fail_fast,
+            operation, sql, execute, started, ends, idempotent=idempotent, replayable=replayable, fail_fast=hastily
         )
+
+    def patience(self, started: float, deadline: float | None, fail_fast: bool | None) -> tuple[float | None, bool]:
+        """Say until when a call that `started` then waits, and whether it fails fast, where `None` is the pool's default."""
+        config = self._config
+        ends = deadline_after(started, config.deadline if deadline is None else deadline)
+        return ends, config.fail_fast if fail_fast is None else fail_fast
 
     def run_in_background(self, work: Coroutine[object, object, None]) -> None:
         """Do something that nobody waits for, except the pool's `close()`."""

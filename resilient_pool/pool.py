@@ -89,6 +89,7 @@ class ResilientPool(Queries):
         self._lender = Lender(config, self._checkout, self._upkeep, self._runner, clock)
         inquiry = Inquiry(config, self._lender, clock, dispatcher)
         self._transactions = Transactions(config, self._lender, self._reader, inquiry, clock, self._require_open)
+        self._sets_up = config.setup is not None
         self._waits_for_reset = config.session_reset == "on_release"
         self._never_resets = config.session_reset == "off"
         # The application's own callbacks may leave anything behind, so with them every use is followed by a reset.
@@ -122,15 +123,18 @@ class ResilientPool(Queries):
             return await self.run_in_transaction(_on_lease, execute, deadline=deadline, fail_fast=fail_fast)
         started = self._clock.monotonic()
         link = failure = None
-        slot = self._checkout.at_once()
-        if slot is not None:
+        if not self._sets_up:
             self._deposit()
-            link = slot.resource
             try:
+                slot = self._checkout.at_once()
+                if slot is None:
+                    until, hastily = self._lender.patience(started, deadline, fail_fast)
+                    slot = await self._checkout.take(until, fail_fast=hastily)
+                link = slot.resource
                 return await self._use(slot, sql, execute)
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                 failure = error
-        # Only what has to wait, or to be tried again, needs to be remembered.
+        # Only what has to be tried again, or takes a lease, needs to be remembered.
         call = self._lender.call(
             operation,
             sql,
@@ -148,7 +152,7 @@ class ResilientPool(Queries):
     async def _attempt(self, call: Call[T]) -> T:
         self._require_open()
         slot = await self._checkout.take(call.deadline, fail_fast=call.fail_fast)
-        if self._config.setup is not None:
+        if self._sets_up:
             return await self._attempt_on_loan(await self._lender.lend_slot(slot, call), call)
         call.reach(slot.resource)  # type: ignore[arg-type]
         return await self._use(slot, call.sql, call.execute)

@@ -94,7 +94,7 @@ class RecoveryGate:
 
     def leave(self) -> None:
         """Stop the prober, if whoever leaves was the last who waited."""
-        if not self._slots.wants:
+        if self._prober is not None and not self._slots.wants:
             self.stop()
 
     def stop(self) -> None:
