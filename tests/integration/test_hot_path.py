@@ -35,6 +35,17 @@ async def test_happy_reads_create_no_task(dsn):
     assert created == []
 
 
+async def test_reads_that_only_wait_for_their_turn_are_not_remembered(dsn, monkeypatch):
+    """A hundred callers on one connection are served without anything kept that only another attempt would need."""
+    remembered = []
+    async with ResilientPool(dsn, max_size=1) as pool:
+        await pool.fetch(READ, 0)
+        before = pool.stats().waits
+        monkeypatch.setattr(pool._lender, "call", lambda *_, **__: remembered.append(1))
+        await asyncio.gather(*(pool.fetch(READ, number) for number in range(CALLS)))
+        assert (remembered, pool.stats().waits - before) == ([], CALLS - 1)
+
+
 async def test_happy_reads_make_no_second_round_trip(dsn, proxy):
     """The server answers a pool's reads with exactly as many bytes as a bare connection's: it was asked nothing else."""
     bare = await answered(proxy, await asyncpg.connect(proxy.dsn(dsn)))
