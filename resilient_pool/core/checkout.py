@@ -58,10 +58,7 @@ class Checkout:
             slot = self._at_hand()
             if slot is None:
                 slot = await self._wait(deadline, fail_fast=fail_fast)
-                now = slot.idle_since  # whoever handed it over has just read the clock
-            else:
-                now = self._clock.now()
-            if not self._is_fit(slot, now):
+            if not self._is_fit(slot):
                 self._upkeep.retire(slot)
                 if not await self.mend(slot, deadline):
                     continue
@@ -78,13 +75,13 @@ class Checkout:
     def at_once(self) -> Slot[Link] | None:
         """Take the slot that was used last if it is idle and its connection needs neither mending nor setting up."""
         slot = self._slots.newest
-        if slot is None or self._sets_up or not self._is_fit(slot, self._clock.now()):
+        if slot is None or self._sets_up or not self._is_fit(slot):
             return None
         self._counters.acquired += 1
         return self._slots.take()
 
-    def _is_fit(self, slot: Slot[Link], now: float) -> bool:
-        link = slot.resource
+    def _is_fit(self, slot: Slot[Link]) -> bool:
+        now, link = self._clock.now(), slot.resource
         return (
             link is not None
             and now - slot.idle_since < self._ping_after
