@@ -68,7 +68,7 @@ class RecoveryGate:
         self._outage: _Outage | None = None
         self._wake_window = _WakeWindow()
         self._prober: asyncio.Task[None] | None = None
-        self._attempts: set[asyncio.Task[None]] = set()
+        self._attempts: set[asyncio.Task[bool]] = set()
         self._attempt_began: float | None = None
         self._delays = config.reconnect.delays()
         self._not_before = clock.monotonic()
@@ -114,8 +114,8 @@ class RecoveryGate:
         self._prober = None
         self._attempts.clear()
 
-    def _working(self) -> set[asyncio.Task[None]]:
-        return self._attempts | ({self._prober} if self._prober is not None else set())
+    def _working(self) -> set[asyncio.Task[None] | asyncio.Task[bool]]:
+        return {*self._attempts, *([] if self._prober is None else [self._prober])}
 
     async def rest(self) -> None:
         """Stop the prober and wait for its end, unless somebody waits for what it does."""
@@ -224,16 +224,15 @@ class RecoveryGate:
         attempt.add_done_callback(lambda _: self._settle(attempt, slot))
         return True
 
-    def _settle(self, attempt: asyncio.Task[None], slot: Slot[Link]) -> None:
+    def _settle(self, attempt: asyncio.Task[bool], slot: Slot[Link]) -> None:
         # Not in the attempt itself: one that is cancelled before its first step would never give its slot back.
         self._attempts.discard(attempt)
-        if slot.resource is None:
-            self._slots.put(slot)
         broken = None if attempt.cancelled() else attempt.exception()
+        if attempt.cancelled() or broken is not None or not attempt.result():
+            self._slots.put(slot)
         if isinstance(broken, Exception):
             # A jitter of the application's, say. Nobody must wait for a prober that cannot go on.
-            twin = _Twin(broken)
-            self._slots.dismiss_waiters(twin.make)
+            self._slots.dismiss_waiters(_Twin(broken).make)
 
     async def _end_of_attempts(self) -> None:
         self._unanswered = self._clock.call_later(UNANSWERED, self._relieve)
@@ -247,7 +246,8 @@ class RecoveryGate:
         self._begin_attempt()
         self._unanswered = self._clock.call_later(UNANSWERED, self._relieve)
 
-    async def _attempt(self, slot: Slot[Link]) -> None:
+    async def _attempt(self, slot: Slot[Link]) -> bool:
+        """Open a connection into a slot and hand it on, and say whether that was done; otherwise the slot is still ours."""
         self._attempt_began = self._clock.monotonic()
         # For the case that it is given up because nobody waits, and somebody comes right after; or that what it opens is of
         # no use.
@@ -258,12 +258,13 @@ class RecoveryGate:
             final = self._failed(error, is_news=True)
             if final is not None:
                 self._slots.dismiss_waiters(final)
-            return
+            return False
         for other in self._attempts - {asyncio.current_task()}:
             other.cancel()
         self._last_opened = slot.resource
         self._upkeep.keep(slot)
         self._succeeded()
+        return True
 
     # What follows from an attempt
 

@@ -110,12 +110,12 @@ class Upkeep:
     def give_back(self, slot: Slot[Link]) -> None:
         """Take back a slot whose session is as it was: ready for the next caller at once."""
         reason = self._unfit(slot)
+        if slot.resource is not None:
+            slot.resource.has_served = slot.resource.is_usable
         if reason is not None:
             self.discard(slot, reason)
-            return
-        if slot.resource is not None:
-            slot.resource.has_served = True
-        self.keep(slot)
+        else:
+            self.keep(slot)
 
     def keep(self, slot: Slot[Link]) -> None:
         """Give a slot that was never used, or was found fit, to whoever waits for one."""
@@ -137,7 +137,7 @@ class Upkeep:
         """
         reason = self._unfit(slot)
         if reason is not None:
-            self.discard(slot, reason)
+            self.give_back(slot)
             return None
         prompt = slot.resource is not None and not slot.resource.is_cancelling
         self.resetting += 1

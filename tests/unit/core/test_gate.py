@@ -655,3 +655,21 @@ async def test_an_error_that_cannot_be_copied_is_shared():
     calls = [bench.call(1.0), bench.call(1.0)]
     await bench.clock.run(1.0)
     assert [call.exception() for call in calls] == [error, error]
+
+
+async def test_a_connection_given_up_as_soon_as_it_was_handed_over_is_given_up_once():
+    """Its slot is in one pair of hands at a time, also when the first caller has no use for it."""
+    bench = Bench(max_size=1)
+
+    async def refuse():
+        slot = await bench.checkout.take(None)
+        bench.upkeep.discard(slot, None)
+
+    first = asyncio.ensure_future(refuse())
+    second = bench.call(holds=1.0)
+    await bench.clock.run(0.5)
+    assert first.done()
+    assert (bench.slots.size, bench.slots.idle) == (1, 0)
+    await bench.clock.run(1.0)
+    assert second.exception() is None
+    assert (bench.slots.size, bench.slots.idle) == (1, 1)
