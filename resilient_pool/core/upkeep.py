@@ -110,8 +110,8 @@ class Upkeep:
     def give_back(self, slot: Slot[Link]) -> None:
         """Take back a slot whose session is as it was: ready for the next caller at once."""
         reason = self._unfit(slot)
-        if slot.resource is not None:
-            slot.resource.has_served = slot.resource.is_usable
+        if slot.resource is not None and slot.resource.is_usable:
+            slot.resource.has_served = True
         if reason is not None:
             self.discard(slot, reason)
         else:
