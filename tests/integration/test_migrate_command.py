@@ -369,6 +369,22 @@ async def test_what_a_command_leaves_behind_ends_with_it(postgres):
         assert (await run_migration(program(source), dsn=postgres.dsn(), on_line=ignore)).exit_code == 0
 
 
+async def test_a_process_in_a_session_of_its_own_does_not_keep_the_migration_waiting(postgres, tmp_path):
+    """It is left alone though it holds the output; what was written is told, also a last line without an end."""
+    pid, lines = tmp_path / "pid", []
+    source = (
+        "import subprocess; left = subprocess.Popen(['sleep', '60'], start_new_session=True);"
+        f" open({str(pid)!r}, 'w').write(str(left.pid)); print('x' * 200_000); print('last', end='')"
+    )
+    try:
+        async with asyncio.timeout(20):
+            result = await run_migration(program(source), dsn=postgres.dsn(), on_line=lines.append)
+        os.kill(int(pid.read_text()), 0)  # raises unless it still runs
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert result.output[-1] == lines[-1] == "last"
+
+
 async def test_the_exit_status_of_a_command_ended_by_a_signal_is_a_shells(postgres):
     """128 and the signal's number."""
     with pytest.raises(MigrationFailedError, match="exit status 137") as caught:
