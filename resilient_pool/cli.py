@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import json
+import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
@@ -31,6 +33,9 @@ from resilient_pool.observe.events import (
 from resilient_pool.observe.redaction import Secret, scrub
 from resilient_pool.policy.backoff import RECONNECT_BACKOFF
 from resilient_pool.pool import ResilientPool
+
+if TYPE_CHECKING:
+    from resilient_pool.doctor import Finding
 
 DONE, FAILED, USAGE, UNAVAILABLE = 0, 1, 2, 3
 """The exit statuses; 128 and the signal's number after a signal."""
@@ -59,7 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the migration failed, 2 bad usage, 3 the database never came; 128 and the signal's number after a signal.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    _settle_streams()
+    try:
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        _give_up_broken_streams()
+
+
+def _main(given: list[str]) -> int:
     if given[:1] == ["demo"]:
         from resilient_pool.demo.__main__ import main as demo  # noqa: PLC0415 - nobody else needs it
 
@@ -164,16 +176,20 @@ def _guarded(options: argparse.Namespace) -> int:
 
 
 async def _until_signalled(action: Coroutine[Any, Any, int], caught: list[int]) -> int:
-    """Run an action; SIGTERM cancels it, as asyncio lets SIGINT do."""
+    """Run an action; the first signal to end cancels it, and further ones are ignored while it ends."""
     task = asyncio.current_task()
 
-    def cancel() -> None:
-        caught.append(signal.SIGTERM)
-        if task is not None:
+    def cancel(number: int) -> None:
+        caught.append(number)
+        if task is not None and len(caught) == 1:
             task.cancel()
 
-    with contextlib.suppress(NotImplementedError):  # some event loops know no signals
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # Whoever started us may want one ignored, as nohup does. Some event loops know no signals.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            with contextlib.suppress(NotImplementedError):
+                asyncio.get_running_loop().add_signal_handler(number, cancel, number)
     return await action
 
 
@@ -264,11 +280,15 @@ async def _doctor(options: argparse.Namespace) -> int:
     status = FAILED if any(finding.level == "problem" for finding in findings) else DONE
     if options.json:
         _write({"exit_status": status, "findings": [asdict(finding) for finding in findings]})
-    for finding in () if options.json else findings:
-        print_line(f"{finding.level:8}{finding.check}: {finding.text}")
-        if finding.change:
-            print_line(f"        change: {finding.change}")
+    else:
+        _show(*(line for finding in findings for line in _lines(finding)))
     return status
+
+
+def _lines(finding: Finding) -> Iterator[str]:
+    yield f"{finding.level:8}{finding.check}: {finding.text}"
+    if finding.change:
+        yield f"        change: {finding.change}"
 
 
 def _waiting_pool(options: argparse.Namespace) -> ResilientPool:
@@ -303,10 +323,43 @@ class _Narrator:
             _say("warning: the connection that holds the lock was lost; another migration may run beside this one")
 
 
+# Output: a success stays one though nobody reads of it
+
+
 def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
 
 
 def _write(facts: Mapping[str, object]) -> None:
-    print_line(json.dumps(facts))
+    _show(json.dumps(facts))
+
+
+def _show(*lines: str) -> None:
+    """Write a result to standard output."""
+    try:
+        for line in lines:
+            print_line(line)
+    except OSError as error:
+        _say(f"warning: the result could not be written: {error.strerror}")
+
+
+def _settle_streams() -> None:
+    """Let standard output and error take every character; what their terminal does not know is written with a backslash."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_broken_streams() -> None:
+    """Turn away what cannot be written, or the interpreter would try again at its end, complain, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

@@ -20,7 +20,7 @@ from resilient_pool.core.clock import SystemClock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError
 from resilient_pool.migration.command import run_command
 from resilient_pool.migration.lock import MigrationLock
-from resilient_pool.migration.output import Lines, LineSink, print_line, secrets_around
+from resilient_pool.migration.output import Lines, LineSink, guarded, print_line, secrets_around
 from resilient_pool.migration.sql_files import SqlDirectory
 from resilient_pool.migration.symptoms import could_not_connect, failed_to_connect
 from resilient_pool.observe.events import Dispatcher, MigrationRepeated, MigrationStarted, Observer
@@ -102,7 +102,8 @@ async def run_migration(
         timeout: Seconds for one attempt to connect while waiting. Default 10.
         lock: Name of the advisory lock under which it runs; `None` for none. Locks of different databases are different.
         stop_within: Seconds for a cancelled command to end by itself, before it is terminated and 3 s later killed.
-        on_line: Is given each line of output, without secrets. Default: standard output.
+        on_line: Is given each line of output, without secrets. Default: standard output. Should it raise, that is logged,
+            and it is told no more.
         observers: Are told the pool's events while waiting, and the migration's.
 
     Returns:
@@ -117,7 +118,7 @@ async def run_migration(
     sealed = sealed_dsn(dsn)
     explicit = None if dsn is None else Secret(dsn)
     del dsn
-    task = _task(migration, PoolConfig.from_arguments(sealed), explicit, on_line, stop_within)
+    task = _task(migration, PoolConfig.from_arguments(sealed), explicit, guarded(on_line), stop_within)
     told = tuple(observers)
     pool = ResilientPool(
         sealed, max_size=_CONNECTIONS, reconnect=backoff, deadline=deadline, timeout=timeout, observers=told

@@ -20,6 +20,7 @@ from migration_tools import (
     QUICK,
     alembic_project,
     databases,
+    environment,
     marked,
     program,
     run,
@@ -305,6 +306,8 @@ def interrupted(*_):
 signal.signal(signal.SIGINT, interrupted)
 print("running", flush=True)
 child.wait()
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.1)
 print("child ended", flush=True)
 """
 
@@ -314,16 +317,17 @@ print("child ended", flush=True)
     [
         pytest.param(signal.SIGINT, 130, id="ctrl-c"),
         pytest.param(signal.SIGTERM, 143, id="terminated"),
+        pytest.param(signal.SIGHUP, 129, id="hung up"),
         pytest.param(signal.SIGKILL, -9, id="killed"),
     ],
 )
-async def test_cut_short_half_way_nothing_stays_locked_and_no_process_remains(postgres, send, status):
-    """The command is interrupted once, with what it has started; its lock and ours are free again."""
-    mark = uuid.uuid4().hex
+async def test_cut_short_half_way_nothing_stays_locked_and_no_process_remains(postgres, tmp_path, send, status):
+    """The command is interrupted once, however often we are; its lock and ours are free again when it has ended."""
+    mark, may_end = uuid.uuid4().hex, tmp_path / "may_end"
     async with databases(postgres, f"cut_{mark}") as (dsn,):
         admin = await asyncpg.connect(dsn)
         await admin.execute("CREATE TABLE precious ()")
-        process = await start("migrate", "--", *program(HOLDER), PSQL, dsn=dsn, MARK=mark)
+        process = await start("migrate", "--", *program(HOLDER), PSQL, str(may_end), dsn=dsn, MARK=mark)
         assert await asyncio.wait_for(process.stdout.readline(), 20) == b"running\n"
         locks = "SELECT count(*) FROM pg_locks WHERE relation = 'precious'::regclass OR (locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
         async with asyncio.timeout(20):
@@ -331,10 +335,14 @@ async def test_cut_short_half_way_nothing_stays_locked_and_no_process_remains(po
                 await asyncio.sleep(0.02)
         assert len(marked(mark)) == 4, "the search for processes does not find them"
         process.send_signal(send)
+        if send is not signal.SIGKILL:
+            assert await asyncio.wait_for(process.stdout.readline(), 20) == b"interrupted 1\n"
+            process.send_signal(signal.SIGINT)
+        may_end.touch()
         output, errors = await asyncio.wait_for(process.communicate(), 20)
         assert process.returncode == status, errors
         if send is not signal.SIGKILL:
-            assert output == b"interrupted 1\nchild ended\n"
+            assert output == b"child ended\n"
             assert marked(mark) == []
         await until(lambda: not marked(mark), "the end of the orphans")
         async with asyncio.timeout(20):
@@ -517,6 +525,52 @@ async def test_wait_has_an_end(postgres):
     assert status == 3
     assert output == ""
     assert "no connection to the database" in errors
+
+
+async def shell(line: str, dsn: str, **more: str) -> tuple[int, str, str]:
+    """Run a line of bash in which `migrate` and `wait` mean ours."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-o", "pipefail", "-c", 'ours() { "$PYTHON" -m resilient_pool "$@"; }; ' + line),
+        **{"stdout": pipe, "stderr": pipe, "env": environment(dsn, PYTHON=sys.executable, **more)},
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), 20)
+    return process.returncode, output.decode(), errors.decode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ours wait --json 2>&-",
+        "ours wait --json >&-",
+        "ours wait --json >/dev/full",
+        "ours wait 2>/dev/full",
+        "ours wait --json | sh -c 'exec 0<&-; sleep 1'",
+        "ours doctor >/dev/full",
+        "ours migrate --no-lock -- echo one 2>&-",
+        "ours migrate --no-lock -- echo one >/dev/full",
+        "ours migrate --no-lock --json -- echo one >&- 2>&-",
+    ],
+)
+async def test_a_success_stays_one_though_nobody_can_read_of_it(postgres, line):
+    """Standard output or error is closed, full, or read by nobody; no traceback is shown."""
+    status, _, errors = await shell(line, postgres.dsn())
+    assert status == 0, errors
+    assert "Traceback" not in errors
+    assert "no connection" not in errors
+    assert "Exception ignored" not in errors
+
+
+async def test_characters_that_a_terminal_does_not_know_do_not_end_the_output(postgres):
+    """They are written with a backslash, and the next line comes."""
+    status, output, errors = await run(
+        *("migrate", "--no-lock", "--", *program(r"import os; os.write(1, 'f\u00fcr \u2713\nnext\n'.encode())")),
+        dsn=postgres.dsn(),
+        PYTHONIOENCODING="ascii:strict",
+        PYTHONUTF8="0",
+    )
+    assert (status, errors.count("Traceback")) == (0, 0)
+    assert output == "f\\xfcr \\u2713\nnext\n"
 
 
 @pytest.mark.parametrize(

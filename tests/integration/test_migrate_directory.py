@@ -175,6 +175,21 @@ async def test_the_command_line_applies_a_directory(dsn, tmp_path):
     assert "syntax error at end of input" in errors
 
 
+async def test_a_directory_is_applied_though_nobody_listens(dsn, tmp_path):
+    """What is told of the files is not part of applying them."""
+    write(tmp_path, _1="CREATE TABLE a ()", _2="CREATE TABLE b ()")
+    calls = []
+
+    def broken(line: str) -> None:
+        calls.append(line)
+        raise BrokenPipeError
+
+    result = await run_migration(tmp_path, dsn=dsn, backoff=QUICK, on_line=broken)
+    assert result.applied == ("1.sql", "2.sql")
+    assert calls == ["applied 1.sql"]
+    assert await ask(dsn, APPLIED) == ["1.sql", "2.sql"]
+
+
 async def test_a_directory_without_sql_files_is_refused(tmp_path):
     """Rather than being done at once, which would hide a wrong path."""
     with pytest.raises(ConfigurationError, match=r"holds no file whose name ends in \.sql"):

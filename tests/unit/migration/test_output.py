@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from resilient_pool.migration.output import Lines, secrets_around
+from resilient_pool.migration.output import Lines, guarded, secrets_around
 from resilient_pool.observe.redaction import Secret
 
 CANARY = "c@n/a:r%y-7391"
@@ -47,18 +47,19 @@ def test_an_endless_line_is_cut_short_and_tells_no_part_of_a_secret(before):
 
 
 def test_a_listener_that_fails_is_not_told_any_more(caplog):
-    """The migration goes on, and its last lines are kept."""
+    """The migration goes on, and its last lines are kept; of a broken pipe no traceback is shown."""
     calls = []
 
     def broken(line: str) -> None:
         calls.append(line)
         raise BrokenPipeError
 
-    lines = Lines((), broken)
+    lines = Lines((), guarded(broken))
     lines.feed(b"one\ntwo\n")
     assert calls == ["one"]
     assert list(lines.told) == ["one", "two"]
-    assert "cannot be told any more" in caplog.text
+    assert "cannot be told any more: BrokenPipeError()" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_passwords_are_found_in_the_urls_of_arguments_and_environment():
