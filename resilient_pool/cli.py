@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import asyncpg
 from resilient_pool.config import PoolConfig
 from resilient_pool.core.clock import SystemClock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError, MigrationLockedError, ResilientPoolError
-from resilient_pool.migrate import CONNECT_TIMEOUT, DEADLINE, LOCK, MIGRATION_BACKOFF, run_migration, sealed_dsn
+from resilient_pool.migrate import CONNECT_TIMEOUT, DEADLINE, LOCK, MIGRATION_BACKOFF, count, run_migration, sealed_dsn
 from resilient_pool.migration.output import print_line
 from resilient_pool.observe.events import (
     Event,
@@ -76,13 +77,12 @@ def _main(given: list[str]) -> int:
         from resilient_pool.demo.__main__ import main as demo  # noqa: PLC0415 - nobody else needs it
 
         return demo(given[1:])
-    parser = _parser()
     before, separator, command = _split(given)
-    options = parser.parse_args(before)
+    options = _parser().parse_args(before)
     if options.action == "migrate":
-        _settle(options, command if separator else None, parser)
+        _settle(options, command if separator else None)
     elif separator:
-        parser.error("only migrate takes a command behind --")
+        options.parser.error("only migrate takes a command behind --")
     _warn_of_password(options.dsn)
     return _guarded(options)
 
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="resilient-pool migrate [options] (DIRECTORY | -- COMMAND...)",
         help="wait for the database, then run a migration",
     )
-    migrate.add_argument("directory", nargs="?", type=Path, help="a directory of *.sql files")
+    migrate.add_argument("directory", nargs="*", help="a directory of *.sql files")
     _add_migrate_options(migrate)
     wait = actions.add_parser("wait", parents=[common], epilog=_EPILOG, help="wait until the database answers")
     _add_seconds(wait, "--timeout", WAIT_SECONDS, "how long to wait")
@@ -119,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--max-inactive-connection-lifetime", type=float, metavar="SECONDS", help="the application's own, likewise"
     )
+    for action in (migrate, wait, doctor):
+        action.set_defaults(parser=action)
     actions.add_parser("demo", help="show both pools under the same mistreatment", add_help=False)
     return parser
 
@@ -137,17 +139,34 @@ def _add_migrate_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_seconds(parser: argparse.ArgumentParser, option: str, default: float, meaning: str) -> None:
     parser.add_argument(
-        option, type=float, default=default, metavar="SECONDS", help=f"{meaning} (default: %(default)g)"
+        option, type=_seconds, default=default, metavar="SECONDS", help=f"{meaning} (default: %(default)g)"
     )
 
 
-def _settle(options: argparse.Namespace, command: list[str] | None, parser: argparse.ArgumentParser) -> None:
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, more than 0, not {text!r}")
+    return seconds
+
+
+def _settle(options: argparse.Namespace, command: list[str] | None) -> None:
     """Put what to run into `options.migration`."""
-    if (options.directory is None) == (command is None):
-        parser.error("migrate takes either a directory of *.sql files or a command behind --")
+    refuse, directory = options.parser.error, options.directory
+    if not directory and command is None:
+        refuse("migrate takes either a directory of *.sql files or a command behind --")
+    if directory and command is not None:
+        refuse(f"migrate takes either a directory or a command, not both: what is {directory[0]!r} in front of the --?")
     if command is not None and not command:
-        parser.error("no command behind --")
-    options.migration = command or options.directory
+        refuse("no command behind --")
+    if len(directory) > 1 or (directory and " " in directory[0] and not Path(directory[0]).exists()):
+        refuse(f"a command stands behind --: migrate -- {' '.join(directory)}")
+    if directory == [""]:
+        refuse("the directory's name is empty; the present one is '.'")
+    options.migration = command or Path(directory[0])
 
 
 def _warn_of_password(dsn: str | None) -> None:
@@ -211,7 +230,7 @@ def _report(options: argparse.Namespace, error: Exception) -> int:
 def _meaning(error: Exception) -> tuple[int, str]:
     if isinstance(error, MigrationFailedError | MigrationLockedError):
         return FAILED, "the migration failed" if isinstance(error, MigrationFailedError) else "nothing was run"
-    if isinstance(error, ConfigurationError):
+    if isinstance(error, ConfigurationError | asyncpg.ClientConfigurationError):
         return USAGE, "wrong usage"
     about_the_server = isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "08")[:2] in _NO_CONNECTION
     if about_the_server or isinstance(error, OSError | asyncpg.InterfaceError | ResilientPoolError):
@@ -248,7 +267,7 @@ async def _migrate(options: argparse.Namespace) -> int:
         on_line=_say if options.json else print_line,
         observers=[_Narrator()],
     )
-    _say(f"done, after {result.attempts} attempt(s) and {result.waited:.1f} s of waiting")
+    _say(f"done, after {count(result.attempts)} and {result.waited:.1f} s of waiting")
     if options.json:
         _write({"status": "done", "exit_status": DONE, **asdict(result), "waited": round(result.waited, 3)})
     return DONE

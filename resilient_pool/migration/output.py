@@ -21,6 +21,9 @@ _CUT_OFF = 4096
 _KEPT_FOR_JUDGEMENT = 400
 _KEPT_FOR_THE_RESULT = 40
 _PASSWORD_IN_URL = re.compile(r"://[^\s:/?#@]*:([^\s@]+)@")
+# In a DSN of words (quoted or not), and in a URL's query.
+_PASSWORD_IN_PAIRS = re.compile(r"\bpassword\s*=\s*(?:'((?:[^'\\]|\\.)*)'|([^\s&;'\"]+))", re.IGNORECASE)
+_NAMES_OF_PASSWORDS = ("PASSWORD", "PASSWD")
 
 
 def print_line(line: str) -> None:
@@ -53,13 +56,26 @@ def guarded(sink: LineSink) -> LineSink:
 
 
 def secrets_around(texts: Iterable[str], environment: Mapping[str, str] = os.environ) -> Iterator[Secret]:
-    """Yield the passwords that a command is given: in its arguments' URLs, in its environment's URLs, and in PGPASSWORD."""
-    if password := environment.get("PGPASSWORD"):
-        yield Secret(password)
+    """Yield the passwords that a command is given.
+
+    They are the values of variables whose name ends in PASSWORD or PASSWD, and, in arguments and variables, what stands
+    in a URL as `user:password@` or anywhere as `password=...`.
+    """
+    for name, value in environment.items():
+        if value and name.upper().endswith(_NAMES_OF_PASSWORDS):
+            yield Secret(value)
     for text in (*texts, *environment.values()):
-        for found in _PASSWORD_IN_URL.finditer(text):
-            yield Secret(found[1])
-            yield Secret(unquote(found[1]))
+        yield from map(Secret, _passwords_in(text))
+
+
+def _passwords_in(text: str) -> Iterator[str]:
+    for found in _PASSWORD_IN_URL.finditer(text):
+        yield found[1]
+        yield unquote(found[1])
+    for found in _PASSWORD_IN_PAIRS.finditer(text):
+        if plain := found[2] or re.sub(r"\\(.)", r"\1", found[1] or ""):
+            yield plain
+            yield unquote(plain)
 
 
 class Lines:

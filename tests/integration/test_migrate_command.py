@@ -395,7 +395,7 @@ async def test_a_process_in_a_session_of_its_own_does_not_keep_the_migration_wai
 
 async def test_the_exit_status_of_a_command_ended_by_a_signal_is_a_shells(postgres):
     """128 and the signal's number."""
-    with pytest.raises(MigrationFailedError, match="exit status 137") as caught:
+    with pytest.raises(MigrationFailedError, match=r"exit status 137 \(ended by SIGKILL\)") as caught:
         await run_migration(program("import os; os.kill(os.getpid(), 9)"), dsn=postgres.dsn(), on_line=ignore)
     assert caught.value.exit_code == 137
 
@@ -584,7 +584,16 @@ async def test_characters_that_a_terminal_does_not_know_do_not_end_the_output(po
         (["migrate", "--attempts", "0", "--", "true"], "max_attempts"),
         (["wait", "--", "true"], "only migrate takes a command"),
         (["wait", "--dsn", "mysql://me:canary-1234@host/db"], "scheme must be postgresql"),
-        (["migrate", "alembic", "upgrade", "head"], "unrecognized arguments: upgrade head"),
+        (["migrate", "alembic", "upgrade", "head"], "a command stands behind --: migrate -- alembic upgrade head"),
+        (["migrate", "alembic upgrade head"], "a command stands behind --: migrate -- alembic upgrade head"),
+        (["migrate", "alembic", "upgrade", "head"], "usage: resilient-pool migrate [options]"),
+        (["migrate", ""], "the directory's name is empty"),
+        (["migrate", "--", ""], "there is no command ''"),
+        (["migrate", "--stop-within", "-1", "--", "true"], "more than 0, not '-1'"),
+        (["migrate", "--stop-within", "nan", "--", "true"], "more than 0, not 'nan'"),
+        (["migrate", "--deadline", "soon", "--", "true"], "more than 0, not 'soon'"),
+        (["migrate", "--lock", "", "--", "true"], "lock must be a name"),
+        (["wait", "--timeout", "0"], "argument --timeout: must be a number of seconds, more than 0, not '0'"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],
 )
@@ -601,6 +610,22 @@ def test_wrong_usage_ends_with_status_2_before_anything_happens(arguments, messa
     assert status == 2
     assert message in shown
     assert "canary-1234" not in shown
+
+
+async def test_an_environment_that_the_driver_refuses_is_wrong_usage(postgres):
+    """Not "no connection": waiting would not help."""
+    status, _, errors = await run("wait", "--timeout", "2", dsn=postgres.dsn(), PGSSLMODE="bogus")
+    assert status == 2, errors
+    assert "wrong usage" in errors
+    assert "`sslmode` parameter must be one of" in errors
+    assert "next try" not in errors
+
+
+@pytest.mark.parametrize(("options", "message"), [({"stop_within": -1.0}, "stop_within"), ({"lock": ""}, "lock must")])
+async def test_wrong_arguments_are_refused_before_the_database_is_woken(options, message):
+    """Likewise where the program is Python."""
+    with pytest.raises(ConfigurationError, match=message):
+        await run_migration("true", dsn="postgresql://postgres@127.0.0.1:1/postgres", **options)
 
 
 async def test_a_missing_command_is_found_before_the_database_is_woken():

@@ -67,3 +67,19 @@ def test_passwords_are_found_in_the_urls_of_arguments_and_environment():
     environment = {"PGPASSWORD": "first", "SHOP_URL": "mysql://me:sec%2Fond@host/db", "HOME": "/root"}
     found = secrets_around(["--url=postgresql://me:third@host/db", "plain"], environment)
     assert {secret.reveal() for secret in found} == {"first", "sec%2Fond", "sec/ond", "third"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("DB_PASSWORD", "a b", "a b"),
+        ("mysql_passwd", "word", "word"),
+        ("OPTIONS", "host=db password=word user=me", "word"),
+        ("OPTIONS", "host=db password = 'a \\'b' user=me", "a 'b"),
+        ("SHOP_URL", "postgresql://host/db?user=me&password=a%20b&sslmode=require", "a b"),
+    ],
+)
+def test_passwords_are_found_by_the_name_of_a_variable_and_in_pairs(name, value, secret):
+    """Where people put them, other than into URLs."""
+    assert secret in {found.reveal() for found in secrets_around([], {name: value})}
+    assert list(secrets_around([], {"DB_PASSWORD": "", "PASSWORD_FILE": "/run/it", "NOTE": "password="})) == []
