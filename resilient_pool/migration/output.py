@@ -47,7 +47,7 @@ def guarded(sink: LineSink) -> LineSink:
             return
         try:
             sink(line)
-        except Exception as error:  # noqa: BLE001 - a migration must not fail because nobody listens
+        except Exception as error:
             listens = False
             unusual = None if isinstance(error, OSError) else error
             _LOGGER.warning("the output of the migration cannot be told any more: %r", error, exc_info=unusual)

@@ -532,7 +532,9 @@ async def shell(line: str, dsn: str, **more: str) -> tuple[int, str, str]:
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *("bash", "-o", "pipefail", "-c", 'ours() { "$PYTHON" -m resilient_pool "$@"; }; ' + line),
-        **{"stdout": pipe, "stderr": pipe, "env": environment(dsn, PYTHON=sys.executable, **more)},
+        stdout=pipe,
+        stderr=pipe,
+        env=environment(dsn, PYTHON=sys.executable, **more),
     )
     output, errors = await asyncio.wait_for(process.communicate(), 20)
     return process.returncode, output.decode(), errors.decode()

@@ -165,9 +165,7 @@ async def test_a_marked_file_whose_end_is_not_known_says_so_also_when_it_has_cha
 async def test_a_marked_file_that_is_not_one_statement_is_refused_before_the_database_is_asked(tmp_path, sql):
     """The server would refuse it, or somebody would have to find out how far it came."""
     with pytest.raises(ConfigurationError, match=r"1\.sql is marked .* but is not one statement"):
-        await migrate(
-            "postgresql://postgres@127.0.0.1:1/postgres", write(tmp_path, _1=f"{NO_TRANSACTION}\n{sql}")
-        )
+        await migrate("postgresql://postgres@127.0.0.1:1/postgres", write(tmp_path, _1=f"{NO_TRANSACTION}\n{sql}"))
 
 
 @pytest.mark.parametrize("sql", ["VACUUM pg_class; -- done", "DO $$ BEGIN NULL; NULL; END $$;;"])
@@ -186,7 +184,10 @@ FAILING = "DO $$ BEGIN PERFORM nextval('calls'); RAISE 'as always' USING ERRCODE
         pytest.param(FAILING.format("53100"), "as always", None, id="disk full"),
         pytest.param(FAILING.format("57P03"), "as always", None, id="starting up"),
         pytest.param(
-            "SELECT nextval('calls'); SELECT pg_terminate_backend(pg_backend_pid())", "terminat|closed", None, id="killed"
+            "SELECT nextval('calls'); SELECT pg_terminate_backend(pg_backend_pid())",
+            "terminat|closed",
+            None,
+            id="killed",
         ),
     ],
 )
