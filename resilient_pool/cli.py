@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import json
+import math
+import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
 from resilient_pool.config import PoolConfig
 from resilient_pool.core.clock import SystemClock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError, MigrationLockedError, ResilientPoolError
-from resilient_pool.migrate import CONNECT_TIMEOUT, DEADLINE, LOCK, MIGRATION_BACKOFF, run_migration, sealed_dsn
+from resilient_pool.migrate import CONNECT_TIMEOUT, DEADLINE, LOCK, MIGRATION_BACKOFF, count, run_migration, sealed_dsn
 from resilient_pool.migration.output import print_line
 from resilient_pool.observe.events import (
     Event,
@@ -31,6 +34,9 @@ from resilient_pool.observe.events import (
 from resilient_pool.observe.redaction import Secret, scrub
 from resilient_pool.policy.backoff import RECONNECT_BACKOFF
 from resilient_pool.pool import ResilientPool
+
+if TYPE_CHECKING:
+    from resilient_pool.doctor import Finding
 
 DONE, FAILED, USAGE, UNAVAILABLE = 0, 1, 2, 3
 """The exit statuses; 128 and the signal's number after a signal."""
@@ -59,18 +65,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the migration failed, 2 bad usage, 3 the database never came; 128 and the signal's number after a signal.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    _settle_streams()
+    try:
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        _give_up_broken_streams()
+
+
+def _main(given: list[str]) -> int:
     if given[:1] == ["demo"]:
         from resilient_pool.demo.__main__ import main as demo  # noqa: PLC0415 - nobody else needs it
 
         return demo(given[1:])
-    parser = _parser()
     before, separator, command = _split(given)
-    options = parser.parse_args(before)
+    options = _parser().parse_args(before)
     if options.action == "migrate":
-        _settle(options, command if separator else None, parser)
+        _settle(options, command if separator else None)
     elif separator:
-        parser.error("only migrate takes a command behind --")
+        options.parser.error("only migrate takes a command behind --")
     _warn_of_password(options.dsn)
     return _guarded(options)
 
@@ -96,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="resilient-pool migrate [options] (DIRECTORY | -- COMMAND...)",
         help="wait for the database, then run a migration",
     )
-    migrate.add_argument("directory", nargs="?", type=Path, help="a directory of *.sql files")
+    migrate.add_argument("directory", nargs="*", help="a directory of *.sql files")
     _add_migrate_options(migrate)
     wait = actions.add_parser("wait", parents=[common], epilog=_EPILOG, help="wait until the database answers")
     _add_seconds(wait, "--timeout", WAIT_SECONDS, "how long to wait")
@@ -107,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--max-inactive-connection-lifetime", type=float, metavar="SECONDS", help="the application's own, likewise"
     )
+    for action in (migrate, wait, doctor):
+        action.set_defaults(parser=action)
     actions.add_parser("demo", help="show both pools under the same mistreatment", add_help=False)
     return parser
 
@@ -125,17 +139,34 @@ def _add_migrate_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_seconds(parser: argparse.ArgumentParser, option: str, default: float, meaning: str) -> None:
     parser.add_argument(
-        option, type=float, default=default, metavar="SECONDS", help=f"{meaning} (default: %(default)g)"
+        option, type=_seconds, default=default, metavar="SECONDS", help=f"{meaning} (default: %(default)g)"
     )
 
 
-def _settle(options: argparse.Namespace, command: list[str] | None, parser: argparse.ArgumentParser) -> None:
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, more than 0, not {text!r}")
+    return seconds
+
+
+def _settle(options: argparse.Namespace, command: list[str] | None) -> None:
     """Put what to run into `options.migration`."""
-    if (options.directory is None) == (command is None):
-        parser.error("migrate takes either a directory of *.sql files or a command behind --")
+    refuse, directory = options.parser.error, options.directory
+    if not directory and command is None:
+        refuse("migrate takes either a directory of *.sql files or a command behind --")
+    if directory and command is not None:
+        refuse(f"migrate takes either a directory or a command, not both: what is {directory[0]!r} in front of the --?")
     if command is not None and not command:
-        parser.error("no command behind --")
-    options.migration = command or options.directory
+        refuse("no command behind --")
+    if len(directory) > 1 or (directory and " " in directory[0] and not Path(directory[0]).exists()):
+        refuse(f"a command stands behind --: migrate -- {' '.join(directory)}")
+    if directory == [""]:
+        refuse("the directory's name is empty; the present one is '.'")
+    options.migration = command or Path(directory[0])
 
 
 def _warn_of_password(dsn: str | None) -> None:
@@ -164,16 +195,20 @@ def _guarded(options: argparse.Namespace) -> int:
 
 
 async def _until_signalled(action: Coroutine[Any, Any, int], caught: list[int]) -> int:
-    """Run an action; SIGTERM cancels it, as asyncio lets SIGINT do."""
+    """Run an action; the first signal to end cancels it, and further ones are ignored while it ends."""
     task = asyncio.current_task()
 
-    def cancel() -> None:
-        caught.append(signal.SIGTERM)
-        if task is not None:
+    def cancel(number: int) -> None:
+        caught.append(number)
+        if task is not None and len(caught) == 1:
             task.cancel()
 
-    with contextlib.suppress(NotImplementedError):  # some event loops know no signals
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # Whoever started us may want one ignored, as nohup does. Some event loops know no signals.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            with contextlib.suppress(NotImplementedError):
+                asyncio.get_running_loop().add_signal_handler(number, cancel, number)
     return await action
 
 
@@ -195,7 +230,7 @@ def _report(options: argparse.Namespace, error: Exception) -> int:
 def _meaning(error: Exception) -> tuple[int, str]:
     if isinstance(error, MigrationFailedError | MigrationLockedError):
         return FAILED, "the migration failed" if isinstance(error, MigrationFailedError) else "nothing was run"
-    if isinstance(error, ConfigurationError):
+    if isinstance(error, ConfigurationError | asyncpg.ClientConfigurationError):
         return USAGE, "wrong usage"
     about_the_server = isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "08")[:2] in _NO_CONNECTION
     if about_the_server or isinstance(error, OSError | asyncpg.InterfaceError | ResilientPoolError):
@@ -232,7 +267,7 @@ async def _migrate(options: argparse.Namespace) -> int:
         on_line=_say if options.json else print_line,
         observers=[_Narrator()],
     )
-    _say(f"done, after {result.attempts} attempt(s) and {result.waited:.1f} s of waiting")
+    _say(f"done, after {count(result.attempts)} and {result.waited:.1f} s of waiting")
     if options.json:
         _write({"status": "done", "exit_status": DONE, **asdict(result), "waited": round(result.waited, 3)})
     return DONE
@@ -264,11 +299,15 @@ async def _doctor(options: argparse.Namespace) -> int:
     status = FAILED if any(finding.level == "problem" for finding in findings) else DONE
     if options.json:
         _write({"exit_status": status, "findings": [asdict(finding) for finding in findings]})
-    for finding in () if options.json else findings:
-        print_line(f"{finding.level:8}{finding.check}: {finding.text}")
-        if finding.change:
-            print_line(f"        change: {finding.change}")
+    else:
+        _show(*(line for finding in findings for line in _lines(finding)))
     return status
+
+
+def _lines(finding: Finding) -> Iterator[str]:
+    yield f"{finding.level:8}{finding.check}: {finding.text}"
+    if finding.change:
+        yield f"        change: {finding.change}"
 
 
 def _waiting_pool(options: argparse.Namespace) -> ResilientPool:
@@ -303,10 +342,43 @@ class _Narrator:
             _say("warning: the connection that holds the lock was lost; another migration may run beside this one")
 
 
+# Output: a success stays one though nobody reads of it
+
+
 def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
 
 
 def _write(facts: Mapping[str, object]) -> None:
-    print_line(json.dumps(facts))
+    _show(json.dumps(facts))
+
+
+def _show(*lines: str) -> None:
+    """Write a result to standard output."""
+    try:
+        for line in lines:
+            print_line(line)
+    except OSError as error:
+        _say(f"warning: the result could not be written: {error.strerror}")
+
+
+def _settle_streams() -> None:
+    """Let standard output and error take every character; what their terminal does not know is written with a backslash."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_broken_streams() -> None:
+    """Turn away what cannot be written, or the interpreter would try again at its end, complain, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

@@ -74,7 +74,7 @@ class Finding:
         check: What was looked at.
         level: `"ok"`, `"advice"` for what could be better, or `"problem"` for what will fail.
         text: What was found, in plain words.
-        change: The setting to change, and how; nothing if all is well.
+        change: The setting to change, and how; nothing where the level is `"ok"`.
     """
 
     check: str
@@ -139,16 +139,22 @@ def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
     )
 
 
+def _with(config: PoolConfig, name: str) -> str:
+    """Say on which setting a statement rests, since the application's pool may have another one."""
+    value, default = getattr(config, name), PoolConfig.__dataclass_fields__[name].default
+    return f"with the default {name} ({value:g})" if value == default else f"with {name}={value:g}"
+
+
 def _version(facts: Facts) -> Finding:
     check, major = "server version", facts.version // 10000
     if major < _RESOLVES_COMMITS:
         text = f"PostgreSQL {major} cannot be asked what became of a COMMIT in the way that this package asks"
         return Finding(check=check, level="problem", text=text, change="upgrade, or pass resolve_commit=False")
     text = f"PostgreSQL {major}: a COMMIT whose answer was lost can be resolved, except after a crash or a failover"
-    change = "commit_log='public.commits' on the pool resolves it then too"
-    if major < _OLDEST_TESTED:
-        text += f"; this package is tested on {_OLDEST_TESTED} and newer"
-    return Finding(check=check, level="ok" if major >= _OLDEST_TESTED else "advice", text=text, change=change)
+    if major >= _OLDEST_TESTED:
+        return Finding(check=check, level="ok", text=f"{text}; a pool with commit_log= resolves it then too")
+    text += f"; this package is tested on {_OLDEST_TESTED} and newer"
+    return Finding(check=check, level="advice", text=text, change=f"upgrade to PostgreSQL {_OLDEST_TESTED} or newer")
 
 
 def _idle_sessions(facts: Facts, config: PoolConfig) -> Finding:
@@ -157,7 +163,8 @@ def _idle_sessions(facts: Facts, config: PoolConfig) -> Finding:
         return Finding(check=check, level="ok", text="the server ends no idle sessions by itself")
     known = f"the server ends sessions that are idle for {facts.idle:g} s (idle_session_timeout)"
     if lifetime and lifetime < facts.idle:
-        return Finding(check=check, level="ok", text=f"{known}; the pool closes its own before, after {lifetime:g} s")
+        text = f"{known}; the pool closes its own before, {_with(config, 'max_inactive_connection_lifetime')}"
+        return Finding(check=check, level="ok", text=text)
     return Finding(
         check=check,
         level="advice",
@@ -168,14 +175,15 @@ def _idle_sessions(facts: Facts, config: PoolConfig) -> Finding:
 
 def _pausing(config: PoolConfig) -> Finding:
     if not config.min_size:
-        return Finding(check="pausing", level="ok", text="an idle pool keeps nothing open, so the database can pause")
+        text = f"{_with(config, 'min_size')}, an idle pool keeps nothing open, so the database can pause"
+        return Finding(check="pausing", level="ok", text=text)
     text = f"min_size={config.min_size} keeps connections open, and a serverless database awake"
     return Finding(check="pausing", level="advice", text=text, change="min_size=0, if the database should pause")
 
 
 def _keepalive(config: PoolConfig) -> Finding:
     if config.tcp_keepalive and config.tcp_user_timeout is not None:
-        text = f"a server that vanishes is noticed after about {config.tcp_user_timeout:g} s"
+        text = f"a server that vanishes is noticed within seconds, {_with(config, 'tcp_user_timeout')}"
         return Finding(check="keepalive", level="ok", text=text)
     text = "a server that vanishes without a word may hang a query for a quarter of an hour"
     return Finding(check="keepalive", level="advice", text=text, change="tcp_keepalive=True, tcp_user_timeout=30")
@@ -216,12 +224,11 @@ def _durability(facts: Facts) -> Finding:
 def _permissions(facts: Facts) -> Finding:
     if facts.may_terminate:
         return Finding(check="permissions", level="ok", text=f"{facts.role} may terminate other roles' sessions")
-    return Finding(
-        check="permissions",
-        level="ok",
-        text=f"{facts.role} may terminate its own sessions, but not other roles'",
-        change=f"GRANT pg_signal_backend TO {facts.role}, should it have to end what holds up a migration",
+    text = (
+        f"{facts.role} may terminate its own sessions, but not other roles'; should it have to end what holds up a "
+        f"migration, that takes GRANT pg_signal_backend TO {facts.role}"
     )
+    return Finding(check="permissions", level="ok", text=text)
 
 
 def _clock(facts: Facts) -> Finding:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import os
 import re
 import shlex
 import shutil
+import signal
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from resilient_pool.core.clock import SystemClock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError
 from resilient_pool.migration.command import run_command
 from resilient_pool.migration.lock import MigrationLock
-from resilient_pool.migration.output import Lines, LineSink, print_line, secrets_around
+from resilient_pool.migration.output import Lines, LineSink, guarded, print_line, secrets_around
 from resilient_pool.migration.sql_files import SqlDirectory
 from resilient_pool.migration.symptoms import could_not_connect, failed_to_connect
 from resilient_pool.observe.events import Dispatcher, MigrationRepeated, MigrationStarted, Observer
@@ -102,7 +104,8 @@ async def run_migration(
         timeout: Seconds for one attempt to connect while waiting. Default 10.
         lock: Name of the advisory lock under which it runs; `None` for none. Locks of different databases are different.
         stop_within: Seconds for a cancelled command to end by itself, before it is terminated and 3 s later killed.
-        on_line: Is given each line of output, without secrets. Default: standard output.
+        on_line: Is given each line of output, without secrets. Default: standard output. Should it raise, that is logged,
+            and it is told no more.
         observers: Are told the pool's events while waiting, and the migration's.
 
     Returns:
@@ -114,10 +117,14 @@ async def run_migration(
         ConfigurationError: An argument is wrong, or there is no such command or directory.
         Exception: The driver's own error, if the database never came; what a function raised.
     """
+    if not math.isfinite(stop_within) or stop_within < 0:
+        raise ConfigurationError(f"stop_within must be a number of seconds, at least 0, not {stop_within!r}")
+    if lock is not None and not lock:
+        raise ConfigurationError("lock must be a name; None is for no lock")
     sealed = sealed_dsn(dsn)
     explicit = None if dsn is None else Secret(dsn)
     del dsn
-    task = _task(migration, PoolConfig.from_arguments(sealed), explicit, on_line, stop_within)
+    task = _task(migration, PoolConfig.from_arguments(sealed), explicit, guarded(on_line), stop_within)
     told = tuple(observers)
     pool = ResilientPool(
         sealed, max_size=_CONNECTIONS, reconnect=backoff, deadline=deadline, timeout=timeout, observers=told
@@ -130,6 +137,11 @@ def sealed_dsn(dsn: str | None) -> SealedDsn:
     """Return the DSN to use, sealed: the one given, else `DATABASE_URL`; without a driver's name as SQLAlchemy writes it."""
     chosen = dsn if dsn is not None else os.environ.get("DATABASE_URL")
     return seal(_DRIVER_IN_SCHEME.sub(r"\1", chosen) if isinstance(chosen, str) else chosen, {})[0]
+
+
+def count(attempts: int) -> str:
+    """Say how many attempts."""
+    return f"{attempts} attempt" if attempts == 1 else f"{attempts} attempts"
 
 
 class _CouldNotConnect(Exception):  # noqa: N818 - it never leaves this module
@@ -208,7 +220,7 @@ class _Command:
         if not code:
             return MigrationResult(attempts=done.attempts, waited=done.waited, exit_code=code, output=told)
         failed = MigrationFailedError(
-            f"{self.name} failed with exit status {code}",
+            f"{self.name} failed with exit status {code}{_signal_in(code)}",
             exit_code=code,
             output=told,
             attempts=done.attempts,
@@ -218,6 +230,13 @@ class _Command:
         if symptom is None:
             raise failed
         raise _CouldNotConnect(scrub(symptom, self._secrets), failed)
+
+
+def _signal_in(code: int) -> str:
+    try:
+        return f" (ended by {signal.Signals(code - 128).name})"
+    except ValueError:
+        return ""
 
 
 class _Directory:
@@ -318,7 +337,7 @@ class _Run:
             verdict, self._state, phase=Phase.CONNECT, repeatable=True, now=now, deadline=self._ends, budget=None
         )
         if not isinstance(decision, Retry):
-            failure.final.add_note(f"resilient_pool: it could not connect in {self._done.attempts} attempts")
+            failure.final.add_note(f"resilient_pool: it could not connect in {count(self._done.attempts)}")
             raise failure.final
         self._dispatcher.tell(
             MigrationRepeated(

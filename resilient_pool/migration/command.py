@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from resilient_pool.migration.output import Lines
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _CHUNK = 65536
+_AFTER_THE_END = 1.0
 
 
 async def run_command(
@@ -21,7 +23,8 @@ async def run_command(
 
     It has no standard input, and its error output is read together with its standard output. Cancelled, it interrupts
     the command and whatever that has started as Ctrl-C would, once, and waits for their end. Should this process die,
-    however suddenly, the same happens.
+    however suddenly, the same happens. A process that has put itself into a session or a process group of its own is not
+    ended; its output is read for one second more than the command's.
 
     Args:
         command: The program and its arguments.
@@ -29,17 +32,21 @@ async def run_command(
         environment: The command's environment variables.
         stop_within: How many seconds it is given to end by itself before it is terminated, and 3 seconds later killed.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-I", "-S", str(_SUPERVISOR), str(stop_within)),
-        *command,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        env=dict(environment),
-        start_new_session=True,
-    )
-    following = asyncio.ensure_future(_follow(process, lines))
+    # A pipe of our own: one that asyncio makes keeps the process from having ended for as long as anybody holds it.
+    ours, theirs = os.pipe()
+    reader = asyncio.StreamReader()
+    try:
+        pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, "rb", buffering=0)
+        )
+        try:
+            process = await _start(command, theirs, environment, stop_within)
+        except BaseException:
+            pipe.close()
+            raise
+    finally:
+        os.close(theirs)
+    following = asyncio.ensure_future(_follow(process, reader, pipe, lines))
     try:
         return await asyncio.shield(following)
     finally:
@@ -48,11 +55,39 @@ async def run_command(
         await to_its_end(following)
 
 
-async def _follow(process: asyncio.subprocess.Process, lines: Lines) -> int:
-    while process.stdout is not None and (data := await process.stdout.read(_CHUNK)):
-        lines.feed(data)
+async def _start(
+    command: Sequence[str], output: int, environment: Mapping[str, str], stop_within: float
+) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-I", "-S", str(_SUPERVISOR), str(stop_within)),
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=output,
+        stderr=asyncio.subprocess.STDOUT,
+        env=dict(environment),
+        start_new_session=True,
+    )
+
+
+async def _follow(
+    process: asyncio.subprocess.Process, reader: asyncio.StreamReader, pipe: asyncio.ReadTransport, lines: Lines
+) -> int:
+    reading = asyncio.ensure_future(_read(reader, lines))
+    try:
+        status = await process.wait()
+        # What is in the pipe already; its end need not come, since somebody in another session may hold it.
+        await asyncio.wait({reading}, timeout=_AFTER_THE_END)
+    finally:
+        reading.cancel()
+        pipe.close()
     lines.end()
-    return await process.wait()
+    return status
+
+
+async def _read(reader: asyncio.StreamReader, lines: Lines) -> None:
+    while data := await reader.read(_CHUNK):
+        lines.feed(data)
 
 
 async def to_its_end(task: asyncio.Future[Any]) -> None:

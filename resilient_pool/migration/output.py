@@ -21,22 +21,61 @@ _CUT_OFF = 4096
 _KEPT_FOR_JUDGEMENT = 400
 _KEPT_FOR_THE_RESULT = 40
 _PASSWORD_IN_URL = re.compile(r"://[^\s:/?#@]*:([^\s@]+)@")
+# In a DSN of words (quoted or not), and in a URL's query.
+_PASSWORD_IN_PAIRS = re.compile(r"\bpassword\s*=\s*(?:'((?:[^'\\]|\\.)*)'|([^\s&;'\"]+))", re.IGNORECASE)
+_NAMES_OF_PASSWORDS = ("PASSWORD", "PASSWD")
 
 
 def print_line(line: str) -> None:
-    """Write a line to standard output at once."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    """Write a line to standard output at once; nothing if there is none.
+
+    Raises:
+        OSError: It cannot be written, since nobody reads any more, say.
+    """
+    if sys.stdout is not None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def guarded(sink: LineSink) -> LineSink:
+    """Return a sink that never fails: once the given one has, that is logged, and it is told nothing more."""
+    listens = True
+
+    def tell(line: str) -> None:
+        nonlocal listens
+        if not listens:
+            return
+        try:
+            sink(line)
+        except Exception as error:
+            listens = False
+            unusual = None if isinstance(error, OSError) else error
+            _LOGGER.warning("the output of the migration cannot be told any more: %r", error, exc_info=unusual)
+
+    return tell
 
 
 def secrets_around(texts: Iterable[str], environment: Mapping[str, str] = os.environ) -> Iterator[Secret]:
-    """Yield the passwords that a command is given: in its arguments' URLs, in its environment's URLs, and in PGPASSWORD."""
-    if password := environment.get("PGPASSWORD"):
-        yield Secret(password)
+    """Yield the passwords that a command is given.
+
+    They are the values of variables whose name ends in PASSWORD or PASSWD, and, in arguments and variables, what stands
+    in a URL as `user:password@` or anywhere as `password=...`.
+    """
+    for name, value in environment.items():
+        if value and name.upper().endswith(_NAMES_OF_PASSWORDS):
+            yield Secret(value)
     for text in (*texts, *environment.values()):
-        for found in _PASSWORD_IN_URL.finditer(text):
-            yield Secret(found[1])
-            yield Secret(unquote(found[1]))
+        yield from map(Secret, _passwords_in(text))
+
+
+def _passwords_in(text: str) -> Iterator[str]:
+    for found in _PASSWORD_IN_URL.finditer(text):
+        yield found[1]
+        yield unquote(found[1])
+    for found in _PASSWORD_IN_PAIRS.finditer(text):
+        if plain := found[2] or re.sub(r"\\(.)", r"\1", found[1] or ""):
+            yield plain
+            yield unquote(plain)
 
 
 class Lines:
@@ -47,7 +86,7 @@ class Lines:
 
     Args:
         secrets: What is known to be secret.
-        sink: Is given each line. If it raises, that is logged once and the rest is not told.
+        sink: Is given each line. It must not raise; see `guarded`.
 
     Attributes:
         heard: The last lines as they were written, to be judged and never shown.
@@ -58,7 +97,7 @@ class Lines:
 
     def __init__(self, secrets: Iterable[Secret], sink: LineSink) -> None:
         self._secrets = tuple(secrets)
-        self._sink: LineSink | None = sink
+        self._sink = sink
         self._rest = b""
         self.heard: deque[str] = deque(maxlen=_KEPT_FOR_JUDGEMENT)
         self.told: deque[str] = deque(maxlen=_KEPT_FOR_THE_RESULT)
@@ -84,13 +123,4 @@ class Lines:
             # Where it was cut a secret may have been cut too, which `scrub` cannot recognise.
             shown = shown[:-_CUT_OFF] + " (the line goes on)"
         self.told.append(shown)
-        self._tell(shown)
-
-    def _tell(self, line: str) -> None:
-        if self._sink is None:
-            return
-        try:
-            self._sink(line)
-        except Exception:  # a migration must not fail because nobody listens
-            self._sink = None
-            _LOGGER.exception("the output of the migration cannot be told any more")
+        self._sink(shown)

@@ -15,6 +15,7 @@ from resilient_pool.connection import ResilientConnection
 from resilient_pool.errors import ConfigurationError, MigrationFailedError, OutcomeUnknownError
 from resilient_pool.migration.output import LineSink
 from resilient_pool.policy.atomicity import ends_transaction, is_atomic
+from resilient_pool.policy.lexer import Kind, tokens
 from resilient_pool.pool import ResilientPool
 
 TABLE = "resilient_pool_migrations"
@@ -41,9 +42,7 @@ _FORGET = f"DELETE FROM {TABLE} WHERE name = $1 AND checksum = $2 AND finished_a
 # Two that create it at the same moment may get in each other's way in spite of IF NOT EXISTS.
 _MADE_BY_ANOTHER = (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError)
 _NUMBER = re.compile(r"(\d+)")
-# The connection, a lack of resources, and an operator's intervention.
-_ABOUT_THE_SERVER = ("08", "53", "57")
-_TRIES_OF_AN_UNKNOWN_COMMIT = 5
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +93,23 @@ def _read(path: Path) -> SqlFile:
             "file is one transaction. If it is one statement that cannot run in a transaction, begin the file with "
             f"{NO_TRANSACTION!r}"
         )
+    if not transactional and not _is_one_statement(sql):
+        raise ConfigurationError(
+            f"{path.name} is marked {NO_TRANSACTION!r} but is not one statement for certain: put each into a file of its own"
+        )
     return SqlFile(
         name=path.name, sql=sql, checksum=hashlib.sha256(sql.encode()).hexdigest(), transactional=transactional
     )
+
+
+def _is_one_statement(sql: str) -> bool:
+    found, ended = False, False
+    for token in tokens(sql):
+        separates = token.kind is Kind.SIGN and token.text == ";"
+        if token.kind is Kind.DOUBT or (ended and not separates):
+            return False
+        found, ended = True, separates
+    return found
 
 
 class SqlDirectory:
@@ -115,13 +128,10 @@ class SqlDirectory:
         """Apply what is not recorded yet, and return the names.
 
         Raises:
-            MigrationFailedError: A recorded file has changed, or was begun outside a transaction and not finished; then
-                nothing was applied. Or a file failed: those before it stay applied.
+            MigrationFailedError: A recorded file has changed, or was begun outside a transaction and not finished, or our
+                role may not record anything; then nothing was applied. Or a file failed: those before it stay applied.
         """
-        if not await pool.fetchval(_EXISTS):
-            with contextlib.suppress(*_MADE_BY_ANOTHER):
-                await pool.execute(_CREATE, idempotent=True)
-        recorded = {row["name"]: row for row in await pool.fetch(_RECORDED)}
+        recorded = await _recorded(pool)
         for file in self.files:
             if file.name in recorded:
                 _check(file, recorded[file.name])
@@ -137,48 +147,82 @@ class SqlDirectory:
             if file.transactional:
                 return await _in_transaction(pool, file)
             return await _outside_transaction(pool, file)
+        except MigrationFailedError:
+            raise
         except OutcomeUnknownError as error:
             raise MigrationFailedError(f"{file.name}: the connection was lost, and its end is not known") from error
-        except asyncpg.PostgresError as error:
-            if _is_about_the_server(error):
-                raise
-            raise MigrationFailedError(f"{file.name}{_place(file, error)}: {error}") from error
+        except Exception as error:
+            # Whatever it is: the database was there when it began, so this is not "the database never came".
+            raise _failed(file, error) from error
+
+
+async def _recorded(pool: ResilientPool) -> dict[str, asyncpg.Record]:
+    """Return what is recorded, by name; make the table first if there is none."""
+    try:
+        if not await pool.fetchval(_EXISTS):
+            with contextlib.suppress(*_MADE_BY_ANOTHER):
+                await pool.execute(_CREATE, idempotent=True)
+        return {row["name"]: row for row in await pool.fetch(_RECORDED)}
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise MigrationFailedError(
+            f"our role may not keep the table {TABLE}, where applied files are recorded, in the first schema of its search "
+            f"path: {error}. GRANT it CREATE ON that SCHEMA, or, if the table is there, SELECT, INSERT, UPDATE, DELETE ON it"
+        ) from error
 
 
 def _check(file: SqlFile, recorded: asyncpg.Record) -> None:
-    if recorded["checksum"] != file.checksum:
-        raise MigrationFailedError(
-            f"{file.name} has changed since it was applied (recorded as {recorded['checksum'][:12]}, now "
-            f"{file.checksum[:12]}): restore it, and put the change into a new file"
-        )
     if not recorded["finished"]:
         raise MigrationFailedError(
             f"{file.name}, which runs outside a transaction, was begun before and its end is not known: see whether its "
             f"statement has taken effect. If it has, set finished_at in its row of the table {TABLE}; if it has not, delete "
             "that row"
         )
+    if recorded["checksum"] != file.checksum:
+        raise MigrationFailedError(
+            f"{file.name} has changed since it was applied (recorded as {recorded['checksum'][:12]}, now "
+            f"{file.checksum[:12]}): restore it, and put the change into a new file"
+        )
 
 
 async def _in_transaction(pool: ResilientPool, file: SqlFile) -> bool:
-    for attempt in range(1, _TRIES_OF_AN_UNKNOWN_COMMIT + 1):
+    attempts = _Attempts(file)
+    while True:
         try:
-            return await pool.run_in_transaction(_record_and_run, file)
+            return await pool.run_in_transaction(attempts.record_and_run)
         except OutcomeUnknownError:
             # The server could not tell what became of the COMMIT, but the record is part of that transaction: it is
             # there if, and only if, the file took effect.
             if await _is_recorded(pool, file):
                 return True
-            if attempt == _TRIES_OF_AN_UNKNOWN_COMMIT:
+            if attempts.are_spent:
                 raise
-    return False
 
 
-async def _record_and_run(connection: ResilientConnection, file: SqlFile) -> bool:
-    # First the record: afterwards the file may have changed the search path.
-    if not await connection.fetchval(_RECORD, file.name, file.checksum, True):
-        return False
-    await connection.execute(file.sql)
-    return True
+class _Attempts:
+    """One file's transaction, as often as it is repeated: after a lost connection, and after a conflict with another one."""
+
+    def __init__(self, file: SqlFile) -> None:
+        self._file = file
+        self._begun = 0
+
+    @property
+    def are_spent(self) -> bool:
+        """Whether no further one may begin."""
+        return self._begun >= _ATTEMPTS
+
+    async def record_and_run(self, connection: ResilientConnection) -> bool:
+        """Record the file and run it, unless it is recorded; its last attempt's error is final."""
+        self._begun += 1
+        try:
+            # First the record: afterwards the file may have changed the search path.
+            if not await connection.fetchval(_RECORD, self._file.name, self._file.checksum, True):
+                return False
+            await connection.execute(self._file.sql)
+        except Exception as error:
+            if self.are_spent:
+                raise _failed(self._file, error, f" (in each of {_ATTEMPTS} attempts)") from error
+            raise
+        return True
 
 
 async def _outside_transaction(pool: ResilientPool, file: SqlFile) -> bool:
@@ -201,12 +245,12 @@ async def _is_recorded(pool: ResilientPool, file: SqlFile) -> bool:
     return any(row["name"] == file.name and row["checksum"] == file.checksum for row in found)
 
 
-def _is_about_the_server(error: asyncpg.PostgresError) -> bool:
-    state = error.sqlstate or ""
-    return state[:2] in _ABOUT_THE_SERVER and not isinstance(error, asyncpg.QueryCanceledError)
+def _failed(file: SqlFile, error: Exception, more: str = "") -> MigrationFailedError:
+    said = str(error) if isinstance(error, asyncpg.PostgresError) else f"{type(error).__name__}: {error}".rstrip(": ")
+    return MigrationFailedError(f"{file.name}{_place(file, error)}: {said}{more}")
 
 
-def _place(file: SqlFile, error: asyncpg.PostgresError) -> str:
+def _place(file: SqlFile, error: Exception) -> str:
     position = getattr(error, "position", None)
     if not isinstance(position, str) or not position.isdigit():
         return ""

@@ -20,6 +20,7 @@ from migration_tools import (
     QUICK,
     alembic_project,
     databases,
+    environment,
     marked,
     program,
     run,
@@ -305,6 +306,8 @@ def interrupted(*_):
 signal.signal(signal.SIGINT, interrupted)
 print("running", flush=True)
 child.wait()
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.1)
 print("child ended", flush=True)
 """
 
@@ -314,16 +317,17 @@ print("child ended", flush=True)
     [
         pytest.param(signal.SIGINT, 130, id="ctrl-c"),
         pytest.param(signal.SIGTERM, 143, id="terminated"),
+        pytest.param(signal.SIGHUP, 129, id="hung up"),
         pytest.param(signal.SIGKILL, -9, id="killed"),
     ],
 )
-async def test_cut_short_half_way_nothing_stays_locked_and_no_process_remains(postgres, send, status):
-    """The command is interrupted once, with what it has started; its lock and ours are free again."""
-    mark = uuid.uuid4().hex
+async def test_cut_short_half_way_nothing_stays_locked_and_no_process_remains(postgres, tmp_path, send, status):
+    """The command is interrupted once, however often we are; its lock and ours are free again when it has ended."""
+    mark, may_end = uuid.uuid4().hex, tmp_path / "may_end"
     async with databases(postgres, f"cut_{mark}") as (dsn,):
         admin = await asyncpg.connect(dsn)
         await admin.execute("CREATE TABLE precious ()")
-        process = await start("migrate", "--", *program(HOLDER), PSQL, dsn=dsn, MARK=mark)
+        process = await start("migrate", "--", *program(HOLDER), PSQL, str(may_end), dsn=dsn, MARK=mark)
         assert await asyncio.wait_for(process.stdout.readline(), 20) == b"running\n"
         locks = "SELECT count(*) FROM pg_locks WHERE relation = 'precious'::regclass OR (locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
         async with asyncio.timeout(20):
@@ -331,10 +335,14 @@ async def test_cut_short_half_way_nothing_stays_locked_and_no_process_remains(po
                 await asyncio.sleep(0.02)
         assert len(marked(mark)) == 4, "the search for processes does not find them"
         process.send_signal(send)
+        if send is not signal.SIGKILL:
+            assert await asyncio.wait_for(process.stdout.readline(), 20) == b"interrupted 1\n"
+            process.send_signal(signal.SIGINT)
+        may_end.touch()
         output, errors = await asyncio.wait_for(process.communicate(), 20)
         assert process.returncode == status, errors
         if send is not signal.SIGKILL:
-            assert output == b"interrupted 1\nchild ended\n"
+            assert output == b"child ended\n"
             assert marked(mark) == []
         await until(lambda: not marked(mark), "the end of the orphans")
         async with asyncio.timeout(20):
@@ -369,9 +377,25 @@ async def test_what_a_command_leaves_behind_ends_with_it(postgres):
         assert (await run_migration(program(source), dsn=postgres.dsn(), on_line=ignore)).exit_code == 0
 
 
+async def test_a_process_in_a_session_of_its_own_does_not_keep_the_migration_waiting(postgres, tmp_path):
+    """It is left alone though it holds the output; what was written is told, also a last line without an end."""
+    pid, lines = tmp_path / "pid", []
+    source = (
+        "import subprocess; left = subprocess.Popen(['sleep', '60'], start_new_session=True);"
+        f" open({str(pid)!r}, 'w').write(str(left.pid)); print('x' * 200_000); print('last', end='')"
+    )
+    try:
+        async with asyncio.timeout(20):
+            result = await run_migration(program(source), dsn=postgres.dsn(), on_line=lines.append)
+        os.kill(int(pid.read_text()), 0)  # raises unless it still runs
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert result.output[-1] == lines[-1] == "last"
+
+
 async def test_the_exit_status_of_a_command_ended_by_a_signal_is_a_shells(postgres):
     """128 and the signal's number."""
-    with pytest.raises(MigrationFailedError, match="exit status 137") as caught:
+    with pytest.raises(MigrationFailedError, match=r"exit status 137 \(ended by SIGKILL\)") as caught:
         await run_migration(program("import os; os.kill(os.getpid(), 9)"), dsn=postgres.dsn(), on_line=ignore)
     assert caught.value.exit_code == 137
 
@@ -503,6 +527,54 @@ async def test_wait_has_an_end(postgres):
     assert "no connection to the database" in errors
 
 
+async def shell(line: str, dsn: str, **more: str) -> tuple[int, str, str]:
+    """Run a line of bash in which `migrate` and `wait` mean ours."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-o", "pipefail", "-c", 'ours() { "$PYTHON" -m resilient_pool "$@"; }; ' + line),
+        stdout=pipe,
+        stderr=pipe,
+        env=environment(dsn, PYTHON=sys.executable, **more),
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), 20)
+    return process.returncode, output.decode(), errors.decode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ours wait --json 2>&-",
+        "ours wait --json >&-",
+        "ours wait --json >/dev/full",
+        "ours wait 2>/dev/full",
+        "ours wait --json | sh -c 'exec 0<&-; sleep 1'",
+        "ours doctor >/dev/full",
+        "ours migrate --no-lock -- echo one 2>&-",
+        "ours migrate --no-lock -- echo one >/dev/full",
+        "ours migrate --no-lock --json -- echo one >&- 2>&-",
+    ],
+)
+async def test_a_success_stays_one_though_nobody_can_read_of_it(postgres, line):
+    """Standard output or error is closed, full, or read by nobody; no traceback is shown."""
+    status, _, errors = await shell(line, postgres.dsn())
+    assert status == 0, errors
+    assert "Traceback" not in errors
+    assert "no connection" not in errors
+    assert "Exception ignored" not in errors
+
+
+async def test_characters_that_a_terminal_does_not_know_do_not_end_the_output(postgres):
+    """They are written with a backslash, and the next line comes."""
+    status, output, errors = await run(
+        *("migrate", "--no-lock", "--", *program(r"import os; os.write(1, 'f\u00fcr \u2713\nnext\n'.encode())")),
+        dsn=postgres.dsn(),
+        PYTHONIOENCODING="ascii:strict",
+        PYTHONUTF8="0",
+    )
+    assert (status, errors.count("Traceback")) == (0, 0)
+    assert output == "f\\xfcr \\u2713\nnext\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -514,7 +586,16 @@ async def test_wait_has_an_end(postgres):
         (["migrate", "--attempts", "0", "--", "true"], "max_attempts"),
         (["wait", "--", "true"], "only migrate takes a command"),
         (["wait", "--dsn", "mysql://me:canary-1234@host/db"], "scheme must be postgresql"),
-        (["migrate", "alembic", "upgrade", "head"], "unrecognized arguments: upgrade head"),
+        (["migrate", "alembic", "upgrade", "head"], "a command stands behind --: migrate -- alembic upgrade head"),
+        (["migrate", "alembic upgrade head"], "a command stands behind --: migrate -- alembic upgrade head"),
+        (["migrate", "alembic", "upgrade", "head"], "usage: resilient-pool migrate [options]"),
+        (["migrate", ""], "the directory's name is empty"),
+        (["migrate", "--", ""], "there is no command ''"),
+        (["migrate", "--stop-within", "-1", "--", "true"], "more than 0, not '-1'"),
+        (["migrate", "--stop-within", "nan", "--", "true"], "more than 0, not 'nan'"),
+        (["migrate", "--deadline", "soon", "--", "true"], "more than 0, not 'soon'"),
+        (["migrate", "--lock", "", "--", "true"], "lock must be a name"),
+        (["wait", "--timeout", "0"], "argument --timeout: must be a number of seconds, more than 0, not '0'"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],
 )
@@ -531,6 +612,22 @@ def test_wrong_usage_ends_with_status_2_before_anything_happens(arguments, messa
     assert status == 2
     assert message in shown
     assert "canary-1234" not in shown
+
+
+async def test_an_environment_that_the_driver_refuses_is_wrong_usage(postgres):
+    """Not "no connection": waiting would not help."""
+    status, _, errors = await run("wait", "--timeout", "2", dsn=postgres.dsn(), PGSSLMODE="bogus")
+    assert status == 2, errors
+    assert "wrong usage" in errors
+    assert "`sslmode` parameter must be one of" in errors
+    assert "next try" not in errors
+
+
+@pytest.mark.parametrize(("options", "message"), [({"stop_within": -1.0}, "stop_within"), ({"lock": ""}, "lock must")])
+async def test_wrong_arguments_are_refused_before_the_database_is_woken(options, message):
+    """Likewise where the program is Python."""
+    with pytest.raises(ConfigurationError, match=message):
+        await run_migration("true", dsn="postgresql://postgres@127.0.0.1:1/postgres", **options)
 
 
 async def test_a_missing_command_is_found_before_the_database_is_woken():

@@ -149,6 +149,73 @@ async def test_a_marked_file_whose_end_is_not_known_is_refused_until_somebody_ha
         await migrate(dsn, tmp_path)
 
 
+async def test_a_marked_file_whose_end_is_not_known_says_so_also_when_it_has_changed(postgres, dsn, tmp_path):
+    """It was not applied for certain, so that "has changed since it was applied" would be wrong."""
+    write(tmp_path, _1=f"{NO_TRANSACTION}\nVACUUM pg_class")
+    with FaultProxy(postgres.host, postgres.port) as proxy:
+        proxy.swallow_next_answer("rst", matching=b"VACUUM")
+        with pytest.raises(MigrationFailedError):
+            await migrate(through(dsn, proxy.port), tmp_path)
+    write(tmp_path, _1=f"{NO_TRANSACTION}\nVACUUM pg_type")
+    with pytest.raises(MigrationFailedError, match="was begun before and its end is not known"):
+        await migrate(dsn, tmp_path)
+
+
+@pytest.mark.parametrize("sql", ["VACUUM pg_class; VACUUM pg_type", "VACUUM pg_class; -- and\nVACUUM", "-- nothing"])
+async def test_a_marked_file_that_is_not_one_statement_is_refused_before_the_database_is_asked(tmp_path, sql):
+    """The server would refuse it, or somebody would have to find out how far it came."""
+    with pytest.raises(ConfigurationError, match=r"1\.sql is marked .* but is not one statement"):
+        await migrate("postgresql://postgres@127.0.0.1:1/postgres", write(tmp_path, _1=f"{NO_TRANSACTION}\n{sql}"))
+
+
+@pytest.mark.parametrize("sql", ["VACUUM pg_class; -- done", "DO $$ BEGIN NULL; NULL; END $$;;"])
+async def test_a_marked_file_may_end_its_one_statement(dsn, tmp_path, sql):
+    """By a semicolon, and a comment after it; those inside a text in dollars do not count."""
+    assert (await migrate(dsn, write(tmp_path, _1=f"{NO_TRANSACTION}\n{sql}"))).applied == ("1.sql",)
+
+
+FAILING = "DO $$ BEGIN PERFORM nextval('calls'); RAISE 'as always' USING ERRCODE = '{}'; END $$"
+
+
+@pytest.mark.parametrize(
+    ("sql", "message", "calls"),
+    [
+        pytest.param(FAILING.format("40001"), r"as always \(in each of 5 attempts\)", 5, id="contention"),
+        pytest.param(FAILING.format("53100"), "as always", None, id="disk full"),
+        pytest.param(FAILING.format("57P03"), "as always", None, id="starting up"),
+        pytest.param(
+            "SELECT nextval('calls'); SELECT pg_terminate_backend(pg_backend_pid())",
+            "terminat|closed",
+            None,
+            id="killed",
+        ),
+    ],
+)
+async def test_whatever_a_file_raises_is_its_own_failure_and_has_an_end(dsn, tmp_path, sql, message, calls):
+    """The database was there: no status 3, and no repetition without end."""
+    await (connection := await asyncpg.connect(dsn)).execute("CREATE SEQUENCE calls")
+    await connection.close()
+    async with asyncio.timeout(25):
+        with pytest.raises(MigrationFailedError, match=rf"^1\.sql.*({message})"):
+            await migrate(dsn, write(tmp_path, _1=sql), deadline=None)
+    made = (await ask(dsn, "SELECT last_value FROM calls"))[0]
+    assert made == calls if calls else made <= 5
+
+
+async def test_a_role_that_may_not_create_is_told_the_table_and_the_grant(postgres, dsn, tmp_path):
+    """The failure is the migration's, and nothing was applied."""
+    name = f"modest_{uuid.uuid4().hex}"
+    await postgres.create_role(name, "secret")
+    try:
+        with pytest.raises(
+            MigrationFailedError, match=r"table resilient_pool_migrations.*permission denied.*GRANT it CREATE"
+        ):
+            await migrate(postgres.dsn(dsn.rpartition("/")[2], name, "secret"), write(tmp_path, _1="SELECT 1"))
+    finally:
+        async with postgres.admin() as admin:
+            await admin.execute(f"DROP ROLE {name}")
+
+
 @pytest.mark.parametrize("sql", ["CREATE TABLE a (); COMMIT; CREATE TABLE b ()", "BEGIN; CREATE TABLE a (); END"])
 async def test_a_file_that_ends_its_transaction_is_refused_before_the_database_is_asked(tmp_path, sql):
     """It could be applied in part."""
@@ -173,6 +240,21 @@ async def test_the_command_line_applies_a_directory(dsn, tmp_path):
     assert (status, output) == (1, "applied 1.sql\n")
     assert "resilient-pool: the migration failed: 2.sql" in errors
     assert "syntax error at end of input" in errors
+
+
+async def test_a_directory_is_applied_though_nobody_listens(dsn, tmp_path):
+    """What is told of the files is not part of applying them."""
+    write(tmp_path, _1="CREATE TABLE a ()", _2="CREATE TABLE b ()")
+    calls = []
+
+    def broken(line: str) -> None:
+        calls.append(line)
+        raise BrokenPipeError
+
+    result = await run_migration(tmp_path, dsn=dsn, backoff=QUICK, on_line=broken)
+    assert result.applied == ("1.sql", "2.sql")
+    assert calls == ["applied 1.sql"]
+    assert await ask(dsn, APPLIED) == ["1.sql", "2.sql"]
 
 
 async def test_a_directory_without_sql_files_is_refused(tmp_path):

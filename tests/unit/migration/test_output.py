@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from resilient_pool.migration.output import Lines, secrets_around
+from resilient_pool.migration.output import Lines, guarded, secrets_around
 from resilient_pool.observe.redaction import Secret
 
 CANARY = "c@n/a:r%y-7391"
@@ -47,18 +47,19 @@ def test_an_endless_line_is_cut_short_and_tells_no_part_of_a_secret(before):
 
 
 def test_a_listener_that_fails_is_not_told_any_more(caplog):
-    """The migration goes on, and its last lines are kept."""
+    """The migration goes on, and its last lines are kept; of a broken pipe no traceback is shown."""
     calls = []
 
     def broken(line: str) -> None:
         calls.append(line)
         raise BrokenPipeError
 
-    lines = Lines((), broken)
+    lines = Lines((), guarded(broken))
     lines.feed(b"one\ntwo\n")
     assert calls == ["one"]
     assert list(lines.told) == ["one", "two"]
-    assert "cannot be told any more" in caplog.text
+    assert "cannot be told any more: BrokenPipeError()" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_passwords_are_found_in_the_urls_of_arguments_and_environment():
@@ -66,3 +67,19 @@ def test_passwords_are_found_in_the_urls_of_arguments_and_environment():
     environment = {"PGPASSWORD": "first", "SHOP_URL": "mysql://me:sec%2Fond@host/db", "HOME": "/root"}
     found = secrets_around(["--url=postgresql://me:third@host/db", "plain"], environment)
     assert {secret.reveal() for secret in found} == {"first", "sec%2Fond", "sec/ond", "third"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("DB_PASSWORD", "a b", "a b"),
+        ("mysql_passwd", "word", "word"),
+        ("OPTIONS", "host=db password=word user=me", "word"),
+        ("OPTIONS", "host=db password = 'a \\'b' user=me", "a 'b"),
+        ("SHOP_URL", "postgresql://host/db?user=me&password=a%20b&sslmode=require", "a b"),
+    ],
+)
+def test_passwords_are_found_by_the_name_of_a_variable_and_in_pairs(name, value, secret):
+    """Where people put them, other than into URLs."""
+    assert secret in {found.reveal() for found in secrets_around([], {name: value})}
+    assert list(secrets_around([], {"DB_PASSWORD": "", "PASSWORD_FILE": "/run/it", "NOTE": "password="})) == []
