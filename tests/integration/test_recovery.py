@@ -8,7 +8,7 @@ import time
 import asyncpg
 import pytest
 
-from resilient_pool import AcquireTimeoutError, ResilientPool
+from resilient_pool import AcquireTimeoutError, OutcomeUnknownError, ResilientPool
 from resilient_pool.observe.events import GateClosed, GateOpened
 from resilient_pool.testing import PausingServer
 
@@ -228,3 +228,76 @@ async def test_a_pool_that_nobody_uses_connects_to_nothing(postgres):
         async with ResilientPool(server.dsn(postgres.dsn()), ssl=False):
             await asyncio.sleep(0.2)
         assert server.attempts == ()
+
+
+async def test_closing_ends_an_opening_that_is_under_way(postgres, proxy):
+    """Also one in a caller's own time; the caller is told why."""
+    pool = await ResilientPool(proxy.dsn(postgres.dsn()), ssl=False, deadline=20.0, max_size=3)
+    async with pool.acquire() as held:
+        await held.fetchval("SELECT 1")
+        proxy.hang()
+        caller = asyncio.create_task(pool.fetchval("SELECT 1"))
+        while not pool._upkeep._openings:
+            await asyncio.sleep(0.01)
+        closing = asyncio.create_task(pool.close())
+        with pytest.raises(asyncpg.InterfaceError, match="closing"):
+            await asyncio.wait_for(caller, 1)
+        proxy.restore()
+    await asyncio.wait_for(closing, 5)
+
+
+async def test_other_connect_arguments_are_heeded_at_once(postgres, proxy):
+    """An attempt that hangs at the old place keeps nobody from the new one."""
+    proxy.hang()
+    async with ResilientPool(proxy.dsn(postgres.dsn()), ssl=False, deadline=10.0) as pool:
+        call = asyncio.create_task(pool.fetchval("SELECT 1"))
+        while not pool._gate._attempts:
+            await asyncio.sleep(0.01)
+        pool.set_connect_args(postgres.dsn(), ssl=False)
+        assert await asyncio.wait_for(call, 2) == 1
+
+
+async def test_a_lost_commit_is_not_asked_about_for_ever_when_the_pool_closes(postgres, proxy):
+    """Whoever waits for the answer is told that nobody knows."""
+    async with postgres.admin() as admin:
+        await admin.execute("CREATE TABLE IF NOT EXISTS closed_early (id int)")
+    pool = await ResilientPool(proxy.dsn(postgres.dsn()), ssl=False, max_size=1, deadline=20.0)
+
+    async def insert(connection):
+        await connection.execute("INSERT INTO closed_early VALUES (1)")
+        proxy.refuse()
+
+    proxy.swallow_next_answer(matching=b"COMMIT")
+    writing = asyncio.create_task(pool.run_in_transaction(insert))
+    while not pool.stats().gate_closed:
+        await asyncio.sleep(0.01)
+    pool.terminate()
+    with pytest.raises(OutcomeUnknownError):
+        await asyncio.wait_for(writing, 2)
+    async with postgres.admin() as admin:
+        await admin.execute("DROP TABLE closed_early")
+
+
+async def test_an_init_that_hangs_is_bounded(postgres):
+    """The connect time-out is for all that opening a connection takes."""
+    async with ResilientPool(postgres.dsn(), init=lambda _: asyncio.sleep(60), timeout=0.3, deadline=1.0) as pool:
+        with pytest.raises(TimeoutError):
+            await pool.fetchval("SELECT 1")
+        assert pool.stats().connect_failures >= 2
+
+
+async def test_an_invocation_ends_although_min_size_is_lacking(postgres):
+    """Nobody waits for what the prober does, and the process is about to be frozen."""
+    with asleep(postgres, away="57P03", resume_seconds=60.0) as server:
+        server.pause()
+        pool = ResilientPool(server.dsn(postgres.dsn()), ssl=False, min_size=1, init_size=1, deadline=0.3)
+        with pytest.raises(asyncpg.CannotConnectNowError):
+            await pool
+        server.resume()
+        pool = await ResilientPool(server.dsn(postgres.dsn()), ssl=False, min_size=1, deadline=0.3)
+        server.pause()
+        async with asyncio.timeout(2):
+            async with pool.invocation():
+                with pytest.raises(asyncpg.CannotConnectNowError):
+                    await pool.fetchval("SELECT 1")
+        pool.terminate()
