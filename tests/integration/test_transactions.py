@@ -367,8 +367,13 @@ async def test_two_workers_that_lock_the_same_rows_in_opposite_order_all_end(pos
     async with ResilientPool(postgres.dsn(), server_settings=settings, observers=[events.append]) as pool:
         await pool.execute(f"ALTER TABLE {table} ADD COLUMN amount int; INSERT INTO {table} VALUES (1, 0), (2, 0)")
 
+        arrived = set()
+
         async def transfer(connection, giver, taker):
             await connection.execute(f"UPDATE {table} SET amount = amount - 3 WHERE id = $1", giver)
+            arrived.add(giver)
+            while len(arrived) < 2:  # each first attempt holds its row before it asks for the other's
+                await asyncio.sleep(0.001)
             await connection.execute(f"UPDATE {table} SET amount = amount + 5 WHERE id = $1", taker)
             return giver
 
