@@ -15,6 +15,7 @@ from resilient_pool.core import wire
 from resilient_pool.core.checkout import Checkout
 from resilient_pool.core.clock import Clock
 from resilient_pool.core.deadlines import deadline_after
+from resilient_pool.core.read_check import ReadCheck
 from resilient_pool.core.runner import Call, Runner
 from resilient_pool.core.slots import Slot
 from resilient_pool.core.upkeep import Upkeep
@@ -270,15 +271,25 @@ class Lender:
         checkout: Finds healthy connections.
         upkeep: Makes them fit for the next one.
         runner: Repeats what fails.
+        read_check: What it remembers of the server's catalog ends with the driver's caches.
         clock: Counts deadlines.
     """
 
-    def __init__(self, config: PoolConfig, checkout: Checkout, upkeep: Upkeep, runner: Runner, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: PoolConfig,
+        checkout: Checkout,
+        upkeep: Upkeep,
+        runner: Runner,
+        read_check: ReadCheck,
+        clock: Clock,
+    ) -> None:
         self._config = config
         self._checkout = checkout
         self._upkeep = upkeep
         self._clock = clock
         self.runner = runner
+        self.read_check = read_check
 
     def call(
         self,
@@ -375,10 +386,12 @@ class Lender:
         """Nothing: the loan lasts until the application ends it, and the slot is looked at then."""
 
     def _drop_statement_cache(self) -> None:
+        self.read_check.forget()
         for link in self._upkeep.links():
             link.drop_statement_cache()
 
     def _drop_type_cache(self) -> None:
+        self.read_check.forget()
         for link in self._upkeep.links():
             link.drop_type_cache()
 

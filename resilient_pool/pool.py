@@ -19,6 +19,7 @@ from resilient_pool.core.checkout import Checkout
 from resilient_pool.core.clock import Clock, SystemClock
 from resilient_pool.core.connector import Connector
 from resilient_pool.core.gate import RecoveryGate
+from resilient_pool.core.read_check import ReadCheck
 from resilient_pool.core.runner import Call, Runner
 from resilient_pool.core.slots import Slot, Slots
 from resilient_pool.core.upkeep import Upkeep
@@ -78,15 +79,18 @@ class ResilientPool(Queries):
         dispatcher = Dispatcher(config.observers)
         self._slots: Slots[Link] = Slots(config.max_size, clock, min_size=config.min_size)
         self._reader = StatementReader(config.pure_functions)
+        read_check = ReadCheck(self._reader)
         self._connector = Connector(config, clock, self._counters, dispatcher)
         self._upkeep = Upkeep(
             config, self._slots, self._connector, clock, self._draw_lifetime, self._counters, dispatcher
         )
         self._gate = RecoveryGate(config, self._slots, self._upkeep, self._connector, clock, self._counters, dispatcher)
         self._checkout = Checkout(config, self._slots, self._upkeep, self._gate, clock, self._counters)
-        self._runner = Runner(config, self._reader, self._upkeep, self._connector, clock, self._counters, dispatcher)
+        self._runner = Runner(
+            config, self._reader, read_check, self._upkeep, self._connector, clock, self._counters, dispatcher
+        )
         self._deposit = config.retry_budget.deposit
-        self._lender = Lender(config, self._checkout, self._upkeep, self._runner, clock)
+        self._lender = Lender(config, self._checkout, self._upkeep, self._runner, read_check, clock)
         inquiry = Inquiry(config, self._lender, clock, dispatcher)
         self._transactions = Transactions(config, self._lender, self._reader, inquiry, clock, self._require_open)
         self._sets_up = config.setup is not None
@@ -119,7 +123,7 @@ class ResilientPool(Queries):
         exactly_once: bool = False,
     ) -> T:
         self._require_open()
-        if exactly_once and not idempotent and not self._is_read_only(sql):
+        if exactly_once and not idempotent and not self._is_plain_read(sql):
             return await self.run_in_transaction(_on_lease, execute, deadline=deadline, fail_fast=fail_fast)
         started = self._clock.monotonic()
         link = failure = None
@@ -163,7 +167,7 @@ class ResilientPool(Queries):
             result = await execute(slot.resource.connection)  # type: ignore[union-attr]
             answered = True
         finally:
-            if answered and (self._never_resets or (self._trusts_reads and self._is_read_only(sql))):
+            if answered and (self._never_resets or (self._trusts_reads and self._is_plain_read(sql))):
                 self._upkeep.give_back(slot)
             else:
                 reset = self._upkeep.recondition(slot)
@@ -180,8 +184,8 @@ class ResilientPool(Queries):
             await _end_of(reset)
         return result
 
-    def _is_read_only(self, sql: str | None) -> bool:
-        return sql is not None and self._reader.is_read_only(sql)
+    def _is_plain_read(self, sql: str | None) -> bool:
+        return sql is not None and self._reader.is_plain_read(sql)
 
     # Transactions
 

@@ -58,7 +58,7 @@ class Witness:
 
     def __call__(self, sql: str | None) -> None:
         """Take note of a text, or of something that has none."""
-        if sql is not None and self._reader.is_read_only(sql):
+        if sql is not None and self._reader.is_plain_read(sql):
             return
         self.may_write = True
         self.may_notify = self.may_notify or sql is None or "notify" in sql.lower()

@@ -11,6 +11,7 @@ from resilient_pool.core import wire
 from resilient_pool.core.clock import Clock
 from resilient_pool.core.connector import Connector
 from resilient_pool.core.judgement import judge, nearest_sqlstate
+from resilient_pool.core.read_check import ReadCheck
 from resilient_pool.core.upkeep import Upkeep
 from resilient_pool.core.wire import AnyConnection, Link
 from resilient_pool.errors import OutcomeUnknownError
@@ -115,7 +116,8 @@ class Runner:
 
     Args:
         config: Policies, budget and classifier.
-        reader: Tells which statements are read-only.
+        reader: Tells which statements look like reads.
+        read_check: Asks the server whether they are.
         upkeep: Expires connections when a verdict says so.
         connector: Knows whether writes are expected to work.
         clock: Waits.
@@ -127,6 +129,7 @@ class Runner:
         self,
         config: PoolConfig,
         reader: StatementReader,
+        read_check: ReadCheck,
         upkeep: Upkeep,
         connector: Connector,
         clock: Clock,
@@ -135,6 +138,7 @@ class Runner:
     ) -> None:
         self._config = config
         self._reader = reader
+        self._read_check = read_check
         self._upkeep = upkeep
         self._connector = connector
         self._clock = clock
@@ -283,7 +287,7 @@ class Runner:
         return (
             call.idempotent
             or self._config.retry_unknown
-            or (call.sql is not None and self._reader.is_read_only(call.sql))
+            or (call.sql is not None and self._reader.is_plain_read(call.sql))
         )
 
     def _farewell(

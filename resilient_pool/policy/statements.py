@@ -73,8 +73,12 @@ class StatementReader:
         self._pure = _checked_names(pure_functions)
         self._answers: dict[str, bool] = {}
 
-    def is_read_only(self, sql: str) -> bool:
-        """Tell whether the text is certain to be one statement that writes nothing. The answer is remembered."""
+    def looks_like_read(self, sql: str) -> bool:
+        """Whether the text is one statement that only reads, as far as a text can say. It allows a guarded repeat only."""
+        return self.is_plain_read(sql)
+
+    def is_plain_read(self, sql: str) -> bool:
+        """Whether the text looks like a read, and calls only what is known to write nothing. The answer is remembered."""
         answer = self._answers.get(sql)
         return self._read(sql) if answer is None else answer
 

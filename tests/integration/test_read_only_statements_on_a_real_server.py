@@ -111,6 +111,6 @@ async def test_no_volatile_function_can_be_hidden_as_an_attribute_of_a_row(conne
 async def test_a_function_without_parentheses_is_a_call(connection):
     """Attribute notation on an expression does advance a sequence: the reason why the reader doubts it."""
     sql = "SELECT ('numbers'::regclass).nextval"
-    assert not StatementReader().is_read_only(sql)
+    assert not StatementReader().is_plain_read(sql)
     await connection.execute("CREATE SEQUENCE numbers")
     assert [await connection.fetchval(sql) for _ in range(2)] == [1, 2]

@@ -9,6 +9,7 @@ import pytest
 
 from resilient_pool import BackoffPolicy, Fault, OutcomeUnknownError
 from resilient_pool.config import PoolConfig
+from resilient_pool.core.read_check import ReadCheck
 from resilient_pool.core.runner import Call, Runner
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.observe.events import Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
@@ -43,6 +44,7 @@ class Bench:
         self.runner = Runner(
             config,
             StatementReader(),
+            ReadCheck(StatementReader()),
             SimpleNamespace(expire=self.expire),
             SimpleNamespace(expects_writes=True),
             self.clock,

@@ -28,17 +28,17 @@ def reader():
 
 def test_a_statement_that_only_reads_is_recognised(reader):
     """What applications ask most often is known to be harmless."""
-    assert [sql for sql in READ_ONLY if not reader.is_read_only(sql)] == []
+    assert [sql for sql in READ_ONLY if not reader.is_plain_read(sql)] == []
 
 
 def test_a_statement_that_may_write_is_never_called_read_only(reader):
     """Whatever writes, locks, changes the session, or cannot be told, may write."""
-    assert [sql for sql in MAY_WRITE if reader.is_read_only(sql)] == []
+    assert [sql for sql in MAY_WRITE if reader.is_plain_read(sql)] == []
 
 
 def test_a_second_statement_is_never_overlooked(reader):
     """After any statement that only reads, another one may write."""
-    assert [sql for sql in READ_ONLY if reader.is_read_only(f"{sql}\n;DELETE FROM users")] == []
+    assert [sql for sql in READ_ONLY if reader.is_plain_read(f"{sql}\n;DELETE FROM users")] == []
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_volatile_function_is_never_overlooked(reader, beside):
     """Beside anything that only reads, a call of a volatile function is still seen."""
     texts = [text for text in READ_ONLY if not text.startswith(("SHOW", "(")) and ";" not in text]
     assert len(texts) > 90
-    assert [sql for sql in texts if reader.is_read_only(beside.format(sql))] == []
+    assert [sql for sql in texts if reader.is_plain_read(beside.format(sql))] == []
 
 
 def test_reading_statements_can_be_nested(reader):
@@ -57,7 +57,7 @@ def test_reading_statements_can_be_nested(reader):
     texts = [text for text in READ_ONLY if not text.startswith("SHOW") and ";" not in text]
     assert len(texts) > 90
     nested = "WITH a AS ({0}\n) SELECT lower('A') FROM ({0}\n) x(c) JOIN (SELECT 1) y ON true"
-    assert [sql for sql in texts if not reader.is_read_only(nested.format(sql))] == []
+    assert [sql for sql in texts if not reader.is_plain_read(nested.format(sql))] == []
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_reading_statements_can_be_nested(reader):
 )
 def test_declared_functions_are_known(declared, sql, expected):
     """A bare name stands for that function in every schema, a qualified one for itself."""
-    assert StatementReader(declared).is_read_only(sql) is expected
+    assert StatementReader(declared).is_plain_read(sql) is expected
 
 
 @pytest.mark.parametrize("declared", ["f", ("f()",), ("",), ("a.b.c",), (".f",), ("a b",), (1,), ('"f"',)])
@@ -99,24 +99,24 @@ def test_a_wrong_declaration_is_refused(declared):
 
 def test_an_answer_is_remembered(reader, monkeypatch):
     """The second time, a text is not read again."""
-    assert reader.is_read_only("SELECT 1")
-    assert not reader.is_read_only("DELETE FROM users")
+    assert reader.is_plain_read("SELECT 1")
+    assert not reader.is_plain_read("DELETE FROM users")
     monkeypatch.setattr(statements, "tokens", None)
-    assert reader.is_read_only("SELECT 1")
-    assert not reader.is_read_only("DELETE FROM users")
+    assert reader.is_plain_read("SELECT 1")
+    assert not reader.is_plain_read("DELETE FROM users")
 
 
 def test_what_is_remembered_is_bounded(reader):
     """However many texts there are, a thousand or so are kept."""
     for number in range(3000):
-        assert reader.is_read_only(f"SELECT {number}")
+        assert reader.is_plain_read(f"SELECT {number}")
     assert 0 < len(reader._answers) <= 1024
 
 
 def test_a_very_long_text_is_read_but_not_kept(reader):
     """Data written into a statement does not fill the memory."""
-    assert reader.is_read_only(f"SELECT '{'x' * 200_000}'")
-    assert not reader.is_read_only(f"SELECT '{'x' * 200_000}', nextval('numbers')")
+    assert reader.is_plain_read(f"SELECT '{'x' * 200_000}'")
+    assert not reader.is_plain_read(f"SELECT '{'x' * 200_000}', nextval('numbers')")
     assert not reader._answers
 
 
