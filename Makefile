@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 ASYNCPG_BEFORE := 0.30.0 0.31.0
 
 DEMO_ARGS ?=
+PYTEST_ARGS ?=
 CHAOS_SECONDS ?= 120
 CHAOS_SEED ?= 1
 
@@ -26,12 +27,13 @@ DEVELOP := $(VENV)/.develop
 # The demo is content with the tools of development where these are installed already.
 DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 
-.PHONY: help demo test chaos check bench format readme clean
+.PHONY: help demo test pythons chaos check bench format readme clean
 
 help:
 	@echo "make demo   asyncpg.Pool and ResilientPool before a database that sleeps, and under the same mistreatment"
 	@echo "            (DEMO_ARGS='--resume-seconds 15' for the time a real one takes to wake)"
 	@echo "make test   all tests, on the installed wheel and on every supported asyncpg"
+	@echo "make pythons the unit and transaction tests on every Python from 3.11 on that this machine has"
 	@echo "make chaos  ledgers of reads and writes under mistreatment, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
 	@echo "make check  formatting, lint, types, import contracts"
 	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
@@ -51,6 +53,9 @@ test: $(VENV)/.wheel $(ASYNCPG_BEFORE:%=$(VENV)/asyncpg-%)
 			tests/unit/policy tests/integration/test_classifier_on_a_real_server.py || exit 1; \
 	done
 	$(BIN)/pytest $(NO_HANGING)
+
+pythons: $(DEVELOP)
+	$(BIN)/nox $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
 
 chaos: $(VENV)/.wheel
 	RESILIENT_POOL_CHAOS_SECONDS=$(CHAOS_SECONDS) RESILIENT_POOL_CHAOS_SEED=$(CHAOS_SEED) \
@@ -76,7 +81,7 @@ readme: $(VENV)/.wheel
 	$(BIN)/python scripts/update_readme.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .nox .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed')"
