@@ -17,6 +17,7 @@ from resilient_pool.connection import Lender, ResilientConnection
 from resilient_pool.core import wire
 from resilient_pool.core.clock import Clock
 from resilient_pool.core.continuation import Place
+from resilient_pool.core.judgement import unwrap
 from resilient_pool.core.resolution import Answer, Mark
 from resilient_pool.core.runner import Call
 from resilient_pool.core.wire import AnyConnection, Link
@@ -310,7 +311,7 @@ class Attempt:
         if not isinstance(error, Exception):
             return None  # there is no time; the connection's reset, in the background, does it
         await self._undo(link)
-        if self._witness.may_have_ended or not _is_the_drivers(error, link):
+        if self._witness.may_have_ended or not _is_the_drivers(unwrap(self._shared.config, error), link):
             return None
         self._call.settled = Outcome.ROLLED_BACK
         return error
@@ -397,8 +398,8 @@ def _link(call: Call[None]) -> Link:
     return call.link
 
 
-def _is_the_drivers(error: Exception, link: Link) -> bool:
-    """Whether an error that left the block can be this connection's. The application's own pass, whatever caused them."""
+def _is_the_drivers(error: BaseException, link: Link) -> bool:
+    """Whether an error that left the block, once it is unwrapped, can be this connection's."""
     if isinstance(error, OSError):
         return link.connection.is_closed() and not isinstance(error, TimeoutError)
     return isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError)

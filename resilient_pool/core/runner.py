@@ -10,7 +10,7 @@ from resilient_pool.config import PoolConfig
 from resilient_pool.core import wire
 from resilient_pool.core.clock import Clock
 from resilient_pool.core.connector import Connector
-from resilient_pool.core.judgement import judge, nearest_sqlstate
+from resilient_pool.core.judgement import judge, nearest_sqlstate, unwrap
 from resilient_pool.core.read_check import ReadCheck
 from resilient_pool.core.upkeep import Upkeep
 from resilient_pool.core.wire import AnyConnection, Link
@@ -259,7 +259,10 @@ class Runner:
             error=error,
             phase=call.phase,
             sent=call.phase is Phase.COMMIT
-            or (call.phase is Phase.EXECUTE and not (link is not None and wire.nothing_sent(error, link))),
+            or (
+                call.phase is Phase.EXECUTE
+                and not (link is not None and wire.nothing_sent(unwrap(self._config, error), link))
+            ),
             writable=self._connector.expects_writes,
         )
 

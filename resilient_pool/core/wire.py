@@ -303,7 +303,7 @@ def _socket_options(*, keepalive: bool, user_timeout: float | None) -> Iterator[
         yield from tcp("TCP_KEEPCNT", 3)
 
 
-def nothing_sent(error: Exception, link: Link) -> bool:
+def nothing_sent(error: BaseException, link: Link) -> bool:
     """Whether `error` proves that no byte of the statement left this process.
 
     asyncpg raises a plain `InterfaceError` itself when it is asked to start on a closed connection; a loss after the

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import re
 import ssl
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -467,6 +469,7 @@ RULES: tuple[Rule, ...] = (
 
 Match = Callable[[Failure], bool]
 VerdictSource = Verdict | Callable[[Failure], Verdict]
+Unwrap = Callable[[BaseException], BaseException | None]
 
 
 class PostgresClassifier:
@@ -475,12 +478,17 @@ class PostgresClassifier:
     Only what was raised for this operation counts: the error itself, and what explicitly caused it. An error that an
     application happened to be handling meanwhile is Python's `__context__` of every error raised since, and says
     nothing about them.
+
+    Args:
+        unwrap: Returns the error inside one of the application's own wrappers, or `None` for any other error. What is
+            found through `__cause__`, and through SQLAlchemy's `.orig`, needs no such function. Default: none.
     """
 
-    __slots__ = ("_custom",)
+    __slots__ = ("_custom", "_unwrap")
 
-    def __init__(self) -> None:
+    def __init__(self, *, unwrap: Unwrap | None = None) -> None:
         self._custom: tuple[tuple[Match, VerdictSource], ...] = ()
+        self._unwrap = unwrap
 
     def with_rule(self, match: Match, verdict: VerdictSource) -> PostgresClassifier:
         """Return a new classifier that asks one more rule before all others; this one stays as it is.
@@ -492,9 +500,22 @@ class PostgresClassifier:
         Returns:
             A classifier with this rule first, then those added earlier, then the built-in ones.
         """
-        extended = PostgresClassifier()
-        extended._custom = ((match, verdict), *self._custom)
+        extended = copy.copy(self)
+        extended._custom = ((match, verdict), *self._custom)  # noqa: SLF001 - a copy of this object
         return extended
+
+    def unwrap(self, error: BaseException) -> BaseException:
+        """Return the driver's error, or this package's, inside an error that wraps it; `error` itself if there is none.
+
+        Wrapped is what stands behind `__cause__` (`raise ... from error`), in an attribute `orig` (SQLAlchemy's) or in
+        what the `unwrap=` of the constructor finds. Python's `__context__` is no wrapping: it is set by chance.
+
+        Args:
+            error: What was raised.
+        """
+        if isinstance(error, OSError):
+            return error  # the driver's own, however it came to be: a refused connection, say
+        return next((inner for inner in _wrapped(error, self._unwrap) if isinstance(inner, _SPEAKING)), error)
 
     def classify(self, failure: Failure) -> Verdict:
         """Say what is known about `failure`: by the first rule that matches.
@@ -502,7 +523,7 @@ class PostgresClassifier:
         An `OutcomeUnknownError` is `PERMANENT` before any rule is asked, because repeating what it stands for could
         apply it twice.
         """
-        seen = _see(failure)
+        seen = _see(failure, self.unwrap(failure.error))
         if not isinstance(seen.error, OutcomeUnknownError):
             for match, verdict in self._custom:
                 if match(failure):
@@ -516,9 +537,44 @@ def describe_rules() -> list[tuple[str, str, str]]:
     return [(rule.evidence, rule.fault.value, rule.outcome.value) for rule in RULES]
 
 
-def _see(failure: Failure) -> Sighting:
-    """Find the error that speaks for a failure, and whether the connection is gone."""
-    error = _speaker(failure.error)
+# What servers and poolers say of a user name or a password that they refuse, where the code alone does not. Not of a
+# host, a role or a database that is missing (`no pg_hba.conf entry`), nor of having been asked too often.
+_REFUSED_CREDENTIALS = re.compile(
+    r"""^(
+        (?!.*\bcompeting\ requests)[^:"]*\bauthentication\ failed\b  # PostgreSQL, RDS, Cloud SQL, PgBouncer, Neon
+      | auth(?:entication)?\ failed$  # PgBouncer before 1.9
+      | (?:odyssey:\ \S+\ )?incorrect\ password
+      | password\ for\ user\ "  # PgDog
+      | The\ password\ that\ was\ provided\ for\ the\ role\   # RDS Proxy
+      | unable\ to\ accept\ connection,\ access\ denied  # Aurora DSQL
+      | (?:Failed\ to\ identify\ your\ database:\ )?Your\ Postgres\ credentials\ are\ incorrect  # Prisma
+    )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# 08006 is Aurora DSQL's, XX000 Neon's and Supavisor's, 58000 PgDog's; some send none at all.
+_CODES_OF_REFUSALS = frozenset({"28000", "08P01", "08006", "XX000", "58000", ""})
+
+
+def refuses_credentials(error: BaseException) -> bool:
+    """Say whether a server or a pooler has refused a user name or a password, so that another one may be accepted.
+
+    Args:
+        error: What opening a connection has raised, or an error that wraps it.
+
+    Returns:
+        `True` for 28P01; for 28000 and the codes of poolers if the server's function or the message says so. `False` for a
+        role or a database that does not exist, and for a host that `pg_hba.conf` does not let in.
+    """
+    refusal = PostgresClassifier().unwrap(error)
+    if not isinstance(refusal, driver.PostgresError):
+        return False
+    if _sqlstate(refusal) == "28P01" or getattr(refusal, "server_source_function", None) == "auth_failed":
+        return True
+    return _sqlstate(refusal) in _CODES_OF_REFUSALS and _REFUSED_CREDENTIALS.search(_text(refusal)) is not None
+
+
+def _see(failure: Failure, error: BaseException) -> Sighting:
+    """Find what speaks for a failure, once it is unwrapped, and whether the connection is gone."""
     last_word = error
     if isinstance(error, driver.ConnectionDoesNotExistError):
         causes = (cause for cause in _causes(error) if cause is not error)
@@ -526,11 +582,17 @@ def _see(failure: Failure) -> Sighting:
     return Sighting(failure=failure, error=last_word, lost=_is_loss(error))
 
 
-def _speaker(error: BaseException) -> BaseException:
-    """Find the driver's error, or ours, in what an application may have raised `from` it."""
-    if isinstance(error, OSError):
-        return error
-    return next((cause for cause in _causes(error) if isinstance(cause, _SPEAKING)), error)
+def _wrapped(error: BaseException, unwrap: Unwrap | None) -> Iterator[BaseException]:
+    """Yield the error and those that it wraps, nearest first, each once."""
+    queue: deque[object] = deque([error])
+    seen: set[int] = set()
+    while queue:
+        inner = queue.popleft()
+        if not isinstance(inner, BaseException) or id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        yield inner
+        queue.extend((None if unwrap is None else unwrap(inner), inner.__cause__, getattr(inner, "orig", None)))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -12,7 +12,7 @@ from asyncpg import exceptions as driver
 
 from resilient_pool.errors import AcquireTimeoutError, ConfigurationError, OutcomeUnknownError
 from resilient_pool.policy import classifier
-from resilient_pool.policy.classifier import RULES, PostgresClassifier, describe_rules
+from resilient_pool.policy.classifier import RULES, PostgresClassifier, describe_rules, refuses_credentials
 from resilient_pool.policy.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
 
 KEEP, DISCARD, EXPIRE = Disposition.KEEP, Disposition.DISCARD, Disposition.EXPIRE
@@ -429,6 +429,120 @@ def test_a_chain_that_bites_its_tail_is_read_once() -> None:
     assert classify(first).fault is Fault.PERMANENT
 
 
+# Errors that wrap the driver's
+
+
+class Translated(Exception):
+    """What a library raises in the driver's place, with the driver's error in an attribute, as SQLAlchemy does."""
+
+    def __init__(self, orig: object) -> None:
+        super().__init__("translated")
+        self.orig = orig
+
+
+class Enveloped(Exception):
+    """An application's own, which keeps the driver's error where only the application knows."""
+
+    def __init__(self, letter: BaseException) -> None:
+        super().__init__("enveloped")
+        self.letter = letter
+
+
+def test_an_error_inside_another_is_found() -> None:
+    """Through `__cause__`, through SQLAlchemy's `.orig`, and through both in turn, nearest first."""
+    conflict = server("40001")
+    unwrap = PostgresClassifier().unwrap
+    assert unwrap(conflict) is conflict
+    assert unwrap(raised_from(conflict, RuntimeError())) is conflict
+    assert unwrap(Translated(conflict)) is conflict
+    assert unwrap(Translated(raised_from(conflict, RuntimeError("the library's DBAPI")))) is conflict
+    assert unwrap(raised_from(server("23505"), Translated(conflict))) is not conflict
+    assert classify(Translated(conflict)).fault is Fault.CONTENTION
+
+
+def test_this_packages_errors_are_found_as_well() -> None:
+    """An unknown outcome that SQLAlchemy wraps stays one."""
+    unknown = OutcomeUnknownError("execute")
+    assert PostgresClassifier().unwrap(Translated(unknown)) is unknown
+
+
+def test_what_wraps_nothing_is_returned_as_it_is() -> None:
+    """An error being handled meanwhile, an `orig` of another kind and an error of the system's are not looked through."""
+    for error in (
+        within(loss(), ValueError()),
+        Translated("text"),
+        Translated(ValueError()),
+        raised_from(loss(), OSError()),
+    ):
+        assert PostgresClassifier().unwrap(error) is error
+
+
+def test_an_application_can_open_its_own_wrappers() -> None:
+    """The constructor's `unwrap` is asked beside the built-in ways, and kept by a classifier with further rules."""
+
+    def open_letter(error: BaseException) -> BaseException | None:
+        return error.letter if isinstance(error, Enveloped) else None
+
+    conflict = server("40001")
+    own = PostgresClassifier(unwrap=open_letter).with_rule(is_ours, BUSY)
+    assert PostgresClassifier().unwrap(Enveloped(conflict)) is not conflict
+    assert own.unwrap(Enveloped(raised_from(Enveloped(conflict), ValueError()))) is conflict
+    assert own.classify(Failure(error=Enveloped(conflict), phase=EXECUTE)).fault is Fault.CONTENTION
+
+
+# Credentials
+
+REFUSED = {
+    "28P01, in another language": server("28P01", "Passwort-Authentifizierung fehlgeschlagen", "FATAL"),
+    "RDS with IAM": fatal("28000", 'PAM authentication failed for user "app"'),
+    "LDAP": fatal("28000", 'LDAP authentication failed for user "app"'),
+    "Cloud SQL with IAM": fatal("28000", 'Cloud SQL IAM user authentication failed for user "app@example.com"'),
+    "RDS Proxy": fatal("28000", "The IAM authentication failed for the role app. Check the IAM token for this user."),
+    "RDS Proxy, a password": fatal("28000", "The password that was provided for the role app is wrong."),
+    "PgBouncer": fatal("08P01", "password authentication failed"),
+    "PgBouncer, SCRAM": fatal("08P01", "SASL authentication failed"),
+    "PgBouncer 1.8": fatal("08P01", "Auth failed"),
+    "PgDog": fatal("28000", 'password for user "app" and database "shop" is wrong, or the database does not exist'),
+    "Odyssey": fatal("28000", "odyssey: c1a2b3: incorrect password"),
+    "Neon": server("XX000", "password authentication failed for user 'app'"),
+    "Aurora DSQL": fatal("08006", "unable to accept connection, access denied"),
+}
+NOT_REFUSED = {
+    "not in pg_hba.conf": fatal("28000", 'no pg_hba.conf entry for host "10.0.0.1", user "app"'),
+    "no such role": fatal("28000", 'role "authentication failed" does not exist'),
+    "a role that may not log in": fatal("28000", 'role "app" is not permitted to log in'),
+    "no such database": fatal("3D000", 'database "password authentication failed" does not exist'),
+    "asked too often": fatal("28000", "The IAM authentication failed because of too many competing requests."),
+    "blocked for a while": fatal(
+        "XX000", "(ECIRCUITBREAKER) too many authentication failures, new connections are blocked"
+    ),
+    "a pooler's own password": fatal(
+        "08P01", "server login has been failing, cached error: password authentication failed"
+    ),
+    "another code": server("P0001", "password authentication failed"),
+    "refused": ConnectionRefusedError(),
+    "the driver's own": driver.InterfaceError("password authentication failed"),
+}
+
+
+def test_refused_credentials_are_recognised_in_all_words_in_use() -> None:
+    """Also inside the error of a connector that wraps the driver's."""
+    assert [name for name, error in REFUSED.items() if not refuses_credentials(error)] == []
+    assert refuses_credentials(raised_from(fatal("28P01"), RuntimeError("the connector's")))
+
+
+def test_the_servers_function_tells_a_refusal_in_any_language() -> None:
+    """28000 has other meanings, and the message is translated; the name of the function that raised it is not."""
+    fields = {"S": "FATAL", "V": "FATAL", "C": "28000", "M": "PAM-Authentifizierung fehlgeschlagen"}
+    assert refuses_credentials(driver.PostgresError.new(fields | {"R": "auth_failed"}))
+    assert not refuses_credentials(driver.PostgresError.new(fields | {"R": "ClientAuthentication"}))
+
+
+def test_other_refusals_are_not_about_credentials() -> None:
+    """A new password does not help against them."""
+    assert [name for name, error in NOT_REFUSED.items() if refuses_credentials(error)] == []
+
+
 # Rules of one's own
 
 BUSY = Verdict(fault=Fault.OVERLOADED, outcome=Outcome.ROLLED_BACK, connection=KEEP)
@@ -484,7 +598,7 @@ def test_every_rule_is_reached_by_a_case_of_these_tables() -> None:
     failures += [Failure(error=error, phase=CONNECT, waking=True) for error, _ in WAKING.values()]
     failures += [Failure(error=error, phase=COMMIT) for error in LOSSES.values()]
     failures += [Failure(error=error, phase=CHECKOUT) for error in (loss(), TimeoutError())]
-    sightings = [classifier._see(failure) for failure in failures]
+    sightings = [classifier._see(failure, PostgresClassifier().unwrap(failure.error)) for failure in failures]
     reached = {next(rule.evidence for rule in RULES if rule.matches(seen)) for seen in sightings}
     assert [rule.evidence for rule in RULES if rule.evidence not in reached] == []
 
@@ -506,7 +620,8 @@ def test_a_guarantee_is_never_given_by_a_rule_for_lost_commits() -> None:
 
 def test_the_last_rule_takes_everything() -> None:
     """Whatever is raised gets a verdict."""
-    seen = classifier._see(Failure(error=Exception(), phase=EXECUTE))
+    error = Exception()
+    seen = classifier._see(Failure(error=error, phase=EXECUTE), error)
     assert [rule for rule in RULES if rule.matches(seen)] == [RULES[-1]]
 
 

@@ -1,0 +1,156 @@
+"""Errors that wrap the driver's, by SQLAlchemy and by applications, in a transaction that is repeated as a whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.pool import StaticPool
+
+from resilient_pool import PostgresClassifier, ResilientPool
+from resilient_pool.testing import EmbeddedPostgres, FaultProxy
+
+CONFLICT_ONCE = "DO $$ BEGIN IF nextval('{0}') = 1 THEN RAISE EXCEPTION 'x' USING ERRCODE = '{1}'; END IF; END $$"
+
+
+class Sealed(Exception):
+    """An application's own error around the driver's."""
+
+    def __init__(self, inside: BaseException) -> None:
+        super().__init__("sealed")
+        self.inside = inside
+
+
+@pytest.fixture
+async def table(postgres: EmbeddedPostgres):
+    """An empty table with a key, and a sequence of the same name with an `s`."""
+    name = f"t_{uuid.uuid4().hex}"
+    async with postgres.admin() as admin:
+        await admin.execute(f"CREATE TABLE {name} (id int PRIMARY KEY); CREATE SEQUENCE {name}s")
+    yield name
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP TABLE {name}; DROP SEQUENCE {name}s")
+
+
+@pytest.fixture
+async def pool(postgres: EmbeddedPostgres, proxy: FaultProxy):
+    async with ResilientPool(proxy.dsn(postgres.dsn()), deadline=10.0) as pool:
+        yield pool
+
+
+class Inside:
+    """A connection that SQLAlchemy must neither close nor end the transaction of."""
+
+    def __init__(self, connection):
+        self._connection = connection
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    async def close(self, *, timeout=None):
+        pass
+
+    def terminate(self):
+        pass
+
+
+@contextlib.asynccontextmanager
+async def session_on(connection):
+    """A SQLAlchemy session in the transaction that is open on a lease."""
+
+    async def creator(*_args, **_options):
+        return Inside(connection)
+
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=creator,
+        poolclass=StaticPool,
+        isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,
+    )
+    try:
+        async with AsyncSession(engine) as session:
+            yield session
+            await session.commit()
+    finally:
+        await engine.dispose()
+
+
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
+async def test_a_session_of_sqlalchemy_that_loses_a_conflict_is_repeated(pool, table, sqlstate):
+    """The conflict arrives wrapped twice, and the whole unit of work runs again."""
+    attempts = 0
+
+    async def work(connection):
+        nonlocal attempts
+        attempts += 1
+        async with session_on(connection) as session:
+            await session.execute(text(f"INSERT INTO {table} VALUES (1)"))
+            await session.execute(text(CONFLICT_ONCE.format(f"{table}s", sqlstate)))
+
+    await pool.run_in_transaction(work)
+    assert attempts == 2
+    assert await pool.fetchval(f"SELECT count(*) FROM {table}") == 1
+
+
+async def test_a_session_of_sqlalchemy_that_loses_its_connection_is_repeated(pool, proxy, table):
+    """On another connection, and only once."""
+    attempts = 0
+
+    async def work(connection):
+        nonlocal attempts
+        attempts += 1
+        async with session_on(connection) as session:
+            await session.execute(text(f"INSERT INTO {table} VALUES (1)"))
+            if attempts == 1:
+                proxy.rst()
+            await session.execute(text("SELECT 1"))
+
+    async with asyncio.timeout(20):
+        await pool.run_in_transaction(work)
+    assert attempts == 2
+    assert await pool.fetchval(f"SELECT count(*) FROM {table}") == 1
+
+
+async def test_what_repeating_does_not_cure_reaches_the_application_in_its_wrapping(pool, table):
+    """SQLAlchemy's own error, as a handler written for SQLAlchemy expects it."""
+    attempts = 0
+
+    async def work(connection):
+        nonlocal attempts
+        attempts += 1
+        async with session_on(connection) as session:
+            await session.execute(text(f"INSERT INTO {table} VALUES (1), (1)"))
+
+    with pytest.raises(IntegrityError) as raised:
+        await pool.run_in_transaction(work)
+    assert isinstance(raised.value, DBAPIError)
+    assert attempts == 1
+
+
+@pytest.mark.parametrize("knows", [True, False])
+async def test_an_applications_wrapper_is_seen_through_where_the_classifier_is_told_how(postgres, table, *, knows):
+    """With the constructor's `unwrap` the block is repeated; without it the error is the application's own."""
+    classifier = (
+        PostgresClassifier(unwrap=lambda error: getattr(error, "inside", None)) if knows else PostgresClassifier()
+    )
+    attempts = 0
+
+    async def work(connection):
+        nonlocal attempts
+        attempts += 1
+        try:
+            await connection.execute(CONFLICT_ONCE.format(f"{table}s", "40001"))
+        except asyncpg.SerializationError as error:
+            raise Sealed(error) from None
+
+    async with ResilientPool(postgres.dsn(), classifier=classifier) as pool:
+        with contextlib.nullcontext() if knows else pytest.raises(Sealed):
+            await pool.run_in_transaction(work)
+    assert attempts == (2 if knows else 1)
