@@ -15,17 +15,19 @@ MASK = "****"
 _SHORTEST_PART = 4
 _LONGEST_PART = 8
 
+_HIDDEN_RUN = re.compile(rb"\x01+")
 _LOWER_CASE_ESCAPE = re.compile(r"%[0-9A-F]{2}")
 
-# Greedy up to the last "@": a password that was not URL-quoted may hold any of the characters that end a URL's parts.
-# Nothing before the "://" is of any length: on one long word, such as a key in base64, the search would take for ever.
-_USERINFO = re.compile(r"(?P<kept>[A-Za-z][A-Za-z0-9+.\-]{0,31}://[^\s:/?#@]*:)\S+(?=@)")
+# What stands before a password in a URL; one slash is what a `Path` leaves of two. Found by its colon, since a pattern
+# that begins with a run of letters is tried anew at each letter of a long word.
+_SCHEME_END = re.compile(r"(?<=[A-Za-z0-9+.\-]):/{1,3}[^\s:/?#@]*:")
+_WORD = re.compile(r"\S+")
 
-_KEY = r"(?:\w{0,32}password|passwd|pwd|passphrase)"
+_KEY = r"(?:password|passwd|pwd|passphrase)"
 _QUOTED = r"'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\""
 _PAIRS = (
     re.compile(rf"(?P<kept>{_KEY}\s*=\s*)(?:{_QUOTED}|\S+)", re.IGNORECASE),
-    re.compile(rf"(?P<kept>['\"]{_KEY}['\"]\s*:\s*)(?:{_QUOTED}|\S+)", re.IGNORECASE),
+    re.compile(rf"(?P<kept>{_KEY}['\"]\s*:\s*)(?:{_QUOTED}|\S+)", re.IGNORECASE),
     re.compile(rf"(?P<kept>\bpassword\s+)(?:{_QUOTED})", re.IGNORECASE),
 )
 
@@ -96,10 +98,20 @@ def scrub(text: str, secrets: Iterable[Secret] = ()) -> str:
     """
     for secret in secrets:
         text = _without(text, secret.reveal())
-    text = _USERINFO.sub(_masked, text)
+    if "@" in text:
+        text = _WORD.sub(_without_userinfo, text)
     for pair in _PAIRS:
         text = pair.sub(_masked, text)
     return text
+
+
+def _without_userinfo(match: re.Match[str]) -> str:
+    """Return a word without the password of the URL in it."""
+    word = match[0]
+    # Up to the last "@": a password that was not URL-quoted may hold any of the characters that end a URL's parts.
+    end = word.rfind("@")
+    begin = _SCHEME_END.search(word, 0, end) if end > 0 else None
+    return word if begin is None or begin.end() == end else word[: begin.end()] + MASK + word[end:]
 
 
 def _masked(match: re.Match[str]) -> str:
@@ -110,30 +122,23 @@ def _without(text: str, value: str) -> str:
     """Return `text` with each run of characters masked that `value` could have left in it."""
     if not value:
         return text
-    size = max(_SHORTEST_PART, min(_LONGEST_PART, (len(value) + 1) // 2))
-    hidden = bytearray(len(text))
-    for form in _forms(value):
-        _hide(text, form, min(size, len(form)), hidden)
-    return "".join(_unhidden(text, hidden))
-
-
-def _hide(text: str, form: str, size: int, hidden: bytearray) -> None:
-    """Mark in `hidden` each position of `text` that belongs to a run of `size` characters found in `form`."""
     # No regular expression is made of a secret: the `re` module would remember it.
-    runs = {form[start : start + size] for start in range(len(form) - size + 1)}
+    size = min(max(_SHORTEST_PART, min(_LONGEST_PART, (len(value) + 1) // 2)), len(value))
+    runs = {form[start : start + size] for form in _forms(value) for start in range(len(form) - size + 1)}
+    hidden = bytearray(len(text))
     for start in range(len(text) - size + 1):
         if text[start : start + size] in runs:
             hidden[start : start + size] = b"\x01" * size
+    return "".join(_unhidden(text, hidden))
 
 
 def _unhidden(text: str, hidden: bytearray) -> Iterator[str]:
-    before = 0
-    for character, mark in zip(text, hidden, strict=True):
-        if not mark:
-            yield character
-        elif not before:
-            yield MASK
-        before = mark
+    kept_from = 0
+    for run in _HIDDEN_RUN.finditer(hidden):
+        yield text[kept_from : run.start()]
+        yield MASK
+        kept_from = run.end()
+    yield text[kept_from:]
 
 
 def _forms(value: str) -> set[str]:

@@ -185,3 +185,48 @@ def test_a_long_word_takes_no_longer_than_a_long_text():
     assert scrub(f"{word}_password=secret") == f"{word}_password=****"
     assert scrub(f"{word}://me:secret@host") == f"{word}://me:****@host"
     assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "scrubbed"),
+    [
+        ("postgresql:/u:s3cret@h/db", "postgresql:/u:****@h/db"),
+        ("PosixPath('postgresql:/u:s3cret@h/db')", "PosixPath('postgresql:/u:****@h/db')"),
+        ("jdbc:postgresql://u:s3cret@h/db", "jdbc:postgresql://u:****@h/db"),
+        ("http://a:1/x?u=postgres://u:s3cret@h", "http://a:****@h"),
+    ],
+)
+def test_the_password_of_a_url_that_became_a_path_or_part_of_another_is_taken_out(text, scrubbed):
+    """One slash is what `Path` leaves of two; rather too much is taken out than too little."""
+    assert scrub(text) == scrubbed
+
+
+ADVERSE = {
+    "URLs without a user": "http://host:8080/path,",
+    "users without a host": "a://b:",
+    "an @ after each": "a://b:c@",
+    "a scheme of one letter": "a:/",
+    "names without values": "password=",
+    "blanks behind a name": "password ",
+    "open quotes": "password='",
+    "three quotes": "pwd='''",
+    "quotes of two kinds": "pwd=\"'",
+    "escaped quotes": "pwd='\\'",
+    "beginnings of the name": "pass",
+    "one letter": "a",
+    "blanks": " ",
+}
+
+
+@pytest.mark.parametrize("piece", ADVERSE.values(), ids=ADVERSE)
+def test_a_long_line_is_scrubbed_in_milliseconds(piece):
+    """Twice the length takes about twice the time, also of a line that is written to take long."""
+    secrets = [Secret("abcdefgh12345678")]
+
+    def seconds(length):
+        text = (piece * (length // len(piece) + 1))[:length] + "@"
+        started = time.process_time()
+        scrub(text, secrets)
+        return time.process_time() - started
+
+    assert min(seconds(65_536) for _ in range(3)) < 0.15
