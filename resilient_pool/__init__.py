@@ -11,6 +11,7 @@ from resilient_pool.errors import (
     MigrationLockedError,
     OutcomeUnknownError,
     ResilientPoolError,
+    UnknownArgumentError,
 )
 from resilient_pool.observe.events import Event, Observer
 from resilient_pool.observe.log import StructlogObserver
@@ -50,6 +51,7 @@ __all__ = [
     "RetriedTransaction",
     "RetryBudget",
     "StructlogObserver",
+    "UnknownArgumentError",
     "Verdict",
     "__version__",
     "create_pool",

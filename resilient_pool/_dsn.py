@@ -7,7 +7,6 @@ what it was given.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from urllib.parse import unquote
 
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.observe.redaction import Secret
+from resilient_pool.policy._checks import nearest
 from resilient_pool.settings_names import SETTINGS_NAMES
 
 LONGEST_TIMEOUT = 86400.0
@@ -153,12 +153,6 @@ def home_file(posix: str, windows: str) -> Path | None:
         return Path.home() / posix
     except (RuntimeError, KeyError):
         return None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a question that names the known name most like `name`, or nothing if none is."""
-    found = difflib.get_close_matches(name.lower(), list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 # The DSN as a whole

@@ -24,12 +24,12 @@ from resilient_pool._dsn import (
     arguments_of_dsn,
     arguments_of_service,
     arguments_of_variable,
-    nearest,
 )
 from resilient_pool._passfile import PasswordFile, chosen_file
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.observe.events import Observer
 from resilient_pool.observe.redaction import MASK, Secret
+from resilient_pool.policy._checks import require_known
 from resilient_pool.policy.backoff import OPERATION_BACKOFF, RECONNECT_BACKOFF, BackoffPolicy
 from resilient_pool.policy.budget import RetryBudget
 from resilient_pool.policy.classifier import PostgresClassifier
@@ -679,10 +679,7 @@ def _check(name: str, value: object) -> None:
 
 
 def _require_known(arguments: Mapping[str, object]) -> None:
-    known = [argument.name for argument in ARGUMENTS]
-    for name in arguments:
-        if name not in known:
-            raise ConfigurationError(f"unknown argument {name!r}{nearest(name, known)}")
+    require_known(arguments, [argument.name for argument in ARGUMENTS])
 
 
 def _read(dsn: SealedDsn) -> dict[str, object]:

@@ -11,6 +11,10 @@ class ConfigurationError(ResilientPoolError, ValueError):
     """A constructor argument or a DSN is wrong. The message names it, its value (never a secret) and what is accepted."""
 
 
+class UnknownArgumentError(ConfigurationError, TypeError):
+    """There is no argument of that name. The message names it and the nearest known one, and never its value."""
+
+
 class AcquireTimeoutError(ResilientPoolError, TimeoutError):
     """No connection became free within the deadline. Nothing was sent to the server."""
 

@@ -11,6 +11,7 @@ from resilient_pool.core.clock import Clock
 from resilient_pool.core.deadlines import limited
 from resilient_pool.core.gate import RecoveryGate
 from resilient_pool.core.upkeep import Upkeep
+from resilient_pool.policy._checks import require_seconds
 
 # What is kept back of the time: for cancelling a statement that still runs, and for resetting its connection.
 _KEPT_BACK, _LONGEST_KEPT_BACK = 0.1, 1.0
@@ -29,6 +30,7 @@ class Invocation:
     """
 
     def __init__(self, gate: RecoveryGate, upkeep: Upkeep, clock: Clock, seconds: float | None) -> None:
+        require_seconds("deadline", seconds)
         self._gate = gate
         self._upkeep = upkeep
         self._clock = clock

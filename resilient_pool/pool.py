@@ -28,6 +28,7 @@ from resilient_pool.inquiry import Inquiry
 from resilient_pool.invocation import Invocation
 from resilient_pool.observe.events import Dispatcher
 from resilient_pool.observe.stats import Counters, PoolStats
+from resilient_pool.policy._checks import names_nearest, require_seconds
 from resilient_pool.policy.statements import StatementReader
 from resilient_pool.queries import Queries
 from resilient_pool.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
@@ -123,6 +124,8 @@ class ResilientPool(Queries):
         exactly_once: bool = False,
     ) -> T:
         self._require_open()
+        if deadline is not None:
+            require_seconds("deadline", deadline)
         if exactly_once and not idempotent and not self._is_plain_read(sql):
             return await self.run_in_transaction(_on_lease, execute, deadline=deadline, fail_fast=fail_fast)
         started = self._clock.monotonic()
@@ -189,6 +192,7 @@ class ResilientPool(Queries):
 
     # Transactions
 
+    @names_nearest
     def transaction(
         self,
         *,
@@ -219,6 +223,7 @@ class ResilientPool(Queries):
             Exception: The driver's own error, when repeating does not help or is not allowed any longer.
         """
         self._require_open()
+        require_seconds("deadline", deadline)
         options = TransactionOptions(
             isolation=isolation,
             readonly=readonly,
@@ -245,6 +250,7 @@ class ResilientPool(Queries):
         self._require_open()
         return await run(self._transactions, function, args, options)
 
+    @names_nearest
     def invocation(self, *, deadline: float | None = None) -> Invocation:
         """Bound what one invocation of a function does, where the process is frozen afterwards: an AWS Lambda, say.
 
@@ -267,6 +273,7 @@ class ResilientPool(Queries):
 
     # Lending
 
+    @names_nearest
     def acquire(self, *, timeout: float | None = None, fail_fast: bool | None = None) -> Acquisition:
         """Acquire a connection: `async with pool.acquire() as connection`, or `await` it and `release()` it.
 
@@ -278,12 +285,14 @@ class ResilientPool(Queries):
             AcquireTimeoutError: None became free in time.
             Exception: The driver's own error, when no connection could be opened in time.
         """
+        require_seconds("timeout", timeout)
         return Acquisition(self, timeout, fail_fast=fail_fast)
 
     async def _acquire(self, timeout: float | None, *, fail_fast: bool | None) -> ResilientConnection:
         self._require_open()
         return await self._lender.lend(timeout, fail_fast=fail_fast)
 
+    @names_nearest
     async def release(self, connection: ResilientConnection, *, timeout: float | None = None) -> None:
         """Release an acquired connection. Releasing it twice does no harm.
 
@@ -297,6 +306,7 @@ class ResilientPool(Queries):
         Raises:
             asyncpg.InterfaceError: The connection was not acquired from this pool.
         """
+        require_seconds("timeout", timeout)
         if not isinstance(connection, ResilientConnection) or not connection.belongs_to(self._lender):
             raise asyncpg.InterfaceError(
                 f"ResilientPool.release() received invalid connection: {connection!r} is not a member of this pool"

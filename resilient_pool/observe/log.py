@@ -19,6 +19,7 @@ from resilient_pool.observe.events import (
     RetryExhausted,
     RetryScheduled,
 )
+from resilient_pool.policy._checks import constructor_names_nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +51,7 @@ class Logger(Protocol):
         ...
 
 
+@constructor_names_nearest
 class StructlogObserver:
     """Logs every event under its dotted name, with its attributes as fields.
 

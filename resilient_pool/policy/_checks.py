@@ -1,10 +1,72 @@
-"""Checks of numbers that policies are made of, with messages that name the field, the unit and the value."""
+"""Checks of arguments, with messages that name the field, the unit and the value, or the nearest known name."""
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
 
-from resilient_pool.errors import ConfigurationError
+from resilient_pool.errors import ConfigurationError, UnknownArgumentError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question that names the known name most like `name`, or nothing if none is."""
+    found = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def require_known(names: Iterable[str], known: Iterable[str], *, of: str = "") -> None:
+    """Raise `UnknownArgumentError` for the first name that is not known.
+
+    Args:
+        names: The names of the arguments that were given; their values may be secrets.
+        known: The names that are taken.
+        of: The function's name, to be shown; nothing for the pool's constructor.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UnknownArgumentError(f"unknown argument {name!r}{f' of {of}()' if of else ''}{nearest(name, known)}")
+
+
+def names_nearest(function: Callable[P, T], of: str | None = None) -> Callable[P, T]:
+    """Make a function name the nearest known argument when it is given an unknown one."""
+    known = [
+        name
+        for name, each in inspect.signature(function).parameters.items()
+        if each.kind in _BY_NAME and name != "self"
+    ]
+    accepted = frozenset(known)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if kwargs and not kwargs.keys() <= accepted:
+            names = list(kwargs)
+            del args, kwargs  # what stands under a misspelt name may be a secret, and a report may show this frame
+            require_known(names, known, of=of or function.__name__)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def constructor_names_nearest(kind: type[T]) -> type[T]:
+    """Make a class name the nearest known argument when its constructor is given an unknown one."""
+    kind.__init__ = names_nearest(kind.__init__, of=kind.__name__)  # type: ignore[method-assign]
+    return kind
+
+
+def require_seconds(field: str, value: object) -> None:
+    """Raise `ConfigurationError` unless `value` is `None` or a finite number of seconds, at least 0."""
+    if value is not None:
+        require_number(field, value, unit="a number of seconds or None", least=0)
 
 
 def require_number(field: str, value: object, *, unit: str, least: float, above: bool = False) -> None:

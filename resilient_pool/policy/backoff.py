@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import backoff
 
 from resilient_pool.errors import ConfigurationError
-from resilient_pool.policy._checks import require_count, require_number
+from resilient_pool.policy._checks import constructor_names_nearest, require_count, require_number
 
 WaitGenerator = Callable[..., Iterator[float | None]]
 """A generator function of the `backoff` library's shape. A first `None`, which that library's own yield, is skipped."""
@@ -24,6 +24,7 @@ def quarter_jitter(value: float) -> float:
     return value * 3 / 4 + backoff.full_jitter(value / 4)
 
 
+@constructor_names_nearest
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackoffPolicy:
     """When to try again, and when to stop.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from resilient_pool.errors import ConfigurationError
-from resilient_pool.policy._checks import require_number
+from resilient_pool.policy._checks import constructor_names_nearest, require_number
 
 
+@constructor_names_nearest
 class RetryBudget:
     """A bucket of tokens: every call puts a little in, every retry takes one out.
 

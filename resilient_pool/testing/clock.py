@@ -7,6 +7,8 @@ import heapq
 import itertools
 from collections.abc import Callable
 
+from resilient_pool.policy._checks import constructor_names_nearest
+
 _TURNS = 10
 """Turns of the event loop that what a timer woke may take before the next one fires."""
 
@@ -35,6 +37,7 @@ class ScriptedTimer:
         return self._callback is not None
 
 
+@constructor_names_nearest
 class ScriptedClock:
     """Stands wherever a `resilient_pool.core.clock.Clock` does.
 

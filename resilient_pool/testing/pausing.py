@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Literal, TypeVar, get_args
 
+from resilient_pool.policy._checks import constructor_names_nearest
 from resilient_pool.testing._flow import Rules, Stream
 from resilient_pool.testing._journal import Attempt, Journal, LogEntry, Phase
 from resilient_pool.testing._refusals import RefusalWatch
@@ -37,6 +38,7 @@ _TIME_TO_BE_ACCEPTED = 0.1
 _POLL = 0.005
 
 
+@constructor_names_nearest
 class PausingServer(LoopbackService[Visit]):
     """A PostgreSQL on 127.0.0.1 that behaves like a serverless one which scales to zero.
 
@@ -417,7 +419,7 @@ class PausingServer(LoopbackService[Visit]):
 
 
 def _at_least(least: float, name: str, value: float) -> float:
-    if not value >= least:
+    if not (isinstance(value, int | float) and least <= value < float("inf")):
         raise ValueError(f"{name} must be at least {least}, not {value!r}")
     return value
 

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypedDict
 from urllib.parse import quote
 
 from resilient_pool.core.clock import SystemClock
+from resilient_pool.policy._checks import constructor_names_nearest
 from resilient_pool.testing import _host
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class ConnectArguments(TypedDict):
     database: str
 
 
+@constructor_names_nearest
 class EmbeddedPostgres:
     """A PostgreSQL server of its own on 127.0.0.1 and on a UNIX socket, removed without a trace afterwards.
 

@@ -25,6 +25,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
+from resilient_pool.policy._checks import constructor_names_nearest
 from resilient_pool.testing._flow import Ending, Flow, Manner, OneShot, Rules, State, Stream
 from resilient_pool.testing._messages import fatal_error
 from resilient_pool.testing._service import LoopbackService
@@ -150,6 +151,7 @@ class _Faults(abc.ABC):
         self._do(lambda: self._armed().extend([fault] * times))
 
 
+@constructor_names_nearest
 class FaultProxy(LoopbackService[Flow], _Faults):
     """A proxy on 127.0.0.1 in front of a PostgreSQL server.
 
