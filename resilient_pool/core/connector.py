@@ -122,6 +122,7 @@ class Connector:
             link.disable_statement_cache()
         if self._config.init is not None:
             await self._config.init(link.connection)
+            await link.keep_roles()
 
     async def _learn(self, target: PoolConfig, link: Link) -> ServerFacts:
         facts = await link.inspect(None)

@@ -31,6 +31,10 @@ _WATCHED = getattr(select, "POLLIN", 0) | _RDHUP
 # From asyncpg 0.32 on, waiting for a pending cancellation takes a time limit.
 _WAITS_WITHIN_A_LIMIT = tuple(map(int, asyncpg.__version__.split(".")[:2])) >= (0, 32)
 
+# asyncpg's own reset leaves both alone: RESET ALL does not touch them. RESET ROLE returns to what the role was given at login.
+_RESET_ROLES = "RESET SESSION AUTHORIZATION;\nRESET ROLE;"
+_ROLES = "SELECT session_user::text, pg_catalog.current_setting('role')"
+
 _FACTS = """
     SELECT pg_catalog.pg_backend_pid(),
            pg_catalog.pg_is_in_recovery(),
@@ -76,7 +80,7 @@ class Link:
         pid: The process id the server gave in the handshake.
     """
 
-    __slots__ = ("_poll", "connection", "doomed", "has_served", "pid")
+    __slots__ = ("_poll", "_reset_roles", "connection", "doomed", "has_served", "pid")
 
     def __init__(self, connection: AnyConnection) -> None:
         self.connection = connection
@@ -84,6 +88,17 @@ class Link:
         self.has_served = False
         self.pid = connection.get_server_pid()
         self._poll = self._watch()
+        self._reset_roles = ""
+        capabilities: Any = connection._server_caps  # type: ignore[attr-defined] # noqa: SLF001
+        if capabilities.sql_reset and capabilities.plpgsql:  # Redshift, CockroachDB and CrateDB lack one of the two
+            self._reset_roles_with(_RESET_ROLES)
+
+    def _reset_roles_with(self, text: str) -> None:
+        # In the query that asyncpg keeps, so that the driver's own reset() sends it too, in one round trip.
+        connection: Any = self.connection
+        connection._reset_query = None  # noqa: SLF001
+        connection._reset_query = f"{text}\n{asyncpg.Connection.get_reset_query(connection)}"  # noqa: SLF001
+        self._reset_roles = text
 
     def __repr__(self) -> str:
         state = "closed" if self.connection.is_closed() else "open"
@@ -170,7 +185,7 @@ class Link:
                 return
             # What follows every write: the same, without a time limit of the driver's kind around it.
             await connection._reset()  # noqa: SLF001
-            await connection.execute(connection.get_reset_query(), timeout=None if watched else seconds)
+            await asyncpg.Connection.execute(connection, self._reset_query(), timeout=None if watched else seconds)
             return
         with anyio.fail_after(seconds):
             if protocol._is_cancelling():  # noqa: SLF001
@@ -178,8 +193,28 @@ class Link:
             if reset is None:
                 await self.connection.reset()
             else:
-                await self.connection._reset()  # noqa: SLF001
-                await reset(self.connection)
+                await connection._reset()  # noqa: SLF001
+                if self._reset_roles:
+                    await asyncpg.Connection.execute(connection, self._reset_roles)
+                await reset(connection)
+
+    def _reset_query(self) -> str:
+        query: str = self.connection.get_reset_query()
+        # An application's class may have a query of its own.
+        return query if query.startswith(self._reset_roles) else f"{self._reset_roles}\n{query}"
+
+    async def keep_roles(self) -> None:
+        """Take the role that the session has now, rather than the one it logged in with, for the one to return to.
+
+        An application's `init` may have set it, and a reset must not give back what it took away.
+        """
+        if not self._reset_roles:
+            return
+        with self._uncached():
+            user, role = await asyncpg.Connection.fetchrow(self.connection, _ROLES)  # type: ignore[misc]
+        if role != "none" or user != self.connection._params.user:  # type: ignore[attr-defined] # noqa: SLF001
+            role = "NONE" if role == "none" else _quoted(role)
+            self._reset_roles_with(f"SET SESSION AUTHORIZATION {_quoted(user)};\nSET ROLE {role};")
 
     def _resets_in_one_query(self) -> bool:
         # In a transaction there is a ROLLBACK before. And what an application's class does instead is not to be guessed.
@@ -301,6 +336,11 @@ def _socket_options(*, keepalive: bool, user_timeout: float | None) -> Iterator[
         yield from tcp("TCP_KEEPIDLE", whole / 2)
         yield from tcp("TCP_KEEPINTVL", whole / 6)
         yield from tcp("TCP_KEEPCNT", 3)
+
+
+def _quoted(name: str) -> str:
+    doubled = name.replace('"', '""')
+    return f'"{doubled}"'
 
 
 def nothing_sent(error: BaseException, link: Link) -> bool:
