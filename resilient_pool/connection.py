@@ -238,11 +238,17 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
 
     async def close(self, *, timeout: float | None = None) -> None:
         """Close the connection; the pool replaces it."""
-        await self._keep("close").close(timeout=timeout)
+        connection = self._keep("close")
+        if self._linked is not None:
+            self._linked.end()
+        await connection.close(timeout=timeout)
 
     def terminate(self) -> None:
         """Close the connection without a goodbye; the pool replaces it."""
-        self._keep("terminate").terminate()
+        connection = self._keep("terminate")
+        if self._linked is not None:
+            self._linked.end()
+        connection.terminate()
 
     def is_closed(self) -> bool:
         """Whether the connection is closed."""
@@ -343,7 +349,6 @@ class Lender:
 
     async def lend_slot(self, slot: Slot[Link], call: Call[T]) -> ResilientConnection:
         """Lend the connection of a slot, set up for the application. If that fails the connection is closed."""
-        slot.idle_since = self._clock.now()
         lease = ResilientConnection(self, slot)
         lent = False
         try:

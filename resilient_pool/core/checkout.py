@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from resilient_pool.config import PoolConfig
 from resilient_pool.core.clock import Clock
 from resilient_pool.core.gate import RecoveryGate
@@ -11,6 +13,9 @@ from resilient_pool.core.wire import Link
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.observe.events import DiscardReason
 from resilient_pool.observe.stats import Counters
+
+# An answer that took longer than this, in seconds, and longer than `ping_after`, may be one that a frozen process read late.
+_SLOW = 0.1
 
 
 class Checkout:
@@ -81,10 +86,12 @@ class Checkout:
         return self._slots.take()
 
     def _is_fit(self, slot: Slot[Link]) -> bool:
+        """Whether a slot's connection can be used as it is. What it is asked from now on is asked at this time."""
         now, link = self._clock.now(), slot.resource
+        slot.taken_at = now
         return (
             link is not None
-            and now - slot.idle_since < self._ping_after
+            and now - slot.asked_at < self._ping_after
             and now < slot.expires_at
             and link.is_quiet()
             and not self._upkeep.is_outdated(slot)
@@ -120,20 +127,31 @@ class Checkout:
             Whether it has. If not, because the server is not known to be up, the slot is given up: take another one.
 
         Raises:
+            AcquireTimeoutError: There was no time left to find out whether it has.
             Exception: Whatever opening a connection raises. The slot is given up then.
         """
-        healthy = False
+        if deadline is not None and self._clock.monotonic() >= deadline:
+            self._upkeep.give_back(slot)
+            raise AcquireTimeoutError(
+                "the deadline had passed before a connection could be checked or opened; raise deadline"
+            )
+        reason: DiscardReason | None = DiscardReason.FAILED
         try:
-            reason = await self._examine(slot)
-            if reason is not None:
-                self._upkeep.close_connection(slot, reason)
-            healthy = slot.resource is not None or await self._gate.open_into(slot, deadline)
+            found = await self._examine(slot, deadline)
+            if found is not None:
+                self._upkeep.close_connection(slot, found)
+            if slot.resource is not None:
+                reason = None
+            elif await self._gate.open_into(slot, deadline):
+                # Opening may have begun before the process was frozen.
+                reason = await self._ask_if_long_ago(slot, deadline)
         finally:
-            if not healthy:
-                self._upkeep.discard(slot, DiscardReason.FAILED)
-        return healthy
+            if reason is not None:
+                self._upkeep.discard(slot, reason)
+        slot.taken_at = self._clock.now()
+        return reason is None
 
-    async def _examine(self, slot: Slot[Link]) -> DiscardReason | None:
+    async def _examine(self, slot: Slot[Link], deadline: float | None) -> DiscardReason | None:
         """Say why a slot's connection must not be used, or `None`: it may be, or there is none."""
         link, now = slot.resource, self._clock.now()
         if link is None:
@@ -145,16 +163,31 @@ class Checkout:
         if not link.is_quiet() and not await link.settle():
             self._counters.stale_found += 1
             return DiscardReason.STALE
-        if now - slot.idle_since >= self._ping_after:
-            return await self._ping(slot, link)
-        return None
+        return await self._ask_if_long_ago(slot, deadline)
 
-    async def _ping(self, slot: Slot[Link], link: Link) -> DiscardReason | None:
+    async def _ask_if_long_ago(self, slot: Slot[Link], deadline: float | None) -> DiscardReason | None:
+        """Ping a connection that has answered nothing that was asked a short time ago."""
+        link = slot.resource
+        if link is None or self._clock.now() - slot.asked_at < self._ping_after:
+            return None
+        reason = await self._ping(slot, link, deadline)
+        if reason is None and self._clock.now() - slot.asked_at >= max(self._ping_after, _SLOW):
+            reason = await self._ping(slot, link, deadline)
+        return reason
+
+    async def _ping(self, slot: Slot[Link], link: Link, deadline: float | None) -> DiscardReason | None:
+        now, left = self._clock.now(), inf if deadline is None else deadline - self._clock.monotonic()
         self._counters.pings += 1
-        if await link.ping(self._ping_timeout):
-            slot.idle_since = self._clock.now()
+        if await link.ping(max(min(self._ping_timeout, left), 0.001)):
+            slot.asked_at = now
             return None
         self._counters.pings_failed += 1
+        if left < self._ping_timeout:
+            self._upkeep.close_connection(slot, DiscardReason.PING_FAILED)
+            raise AcquireTimeoutError(
+                f"a connection that was asked something {now - slot.asked_at:.3g} s ago for the last time was pinged, and did "
+                f"not answer within the {max(left, 0.0):.3g} s that were left of the deadline; raise deadline"
+            )
         # Asking the others in turn would add up.
-        self._upkeep.condemn(slot.idle_since)
+        self._upkeep.condemn(slot.asked_at)
         return DiscardReason.PING_FAILED

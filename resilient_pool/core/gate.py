@@ -229,7 +229,7 @@ class RecoveryGate:
         self._attempts.discard(attempt)
         broken = None if attempt.cancelled() else attempt.exception()
         if attempt.cancelled() or broken is not None or not attempt.result():
-            self._slots.put(slot)
+            self._upkeep.give_back(slot)
         if isinstance(broken, Exception):
             # A jitter of the application's, say. Nobody must wait for a prober that cannot go on.
             self._slots.dismiss_waiters(_Twin(broken).make)
@@ -262,7 +262,7 @@ class RecoveryGate:
         for other in self._attempts - {asyncio.current_task()}:
             other.cancel()
         self._last_opened = slot.resource
-        self._upkeep.keep(slot)
+        self._upkeep.give_back(slot)
         self._succeeded()
         return True
 

@@ -23,23 +23,48 @@ class Slot(Generic[R]):
         resource: What stands in this place, or `None`.
         opened_at: When the resource was opened, on the line of `Clock.now()`.
         expires_at: When it is to be replaced.
-        idle_since: When it was last known to be alive.
+        idle_since: When it was given back last.
+        taken_at: When it was taken last, or what was asked of it last was begun.
+        asked_at: When that was asked which it answered last. An answer proves nothing about any later time: it may have
+            been read long after it came.
+        uses: How much had been asked of it when it was given back last.
         generation: Of which generation it is.
     """
 
-    __slots__ = ("expires_at", "generation", "idle_since", "opened_at", "resource")
+    __slots__ = (
+        "asked_at",
+        "expires_at",
+        "generation",
+        "idle_since",
+        "opened_at",
+        "resource",
+        "taken_at",
+        "uses",
+    )
 
     def __init__(self) -> None:
         self.resource: R | None = None
         self.opened_at = 0.0
         self.expires_at = 0.0
-        self.idle_since = 0.0
+        self.idle_since = self.taken_at = self.asked_at = 0.0
+        self.uses = 0
         self.generation = 0
 
-    def fill(self, resource: R, *, now: float, expires_at: float, generation: int) -> None:
-        """Put a newly opened resource here."""
+    def fill(
+        self,
+        resource: R,
+        *,
+        now: float,
+        expires_at: float,
+        generation: int,
+        asked_at: float | None = None,
+        uses: int = 0,
+    ) -> None:
+        """Put a newly opened resource here, whose opening was begun at `asked_at`; by default now."""
         self.resource = resource
         self.opened_at = self.idle_since = now
+        self.taken_at = self.asked_at = now if asked_at is None else asked_at
+        self.uses = uses
         self.expires_at = expires_at
         self.generation = generation
 
@@ -65,6 +90,7 @@ class Slots(Generic[R]):
 
     Attributes:
         on_want: Called when a slot was given up although somebody waits, or although fewer than `min_size` are left.
+        on_return: Called with a slot whose taker was cancelled before it had it. It must `put` the slot.
     """
 
     __slots__ = (
@@ -77,6 +103,7 @@ class Slots(Generic[R]):
         "_max_size",
         "_min_size",
         "_waiters",
+        "on_return",
         "on_want",
     )
 
@@ -90,6 +117,7 @@ class Slots(Generic[R]):
         self._impatient: set[asyncio.Future[Slot[R]]] = set()
         self._drained = asyncio.Event()
         self.on_want: Callable[[], None] = _nothing
+        self.on_return: Callable[[Slot[R]], None] = self.put
 
     def __repr__(self) -> str:
         return f"<Slots size={self.size} idle={self.idle} waiting={self.waiting} max_size={self._max_size}>"
@@ -145,7 +173,7 @@ class Slots(Generic[R]):
     @property
     def oldest_idle_since(self) -> float | None:
         """Since when the longest unused slot is idle, or `None` if none is."""
-        return self._idle[0].idle_since if self._idle else None
+        return min((slot.idle_since for slot in self._idle), default=None)
 
     @property
     def newest(self) -> Slot[R] | None:
@@ -204,9 +232,9 @@ class Slots(Generic[R]):
 
     def _leave(self, ticket: asyncio.Future[Slot[R]]) -> None:
         self._waiters.pop(ticket, None)
-        # The slot may have been handed over in the same turn of the loop as a cancellation: it goes to the next in line.
+        # The slot may have been handed over in the same turn of the loop as a cancellation. The pool may be closing since.
         if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
-            self.put(ticket.result())
+            self.on_return(ticket.result())
 
     def _time_is_up(self, ticket: asyncio.Future[Slot[R]], seconds: float) -> None:
         if not ticket.done():

@@ -27,7 +27,15 @@ _CLOSE_LIMIT = 2.0
 # 50 s where the server closes idle sessions after 60 s.
 _SHARE_OF_THE_SERVERS_PATIENCE = 5 / 6
 # These connections are beyond a goodbye: it could only hang.
-_HANG_UP = frozenset({DiscardReason.STALE, DiscardReason.PING_FAILED, DiscardReason.FAILED, DiscardReason.RESET_FAILED})
+_HANG_UP = frozenset(
+    {
+        DiscardReason.STALE,
+        DiscardReason.PING_FAILED,
+        DiscardReason.FAILED,
+        DiscardReason.RESET_FAILED,
+        DiscardReason.CLOSED,
+    }
+)
 
 
 class Upkeep:
@@ -73,6 +81,7 @@ class Upkeep:
         self.closing = False
         self.resetting = 0
         self.returning = 0
+        slots.on_return = self.give_back
 
     # Opening
 
@@ -96,7 +105,14 @@ class Upkeep:
         if link.connection.is_closed():
             raise asyncpg.InterfaceError("the server closed a connection as soon as it was made: connection is closed")
         now = self._clock.now()
-        slot.fill(link, now=now, expires_at=now + self._lifetime(), generation=generation)
+        slot.fill(
+            link,
+            now=now,
+            expires_at=now + self._lifetime(),
+            generation=generation,
+            asked_at=started,
+            uses=link.queries,
+        )
         if self._dispatcher:
             self._dispatcher.tell(ConnectionOpened(elapsed=now - started, server_pid=link.pid, size=self._slots.size))
 
@@ -108,18 +124,17 @@ class Upkeep:
     # Giving back
 
     def give_back(self, slot: Slot[Link]) -> None:
-        """Take back a slot whose session is as it was: ready for the next caller at once."""
-        reason = self._unfit(slot)
-        if slot.resource is not None and slot.resource.is_usable:
-            slot.resource.has_served = True
-        if reason is not None:
-            self.discard(slot, reason)
-        else:
-            self.keep(slot)
+        """Take back a slot whose session is as it was: close what is unfit, and keep the rest for the next caller.
 
-    def keep(self, slot: Slot[Link]) -> None:
-        """Give a slot that was never used, or was found fit, to whoever waits for one."""
-        slot.idle_since = self._clock.now()
+        Every slot comes back through here: after use, after a reset, newly opened, handed to a caller who was cancelled
+        meanwhile, emptied or never filled.
+        """
+        if slot.resource is not None:
+            reason = self._unfit(slot)
+            if reason is None:
+                slot.idle_since = self._clock.now()
+            else:
+                self.close_connection(slot, reason)
         self._slots.put(slot)
         if self._reaper is None:
             self._schedule_reaping()
@@ -139,6 +154,7 @@ class Upkeep:
         if reason is not None:
             self.give_back(slot)
             return None
+        slot.taken_at = self._clock.now()
         prompt = slot.resource is not None and not slot.resource.is_cancelling
         self.resetting += 1
         self.returning += prompt
@@ -171,14 +187,22 @@ class Upkeep:
             self.give_back(slot)
 
     def _unfit(self, slot: Slot[Link]) -> DiscardReason | None:
+        """Say why a slot's connection must not be kept, or `None`, and take note of what it has answered."""
         link = slot.resource
         if link is None or link.doomed or link.connection.is_closed():
-            return DiscardReason.FAILED
+            if link is not None and link.ended:
+                return DiscardReason.CLOSED
+            return DiscardReason.CLOSING if self.closing else DiscardReason.FAILED
+        uses = link.queries
+        if uses != slot.uses:
+            slot.uses, slot.asked_at = uses, slot.taken_at
+            if not (link.has_served or link.is_cancelling):
+                link.has_served = True
         if self.closing:
             return DiscardReason.CLOSING
         if slot.generation != self._generation:
             return DiscardReason.GENERATION
-        if link.queries >= self._config.max_queries:
+        if uses >= self._config.max_queries and link.has_served:  # what was asked to open it counts, but not alone
             return DiscardReason.MAX_QUERIES
         return None
 
@@ -211,7 +235,7 @@ class Upkeep:
     def discard(self, slot: Slot[Link], reason: DiscardReason) -> None:
         """Close a slot's connection without waiting, and give the slot to whoever waits for one."""
         self.close_connection(slot, reason)
-        self._slots.put(slot)
+        self.give_back(slot)
 
     def expire(self) -> None:
         """Condemn every connection opened before now: the idle ones at once, the others when they are given back."""
@@ -219,9 +243,9 @@ class Upkeep:
         for slot in self._slots.withdraw(lambda _: True):
             self.discard(slot, DiscardReason.GENERATION)
 
-    def condemn(self, idle_since: float) -> None:
-        """Discard every connection that is idle since then or longer: one like them has just failed to answer."""
-        for slot in self._slots.withdraw(lambda slot: slot.idle_since <= idle_since):
+    def condemn(self, asked_at: float) -> None:
+        """Discard every connection that was asked last then or earlier: one like them has just failed to answer."""
+        for slot in self._slots.withdraw(lambda slot: slot.asked_at <= asked_at):
             self.discard(slot, DiscardReason.PING_FAILED)
 
     # Ageing

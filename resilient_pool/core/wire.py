@@ -76,16 +76,18 @@ class Link:
     Attributes:
         connection: The driver's connection.
         doomed: Whether it must not be used again; it is closed when it is given back.
-        has_served: Whether it was given back in good order, at least once.
+        has_served: Whether it has answered anything since it was opened, or was closed by the application itself.
+        ended: Whether the application closed it itself.
         pid: The process id the server gave in the handshake.
     """
 
-    __slots__ = ("_poll", "_reset_roles", "connection", "doomed", "has_served", "pid")
+    __slots__ = ("_poll", "_reset_roles", "connection", "doomed", "ended", "has_served", "pid")
 
     def __init__(self, connection: AnyConnection) -> None:
         self.connection = connection
         self.doomed = False
         self.has_served = False
+        self.ended = False
         self.pid = connection.get_server_pid()
         self._poll = self._watch()
         self._reset_roles = ""
@@ -225,6 +227,10 @@ class Link:
             and not connection.is_in_transaction()
             and bool(connection.get_reset_query())
         )
+
+    def end(self) -> None:
+        """Take note that the application closes the connection itself: nothing is wrong with the server then."""
+        self.ended = self.has_served = True
 
     async def close(self, seconds: float) -> None:
         """Say goodbye to the server; after `seconds` without an end, hang up."""

@@ -32,6 +32,8 @@ class DiscardReason(StrEnum):
     """An operation failed on it in a way that leaves it unfit."""
     RESET_FAILED = "reset_failed"
     """Its session could not be reset in time after use."""
+    CLOSED = "closed"
+    """The application closed it itself."""
     CLOSING = "closing"
     """The pool is closing."""
 

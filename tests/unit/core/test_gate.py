@@ -72,7 +72,7 @@ class FakeUpkeep:
         now = self.clock.now()
         slot.fill(FakeLink(), now=now, expires_at=1e9, generation=0)
 
-    def keep(self, slot):
+    def give_back(self, slot):
         slot.idle_since = self.clock.now()
         self.slots.put(slot)
 
@@ -127,7 +127,7 @@ class Bench:
                 if holds:
                     await self.clock.sleep(holds)
             finally:
-                self.upkeep.keep(slot)
+                self.upkeep.give_back(slot)
             return round(self.clock.monotonic(), 3)
 
         return asyncio.ensure_future(use())
@@ -443,7 +443,7 @@ async def test_an_attempt_cut_short_by_its_callers_deadline_makes_the_next_ones_
     calls = [bench.call() for _ in range(3)]
     await bench.clock.run(1.0)
     assert bench.upkeep.at_once == 1
-    bench.upkeep.keep(held)
+    bench.upkeep.give_back(held)
     await bench.clock.run(1.0)
     assert [call.exception() for call in calls] == [None] * 3
 

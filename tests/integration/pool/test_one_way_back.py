@@ -1,0 +1,135 @@
+"""Whatever comes back passes one function: cancelled hand-overs, closing under load, idle lifetimes, closed leases."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import pytest
+
+from resilient_pool import AcquireTimeoutError
+from resilient_pool.core.clock import SystemClock
+from resilient_pool.observe.events import DiscardReason
+
+both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+
+STORMS = 20
+
+
+@pytest.mark.parametrize("sql", ["SELECT 1", "SET work_mem = '4MB'"])
+@both_loops
+async def test_closing_after_a_storm_of_cancellations_ends(make_pool, sql):
+    """A busy application shuts down: it cancels its workers and closes the pool, wherever each of them stands."""
+    chance = random.Random(sql)
+    for _ in range(STORMS):
+        pool = await make_pool(max_size=3)
+
+        async def work(pool=pool):
+            while True:
+                await pool.execute(sql)
+
+        workers = [asyncio.create_task(work()) for _ in range(30)]
+        await asyncio.sleep(0.02 + chance.random() * 0.03)
+        for worker in workers:
+            worker.cancel()
+        async with asyncio.timeout(10):
+            await pool.close()
+        await asyncio.wait(workers)
+        assert (pool.get_size(), pool._slots.size) == (0, 0)
+
+
+@both_loops
+async def test_a_connection_handed_to_a_cancelled_caller_is_not_forgotten_by_the_reaper(make_pool, eventually):
+    """The first answer was enough, so the second caller is cancelled as it gets the connection: it still goes in time."""
+    pool = await make_pool(max_size=1, max_inactive_connection_lifetime=0.3, session_reset="off")
+
+    async def first():
+        # Longer than the idle lifetime, so that no timer is left from before.
+        await pool.fetchval("SELECT pg_sleep(0.4)")
+        second.cancel()
+
+    task = asyncio.create_task(first())
+    await eventually(lambda: pool.stats().in_use == 1)
+    second = asyncio.create_task(pool.fetchval("SELECT 2"))
+    await asyncio.wait([task, second])
+    assert second.cancelled()
+    await eventually(lambda: pool.get_size() == 0)
+    assert pool.stats().discarded[DiscardReason.IDLE] == 1
+
+
+@pytest.mark.parametrize("ending", ["close", "terminate"])
+@both_loops
+async def test_after_a_lease_was_closed_by_its_user_the_next_comes_at_once(make_pool, ending):
+    """The server has done nothing wrong, so it is not kept at a distance; and the event says who closed it."""
+    pool = await make_pool(max_size=1)
+    began = time.monotonic()
+    for _ in range(5):
+        async with pool.acquire() as connection:
+            await connection.fetchval("SELECT 1")
+            await getattr(connection, ending)() if ending == "close" else connection.terminate()
+    assert time.monotonic() - began < 0.5
+    assert dict(pool.stats().discarded) == {DiscardReason.CLOSED: 5}
+
+
+class LateReader(SystemClock):
+    """A clock that a test moves on, as it does for a process that was frozen."""
+
+    frozen = 0.0
+
+    def now(self):
+        return super().now() + self.frozen
+
+
+@pytest.mark.parametrize("sql", ["SELECT 1", "SET work_mem = '4MB'"])
+async def test_an_answer_that_was_read_late_vouches_for_nothing(make_pool, eventually, sql):
+    """Frozen while a statement or a reset was in flight: the answer was there already, the connection may be gone since."""
+    clock = LateReader()
+    pool = await make_pool(max_size=1, clock=clock)
+    await pool.fetchval("SELECT 1")
+    call = asyncio.create_task(pool.execute(sql))
+    if sql == "SELECT 1":
+        await asyncio.sleep(0)
+    else:
+        await call
+    clock.frozen = 5.0
+    await call
+    await eventually(lambda: pool.get_idle_size() == 1)
+    await pool.fetchval("SELECT 1")
+    assert pool.stats().pings == 1
+
+
+async def test_a_lease_that_asked_nothing_vouches_for_nothing(make_pool, eventually):
+    """Being borrowed and given back again and again is no sign of life."""
+    clock = LateReader()
+    pool = await make_pool(max_size=1, clock=clock, reset=_nothing)
+    await pool.fetchval("SELECT 1")
+    for _ in range(3):
+        clock.frozen += 0.4
+        async with pool.acquire():
+            pass
+        await eventually(lambda: pool.get_idle_size() == 1)
+    assert pool.stats().pings == 1
+
+
+async def _nothing(connection):
+    """The application needs no reset."""
+
+
+async def test_a_call_whose_ping_is_not_answered_ends_with_its_own_deadline(dsn, proxy, make_pool):
+    """And its error says what was waited for."""
+    clock = LateReader()
+    pool = await make_pool(proxy.dsn(dsn), ssl=False, clock=clock, ping_timeout=5.0)
+    for use in (lambda: pool.fetchval("SELECT 1", deadline=0.2), lambda: _lease(pool, 0.2)):
+        await pool.fetchval("SELECT 1")
+        clock.frozen += 2.0
+        proxy.connections[-1].forget()
+        began = time.monotonic()
+        with pytest.raises(AcquireTimeoutError, match=r"was pinged, and did not answer within the 0\.2 s"):
+            await use()
+        assert time.monotonic() - began < 0.5
+        assert pool.stats().discarded[DiscardReason.PING_FAILED] == pool.stats().pings_failed
+
+
+async def _lease(pool, seconds):
+    return await pool.acquire(timeout=seconds)
