@@ -15,7 +15,7 @@ from resilient_pool.core.read_check import ReadCheck
 from resilient_pool.core.upkeep import Upkeep
 from resilient_pool.core.wire import AnyConnection, Link
 from resilient_pool.errors import OutcomeUnknownError
-from resilient_pool.observe.events import Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
+from resilient_pool.observe.events import DiscardReason, Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
 from resilient_pool.observe.stats import Counters
 from resilient_pool.policy.atomicity import is_atomic
 from resilient_pool.policy.backoff import OPERATION_BACKOFF
@@ -210,7 +210,7 @@ class Runner:
         """
         failure = self._see(call, error)
         verdict = self._weigh(call, failure, judge(self._config, failure))
-        self._take_measures(call, verdict)
+        self._take_measures(call, failure, verdict)
         now = self._clock.monotonic()
         decision = self._decide(call, state, failure, verdict, now)
         if isinstance(decision, GiveUp):
@@ -277,7 +277,7 @@ class Runner:
             return replace(verdict, outcome=Outcome.UNKNOWN)
         return verdict
 
-    def _take_measures(self, call: Call[T], verdict: Verdict) -> None:
+    def _take_measures(self, call: Call[T], failure: Failure, verdict: Verdict) -> None:
         # The connection is on its way back already; it is looked at again before anyone gets it.
         # After an error of the application's own making a reset is enough, and it has begun.
         discard = verdict.connection is Disposition.DISCARD and verdict.fault is not Fault.PERMANENT
@@ -285,6 +285,10 @@ class Runner:
             call.link.doomed = True
         if verdict.others is Disposition.EXPIRE:
             self._upkeep.expire()
+        elif verdict.fault is Fault.POISONED and not failure.sent:
+            # Its server said goodbye while it was idle, and no socket shows that yet: others may be in the same state, and
+            # trying them in turn would use up the attempts.
+            self._upkeep.condemn(self._clock.now(), DiscardReason.STALE)
 
     def _is_repeatable(self, call: Call[T]) -> bool:
         return (

@@ -243,10 +243,10 @@ class Upkeep:
         for slot in self._slots.withdraw(lambda _: True):
             self.discard(slot, DiscardReason.GENERATION)
 
-    def condemn(self, asked_at: float) -> None:
-        """Discard every connection that was asked last then or earlier: one like them has just failed to answer."""
+    def condemn(self, asked_at: float, reason: DiscardReason = DiscardReason.PING_FAILED) -> None:
+        """Discard every connection that was asked last then or earlier: one like them was just found dead."""
         for slot in self._slots.withdraw(lambda slot: slot.asked_at <= asked_at):
-            self.discard(slot, DiscardReason.PING_FAILED)
+            self.discard(slot, reason)
 
     # Ageing
 

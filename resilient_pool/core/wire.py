@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
+import re
 import select
 import socket
 import traceback
@@ -349,13 +351,36 @@ def _quoted(name: str) -> str:
     return f'"{doubled}"'
 
 
-def nothing_sent(error: BaseException, link: Link) -> bool:
-    """Whether `error` proves that no byte of the statement left this process.
+# Where asyncpg 0.30 to 0.32 looks before it writes: `_check_state` and `_check_open`, `_ensure_connected`, and `_set_state` for
+# a state in which an operation begins. The other states are entered by an answer.
+_CLOSED = re.compile(r"connection is closed$")
+_NOT_BEGUN = re.compile(r"^(not connected$|cannot switch to state (1[1-8]|21); )")
 
-    asyncpg raises a plain `InterfaceError` itself when it is asked to start on a closed connection; a loss after the
-    start is another exception (measured cases B01 to B04 and C24).
+
+def nothing_sent(error: BaseException, link: Link) -> bool:
+    """Whether `error` proves that no byte of an operation left this process.
+
+    It proves that of the one operation which raised it: nothing of what was done on the connection before, and nothing
+    if it comes from within the application's own code that the driver was running, a COPY's source, say.
+
+    asyncpg refuses to begin on a connection that is closed (measured cases B01 to B04 and C24), and on one whose server has
+    spoken its last word while the socket's end is still to come (measured cases B02, B20 and D08b, executed in none).
+
+    Args:
+        error: What the operation raised, unwrapped.
+        link: The connection that it was to run on.
     """
-    return type(error) is asyncpg.InterfaceError and link.connection.is_closed()
+    if type(error) is asyncpg.InterfaceError:
+        refused = link.connection.is_closed() and _CLOSED.search(str(error)) is not None
+    else:
+        refused = type(error) is asyncpg.InternalClientError and _NOT_BEGUN.search(str(error)) is not None
+    return refused and _comes_from_the_driver(error)
+
+
+def _comes_from_the_driver(error: BaseException) -> bool:
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    within = itertools.dropwhile(lambda module: not module.startswith("asyncpg."), modules)
+    return all(module.startswith("asyncpg.") for module in within)
 
 
 def forget_locals(error: BaseException) -> None:
