@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import functools
 import inspect
+import logging
 import math
 import os
 import re
 import shlex
 import shutil
 import signal
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import backoff as waiting
 
+from resilient_pool._dsn import nearest
 from resilient_pool.config import PoolConfig, SealedDsn, seal
 from resilient_pool.core.clock import SystemClock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError
-from resilient_pool.migration.command import run_command
+from resilient_pool.migration.command import request_to_run, run_command, to_its_end
 from resilient_pool.migration.lock import MigrationLock
 from resilient_pool.migration.output import Lines, LineSink, guarded, print_line, secrets_around
-from resilient_pool.migration.sql_files import SqlDirectory
-from resilient_pool.migration.symptoms import could_not_connect, failed_to_connect
+from resilient_pool.migration.sql_files import SqlDirectory, read_directory
+from resilient_pool.migration.symptoms import failed_to_connect
+from resilient_pool.migration.witness import Evidence, ask, doubt
 from resilient_pool.observe.events import Dispatcher, MigrationRepeated, MigrationStarted, Observer
 from resilient_pool.observe.redaction import Secret, scrub
 from resilient_pool.policy.backoff import BackoffPolicy
+from resilient_pool.policy.classifier import PostgresClassifier
 from resilient_pool.policy.retry import Retry, RetryState, decide
-from resilient_pool.policy.verdict import Fault, Outcome, Phase, Verdict
+from resilient_pool.policy.verdict import Classifier, Fault, Outcome, Phase, Verdict
 from resilient_pool.pool import ResilientPool
 
 MIGRATION_BACKOFF = BackoffPolicy(
@@ -49,6 +56,12 @@ LOCK = "resilient_pool.migration"
 # One connection holds the lock, the other asks.
 _CONNECTIONS = 2
 _DRIVER_IN_SCHEME = re.compile(r"^(postgres(?:ql)?)\+\w+(?=://)")
+# A Path has one of the two slashes left.
+_URL = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]+:/")
+_LOGGER = logging.getLogger("resilient_pool")
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 Migration = str | Sequence[str] | Path | Callable[[], object] | Callable[[], Awaitable[object]]
 """A command, a directory of SQL files, or a function."""
@@ -75,6 +88,29 @@ class MigrationResult:
     lock_losses: int = 0
 
 
+def _takes_only_what_it_names(
+    function: Callable[Parameters, Coroutine[Any, Any, Result]],
+) -> Callable[Parameters, Coroutine[Any, Any, Result]]:
+    """Refuse unknown arguments by the name of the nearest one, and leave no argument in a frame of the traceback."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*given: Parameters.args, **named: Parameters.kwargs) -> Coroutine[Any, Any, Result]:
+        unknown = next((name for name in named if name not in known), None)
+        if unknown is None and len(given) == 1 and "migration" not in named:
+            return function(*given, **named)
+        if unknown is None and not given and "migration" in named:
+            return function(*given, **named)
+        del given
+        named.clear()
+        if unknown is not None:
+            raise TypeError(f"{function.__name__}() has no argument {unknown!r}{nearest(unknown, known)}")
+        raise TypeError(f"{function.__name__}() takes the migration, and everything else by name")
+
+    return call
+
+
+@_takes_only_what_it_names
 async def run_migration(
     migration: Migration,
     *,
@@ -89,14 +125,19 @@ async def run_migration(
 ) -> MigrationResult:
     """Wait for the database, then run a migration: one at a time, and once.
 
-    Only a migration that certainly could not connect is run again, under the same policy; any other failure is final.
-    Cancelled, it interrupts the command as Ctrl-C does and waits for its end.
+    Only a migration that certainly changed nothing is run again, under the same policy; any other failure is final.
+    Certain means that its last words were its tool's for "could not connect", that nothing it said before speaks of a
+    connection, and that the server, asked before and after, neither counted another session nor saw anything written
+    meanwhile. Where that is not certain the error has a note that says why it was not run again.
+
+    Cancelled, it interrupts a command as Ctrl-C does and waits for its end. A function in a thread cannot be ended: it is
+    waited for, however long it takes, and the lock is held until then; a warning is logged.
 
     Args:
         migration: A command, as a sequence or as one text that is split as a shell would (no shell is run). Its
             environment is this process's, with `DATABASE_URL` as `dsn` says if that is given. Or a `Path`: a directory whose
             `*.sql` files are applied, each once and in a transaction. Or a function without arguments; one that is not a
-            coroutine function is called in a thread, where a cancellation cannot end it.
+            coroutine function is called in a thread of its own.
         dsn: Where the database is; by default what `DATABASE_URL` says, else the PG* variables.
         backoff: When to try again, while waiting and between attempts. Default: 3, 6, 12, 24 s and up to 1 s each; 5 attempts.
         deadline: Seconds in all for waiting (for the database and for the lock) and beginning attempts; it never cuts a
@@ -115,16 +156,22 @@ async def run_migration(
         MigrationFailedError: The command or an SQL file failed.
         MigrationLockedError: Another migration held the lock until the deadline.
         ConfigurationError: An argument is wrong, or there is no such command or directory.
+        TypeError: There is no such argument.
         Exception: The driver's own error, if the database never came; what a function raised.
     """
-    if not math.isfinite(stop_within) or stop_within < 0:
+    # Nothing is raised here while the DSN, or the migration, which may hold one, is in a local variable.
+    sealed = sealed_dsn(dsn)
+    explicit = Secret(dsn) if isinstance(dsn, str) else None
+    del dsn
+    task = _task(migration, explicit, guarded(on_line), stop_within)
+    del migration
+    if isinstance(task, str):
+        raise ConfigurationError(task)
+    if isinstance(stop_within, bool) or not math.isfinite(stop_within) or stop_within < 0:
         raise ConfigurationError(f"stop_within must be a number of seconds, at least 0, not {stop_within!r}")
     if lock is not None and not lock:
         raise ConfigurationError("lock must be a name; None is for no lock")
-    sealed = sealed_dsn(dsn)
-    explicit = None if dsn is None else Secret(dsn)
-    del dsn
-    task = _task(migration, PoolConfig.from_arguments(sealed), explicit, guarded(on_line), stop_within)
+    await task.prepare(PoolConfig.from_arguments(sealed))
     told = tuple(observers)
     pool = ResilientPool(
         sealed, max_size=_CONNECTIONS, reconnect=backoff, deadline=deadline, timeout=timeout, observers=told
@@ -145,7 +192,7 @@ def count(attempts: int) -> str:
 
 
 class _CouldNotConnect(Exception):  # noqa: N818 - it never leaves this module
-    """An attempt that certainly changed nothing.
+    """An attempt whose words say that it could not connect, and was not seen to have begun anything.
 
     Attributes:
         reason: What it said, without secrets.
@@ -163,15 +210,25 @@ class _Task(Protocol):
 
     Attributes:
         name: What it is called when it is told of.
+        may_be_repeated: Whether `attempt` may raise `_CouldNotConnect`.
     """
 
     name: str
+    may_be_repeated: bool
+
+    async def prepare(self, config: PoolConfig) -> None:
+        """Get ready, before the database is woken.
+
+        Raises:
+            ConfigurationError: It cannot be run.
+        """
+        ...
 
     async def attempt(self, pool: ResilientPool, done: _Progress) -> MigrationResult:
         """Run it.
 
         Raises:
-            _CouldNotConnect: It may be run again.
+            _CouldNotConnect: It may be run again, if the server confirms that it did nothing.
             Exception: It failed.
         """
         ...
@@ -186,36 +243,54 @@ class _Progress:
     waited: float = 0.0
 
 
-def _task(migration: Migration, config: PoolConfig, dsn: Secret | None, on_line: LineSink, stop_within: float) -> _Task:
+def _task(migration: object, dsn: Secret | None, on_line: LineSink, stop_within: float) -> _Task | str:
+    """Return what to run, or what is wrong with it, for others to raise: this frame knows what may hold a secret."""
     if isinstance(migration, Path):
+        if _URL.match(str(migration)):
+            return "the migration is a URL, not a directory of SQL files; the database is what dsn= names"
         return _Directory(migration, on_line)
     if callable(migration):
-        return _Function(migration, config)
-    command = shlex.split(migration) if isinstance(migration, str) else [*migration]
-    return _Command(command, config, dsn, on_line, stop_within)
+        return _Function(migration)
+    if not isinstance(migration, str | Sequence):
+        return f"a migration is a command, a Path to a directory or a function, not {type(migration).__name__}"
+    try:
+        command = [os.fsdecode(word) for word in (shlex.split(migration) if isinstance(migration, str) else migration)]
+    except (TypeError, ValueError) as error:
+        # Only what the error is about: its text may quote a word.
+        return "a quotation in the command has no end" if isinstance(error, ValueError) else "a command's words are texts"
+    problem = _problem_of(command)
+    return _Command(command, dsn, on_line, stop_within) if problem is None else problem
+
+
+def _problem_of(command: list[str]) -> str | None:
+    if not command:
+        return "the command is empty"
+    if any("\0" in word for word in command):
+        return "a word of the command holds a character of code 0"
+    if _URL.match(command[0]):
+        return "the command is a URL, not a program; the database is what dsn= names"
+    return None if shutil.which(command[0]) is not None else f"there is no command {scrub(command[0])!r}"
 
 
 class _Command:
     """A command, as run_migration's task."""
 
-    def __init__(
-        self, command: list[str], config: PoolConfig, dsn: Secret | None, on_line: LineSink, stop_within: float
-    ) -> None:
-        if not command or shutil.which(command[0]) is None:
-            raise ConfigurationError(f"there is no command {command[0]!r}" if command else "the command is empty")
-        self._command = command
-        self._dsn = dsn
-        self._secrets = (*config.secrets(), *secrets_around(command if dsn is None else [*command, dsn.reveal()]))
+    may_be_repeated = True
+
+    def __init__(self, command: list[str], dsn: Secret | None, on_line: LineSink, stop_within: float) -> None:
+        self._request = request_to_run(command, dsn)
+        self._secrets = tuple(secrets_around(command if dsn is None else [*command, dsn.reveal()]))
         self._on_line = on_line
         self._stop_within = stop_within
         self.name = scrub(shlex.join(command), self._secrets)
 
+    async def prepare(self, config: PoolConfig) -> None:
+        self._secrets = (*config.secrets(), *self._secrets)
+        self.name = scrub(self.name, self._secrets)
+
     async def attempt(self, _pool: ResilientPool, done: _Progress) -> MigrationResult:
         lines = Lines(self._secrets, self._on_line)
-        environment = dict(os.environ)
-        if self._dsn is not None:
-            environment["DATABASE_URL"] = self._dsn.reveal()
-        code = await run_command(self._command, lines, environment=environment, stop_within=self._stop_within)
+        code = await run_command(self._request, lines, stop_within=self._stop_within)
         told = tuple(lines.told)
         if not code:
             return MigrationResult(attempts=done.attempts, waited=done.waited, exit_code=code, output=told)
@@ -226,8 +301,12 @@ class _Command:
             attempts=done.attempts,
             waited=done.waited,
         )
-        symptom = could_not_connect(tuple(lines.heard))
+        symptom, begun = lines.heard.symptom, lines.heard.begun
         if symptom is None:
+            raise failed
+        if begun is not None:
+            begun = scrub(begun, self._secrets)
+            failed.add_note(f"resilient_pool: it could not connect, but was not run again: it had begun ({begun!r})")
             raise failed
         raise _CouldNotConnect(scrub(symptom, self._secrets), failed)
 
@@ -242,9 +321,17 @@ def _signal_in(code: int) -> str:
 class _Directory:
     """A directory of SQL files, as run_migration's task."""
 
+    may_be_repeated = False
+
     def __init__(self, directory: Path, on_line: LineSink) -> None:
         self.name = str(directory)
-        self._files = SqlDirectory(directory, on_line)
+        self._directory = directory
+        self._on_line = on_line
+        self._files = SqlDirectory((), on_line)
+
+    async def prepare(self, _config: PoolConfig) -> None:
+        # In a thread: to read millions of characters of SQL takes seconds.
+        self._files = SqlDirectory(await asyncio.to_thread(read_directory, self._directory), self._on_line)
 
     async def attempt(self, pool: ResilientPool, done: _Progress) -> MigrationResult:
         try:
@@ -258,28 +345,57 @@ class _Directory:
 class _Function:
     """A function, as run_migration's task."""
 
-    def __init__(self, function: Callable[[], object], config: PoolConfig) -> None:
+    may_be_repeated = True
+
+    def __init__(self, function: Callable[[], object]) -> None:
         self.name = getattr(function, "__qualname__", type(function).__name__)
         self._function = function
-        self._config = config
+        self._classifier: Classifier = PostgresClassifier()
+        self._secrets: tuple[Secret, ...] = ()
+
+    async def prepare(self, config: PoolConfig) -> None:
+        self._classifier = config.classifier
+        self._secrets = tuple(config.secrets())
 
     async def attempt(self, _pool: ResilientPool, done: _Progress) -> MigrationResult:
         try:
             await self._call()
         except Exception as error:
-            reason = failed_to_connect(error, self._config.classifier)
+            reason = failed_to_connect(error, self._classifier)
             if reason is None:
                 raise
-            raise _CouldNotConnect(scrub(reason, self._config.secrets()), error) from error
+            raise _CouldNotConnect(scrub(reason, self._secrets), error) from error
         return MigrationResult(attempts=done.attempts, waited=done.waited)
 
     async def _call(self) -> None:
         if inspect.iscoroutinefunction(getattr(self._function, "func", self._function)):
             outcome = self._function()
         else:
-            outcome = await asyncio.to_thread(self._function)
+            outcome = await self._in_a_thread()
         if inspect.isawaitable(outcome):
             await outcome
+
+    async def _in_a_thread(self) -> object:
+        """Call the function in a thread; once cancelled, wait for its end all the same, since nothing can end it."""
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="resilient_pool.migration")
+        context = contextvars.copy_context()
+        running = asyncio.get_running_loop().run_in_executor(executor, context.run, self._function)
+        executor.shutdown(wait=False)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError as cancelled:
+            if not running.done():
+                _LOGGER.warning(
+                    "the migration %s was cancelled, but a function in a thread cannot be ended: it is waited for, and the "
+                    "lock is held until then",
+                    self.name,
+                )
+            await to_its_end(running)
+            if not running.cancelled():
+                error = running.exception()
+                ended = "well" if error is None else f"with {type(error).__name__}"
+                cancelled.add_note(f"resilient_pool: {self.name} ran to its end in its thread, and ended {ended}")
+            raise
 
 
 class _Run:
@@ -307,10 +423,11 @@ class _Run:
 
     async def _run(self, losses: Callable[[], int]) -> MigrationResult:
         while True:
+            before = await ask(self._pool, self._left()) if self._task.may_be_repeated else None
             try:
                 result = await self._attempt()
             except _CouldNotConnect as failure:
-                delay = self._delay(failure)
+                delay = await self._delay(failure, before)
             else:
                 return replace(result, lock_losses=losses())
             await self._clock.sleep(delay)
@@ -330,21 +447,33 @@ class _Run:
         finally:
             self._done.running += self._clock.monotonic() - began
 
-    def _delay(self, failure: _CouldNotConnect) -> float:
-        now = self._clock.monotonic()
+    async def _delay(self, failure: _CouldNotConnect, before: Evidence | None) -> float:
+        """Return how long to wait until the next attempt; raise what is final if there is none."""
         verdict = Verdict(fault=Fault.UNREACHABLE, outcome=Outcome.NOT_EXECUTED)
         decision = decide(
-            verdict, self._state, phase=Phase.CONNECT, repeatable=True, now=now, deadline=self._ends, budget=None
+            verdict,
+            self._state,
+            phase=Phase.CONNECT,
+            repeatable=True,
+            now=self._clock.monotonic(),
+            deadline=self._ends,
+            budget=None,
         )
         if not isinstance(decision, Retry):
             failure.final.add_note(f"resilient_pool: it could not connect in {count(self._done.attempts)}")
+            raise failure.final
+        why_not = doubt(before, await ask(self._pool, self._left()))
+        if why_not is not None:
+            failure.final.add_note(
+                f"resilient_pool: its last words are that it could not connect, but it was not run again: {why_not}"
+            )
             raise failure.final
         self._dispatcher.tell(
             MigrationRepeated(
                 reason=failure.reason,
                 attempt=self._done.attempts,
                 delay=decision.delay,
-                elapsed=now - self._started,
+                elapsed=self._clock.monotonic() - self._started,
             )
         )
         return decision.delay

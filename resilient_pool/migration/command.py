@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from resilient_pool.migration.output import Lines
+from resilient_pool.observe.redaction import Secret
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _CHUNK = 65536
 _AFTER_THE_END = 1.0
 
 
-async def run_command(
-    command: Sequence[str], lines: Lines, *, environment: Mapping[str, str], stop_within: float
-) -> int:
+def request_to_run(command: Sequence[str], dsn: Secret | None) -> Secret:
+    """Return what the supervisor is told to run: neither a frame of ours nor the supervisor's own arguments show it.
+
+    Args:
+        command: The program and its arguments.
+        dsn: What `DATABASE_URL` says to it; `None` leaves that as it is in this process.
+    """
+    variables = {} if dsn is None else {"DATABASE_URL": _text(dsn.reveal())}
+    return Secret(json.dumps({"command": [_text(word) for word in command], "environment": variables}))
+
+
+def _text(word: str) -> str:
+    # The bytes as they are passed on, one character each: JSON knows no others than those of texts.
+    return os.fsencode(word).decode("latin-1")
+
+
+async def run_command(request: Secret, lines: Lines, *, stop_within: float) -> int:
     """Run a command to its end and return its exit status, 128 and the number for one that a signal ended.
 
     It has no standard input, and its error output is read together with its standard output. Cancelled, it interrupts
@@ -27,9 +44,8 @@ async def run_command(
     ended; its output is read for one second more than the command's.
 
     Args:
-        command: The program and its arguments.
+        request: What to run, as `request_to_run` says it. Its environment is this process's.
         lines: Is given the output as it comes.
-        environment: The command's environment variables.
         stop_within: How many seconds it is given to end by itself before it is terminated, and 3 seconds later killed.
     """
     # A pipe of our own: one that asyncio makes keeps the process from having ended for as long as anybody holds it.
@@ -40,7 +56,7 @@ async def run_command(
             lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, "rb", buffering=0)
         )
         try:
-            process = await _start(command, theirs, environment, stop_within)
+            process = await _start(theirs, stop_within)
         except BaseException:
             pipe.close()
             raise
@@ -48,6 +64,7 @@ async def run_command(
         os.close(theirs)
     following = asyncio.ensure_future(_follow(process, reader, pipe, lines))
     try:
+        await _tell(process, request)
         return await asyncio.shield(following)
     finally:
         if process.stdin is not None:
@@ -55,19 +72,23 @@ async def run_command(
         await to_its_end(following)
 
 
-async def _start(
-    command: Sequence[str], output: int, environment: Mapping[str, str], stop_within: float
-) -> asyncio.subprocess.Process:
+async def _start(output: int, stop_within: float) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         *("-I", "-S", str(_SUPERVISOR), str(stop_within)),
-        *command,
         stdin=asyncio.subprocess.PIPE,
         stdout=output,
         stderr=asyncio.subprocess.STDOUT,
-        env=dict(environment),
         start_new_session=True,
     )
+
+
+async def _tell(process: asyncio.subprocess.Process, request: Secret) -> None:
+    if process.stdin is None:
+        return
+    with contextlib.suppress(OSError):  # it has ended already: its status says so
+        process.stdin.write(request.reveal().encode() + b"\n")
+        await process.stdin.drain()
 
 
 async def _follow(

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
+from resilient_pool.migration.symptoms import Transcript
 from resilient_pool.observe.redaction import Secret, scrub
 
 LineSink = Callable[[str], object]
@@ -18,7 +19,6 @@ LineSink = Callable[[str], object]
 _LOGGER = logging.getLogger("resilient_pool")
 _LONGEST_LINE = 65536
 _CUT_OFF = 4096
-_KEPT_FOR_JUDGEMENT = 400
 _KEPT_FOR_THE_RESULT = 40
 _PASSWORD_IN_URL = re.compile(r"://[^\s:/?#@]*:([^\s@]+)@")
 # In a DSN of words (quoted or not), and in a URL's query.
@@ -89,7 +89,7 @@ class Lines:
         sink: Is given each line. It must not raise; see `guarded`.
 
     Attributes:
-        heard: The last lines as they were written, to be judged and never shown.
+        heard: What the lines say about connecting, judged as they were written.
         told: The last lines as they were told.
     """
 
@@ -99,7 +99,7 @@ class Lines:
         self._secrets = tuple(secrets)
         self._sink = sink
         self._rest = b""
-        self.heard: deque[str] = deque(maxlen=_KEPT_FOR_JUDGEMENT)
+        self.heard = Transcript()
         self.told: deque[str] = deque(maxlen=_KEPT_FOR_THE_RESULT)
 
     def feed(self, data: bytes) -> None:
@@ -117,7 +117,7 @@ class Lines:
 
     def _hear(self, line: bytes) -> None:
         text = line[:_LONGEST_LINE].decode(errors="replace").rstrip("\r")
-        self.heard.append(text)
+        self.heard.hear(text)
         shown = scrub(text, self._secrets)
         if len(line) >= _LONGEST_LINE:
             # Where it was cut a secret may have been cut too, which `scrub` cannot recognise.

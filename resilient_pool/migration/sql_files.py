@@ -116,12 +116,12 @@ class SqlDirectory:
     """A directory of SQL files, to be applied by `apply`.
 
     Args:
-        directory: Where they are. They are read at once.
+        files: What is in it, as `read_directory` returns it.
         tell: Is given one line for each file applied.
     """
 
-    def __init__(self, directory: Path, tell: LineSink) -> None:
-        self.files = read_directory(directory)
+    def __init__(self, files: Sequence[SqlFile], tell: LineSink) -> None:
+        self._files = tuple(files)
         self._tell = tell
 
     async def apply(self, pool: ResilientPool) -> tuple[str, ...]:
@@ -132,11 +132,11 @@ class SqlDirectory:
                 role may not record anything; then nothing was applied. Or a file failed: those before it stay applied.
         """
         recorded = await _recorded(pool)
-        for file in self.files:
+        for file in self._files:
             if file.name in recorded:
                 _check(file, recorded[file.name])
         applied = []
-        for file in self.files:
+        for file in self._files:
             if file.name not in recorded and await self._apply(pool, file):
                 self._tell(f"applied {file.name}")
                 applied.append(file.name)

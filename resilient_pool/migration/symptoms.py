@@ -1,14 +1,15 @@
-"""The only module that tells, from a migration's output or error, that it could not connect: a table of symptoms as data.
+"""Recognises, in a command's output or in a function's error, the words for "could not connect": a table of symptoms as data.
 
-A migration may be run again only if it has changed nothing. So a symptom counts only as the last thing that a command
-says, in the form in which the tool itself says it, and never once the command has begun to apply something: an SQL
-error that merely quotes such a text is a failure as any other. What is not certain is final.
+Such words are one half of the evidence. They say why an attempt failed, never what it had done before: that half is
+`migration/witness.py`. Words count only as the last thing that is said, in the form in which the tool itself says them
+while it connects, and not once a line says that a connection was made or something was begun. A text that another error
+merely quotes is a failure as any other.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -18,13 +19,26 @@ _AWAY = (
     r"(?:the database system is (?:starting up|shutting down|in recovery mode|not (?:yet )?accepting connections)"
     r"|sorry, too many clients already|remaining connection slots are reserved)"
 )
-_LIBPQ = (
-    r"(?:connection to server .* failed: |connection failed: |connection is bad: |could not connect to server: )*"
-    rf"(?:Connection refused|Connection reset by peer|Connection timed out|No route to host|Network is unreachable"
-    rf"|timeout expired|server closed the connection unexpectedly|could not translate host name"
-    rf"|(?:FATAL: +)?{_AWAY})"
+_FATAL = rf"FATAL: +{_AWAY}"
+# What libpq says of a socket stands behind "connection to server at ... failed: " while it connects (before libpq 14 behind
+# "could not connect to server: "). Without that it speaks of a connection that had been made. A FATAL of this kind is
+# sent before a session begins only.
+_SOCKET = (
+    r"(?:Connection refused|Connection reset by peer|Connection timed out|No route to host|Network is unreachable"
+    r"|timeout expired|server closed the connection unexpectedly)"
 )
-_DRIVER_CONNECTS = re.compile(r'File ".*asyncpg[/\\]connect_utils\.py"')
+_LIBPQ = (
+    r"(?:connection failed: |connection is bad: )?"
+    rf"(?:connection to server (?:at|on) .{{0,300}} failed: (?:{_SOCKET}|{_FATAL})"
+    rf"|could not connect to server: {_SOCKET}"
+    r"|could not translate host name"
+    rf"|{_FATAL})"
+)
+_JDBC = (
+    rf"(?:Connection to \S+ refused\. Check that the hostname and port are correct|The connection attempt failed\.|{_FATAL})"
+)
+_DIAL = r"dial tcp \S+: (?:connect: connection refused|connect: no route to host|i/o timeout|lookup )"
+_DRIVER_CONNECTS = re.compile(r'\s*[|+ ]*File ".*asyncpg[/\\]connect_utils\.py"')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +48,12 @@ class Symptom:
     Attributes:
         tool: Who says so.
         line: A pattern for the whole line, from its beginning.
-        after: A pattern that must stand in the traceback before it, where the line alone is not certain.
+        connecting: Whether the traceback before it must show asyncpg's connecting, where the line alone is not certain.
     """
 
     tool: str
     line: re.Pattern[str]
-    after: re.Pattern[str] | None = None
+    connecting: bool = False
 
 
 SYMPTOMS: tuple[Symptom, ...] = (
@@ -50,7 +64,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
             r"|(?:asyncio\.(?:exceptions\.)?)?TimeoutError"
             r"|asyncpg\.exceptions\.ConnectionDoesNotExistError)(?:: .*)?$"
         ),
-        after=_DRIVER_CONNECTS,
+        connecting=True,
     ),
     Symptom(
         tool="asyncpg: the server's refusal",
@@ -72,13 +86,48 @@ SYMPTOMS: tuple[Symptom, ...] = (
             rf"(?:{_LIBPQ}|connection timeout expired|failed to resolve host|\[Errno -\d+\])"
         ),
     ),
+    Symptom(
+        tool="pg8000",
+        line=re.compile(
+            r"(?:sqlalchemy\.exc\.\w+: \()?pg8000\.\w+\.(?:InterfaceError(?:\)|:) Can't create a connection to host "
+            r"|DatabaseError(?:\)|:) \{'S': 'FATAL', (?:'V': 'FATAL', )?'C': '(?:57P03|53300)')"
+        ),
+    ),
     Symptom(tool="psql, pg_dump and their kin", line=re.compile(rf"(?:psql|pg_\w+): error: {_LIBPQ}")),
+    Symptom(
+        tool="Rails, and the gem pg",
+        line=re.compile(
+            rf"(?:ActiveRecord::(?:ConnectionNotEstablished|DatabaseConnectionError)|PG::ConnectionBad): {_LIBPQ}"
+        ),
+    ),
     Symptom(
         tool="Prisma",
         line=re.compile(r"(?:Error: )?P1001\b|(?:Error: )?Can't reach database server at"),
     ),
+    Symptom(
+        tool="knex and node-pg-migrate",
+        line=re.compile(
+            r"(?:could not connect to postgres|Acquire connection error): Error: "
+            r"(?:connect E[A-Z]+ |getaddrinfo |timeout expired)"
+        ),
+    ),
+    Symptom(
+        tool="Flyway and Liquibase, and pgjdbc under them",
+        line=re.compile(
+            rf"(?:ERROR: )?Unable to obtain connection from database(?: \(jdbc:postgresql:.{{0,500}}\) for user '.{{0,100}}')?: {_JDBC}"
+            rf"|(?:Unexpected error running Liquibase: )?(?:liquibase\.exception\.\w+: )*org\.postgresql\.util\.PSQLException: {_JDBC}"
+        ),
+    ),
+    Symptom(
+        tool="golang-migrate, goose and dbmate",
+        line=re.compile(
+            r"(?:\d{4}/\d\d/\d\d \d\d:\d\d:\d\d )?(?:[Ee]rror: |goose run: )(?:failed to open database: |unable to connect to database: )?"
+            rf"(?:{_DIAL}|pq: {_AWAY}"
+            rf"|failed to connect to `[^`]{{0,300}}`:? .{{0,200}}?(?:{_DIAL}|hostname resolving error|{_FATAL}))"
+        ),
+    ),
 )
-"""What counts as "could not connect". The tests hold the recorded output of each tool."""
+"""What counts as "could not connect". The tests hold the output of each tool."""
 
 _EPILOGUE = re.compile(
     r"\s|$"  # blank lines, and indented ones: what libpq and tracebacks add
@@ -88,65 +137,94 @@ _EPILOGUE = re.compile(
     r"|Multiple connection attempts failed|- host: "
     r"|make(?:\[\d+\])?: \*\*\*|npm ERR!|npm error|error Command failed with exit code"
     r"| ?ELIFECYCLE| ?ERR_PNPM"
+    r"|\}$|Error: (?:connect E[A-Z]+|getaddrinfo) |Node\.js v\d"
+    r"|-+$|SQL State +: 08|Error Code +: 0|Message +: |Caused by:|\.\.\. \d+ more"
+    r"|Tasks: TOP => |\(See full trace by running task with --trace\)|\S+\.rb:\d+:in "
 )
 """Lines that may follow a symptom."""
 
 _BEGUN = re.compile(
-    r".*\[alembic\.runtime\.migration\] Running (?:upgrade|downgrade|stamp_revision)"
+    r".*\[alembic\.runtime\.migration\] (?:Running |Context impl |Will assume )"
     r"|.*\bApplying "
     r"|psql:.+:\d+: "
-    r"|(?:BEGIN|CREATE|ALTER|DROP|INSERT|UPDATE|DELETE|COMMIT|DO|GRANT|TRUNCATE|COPY)\b"
+    r"|Operations to perform:|Running migrations:"
+    r"|== +\S+ .*: (?:migrating|reverting)|-- \w+\("
+    r"|Database: jdbc:|Successfully (?:validated|applied) |Current version of schema |Migrating schema |Running Changeset: "
+    r"|\d+/[ud] \w|(?:\d{4}/\d\d/\d\d \d\d:\d\d:\d\d )?(?:OK|FAIL) +\S+\.(?:sql|go)\b|Batch \d+ run: |### MIGRATION "
+    r"|(?:BEGIN|START TRANSACTION|CREATE|ALTER|DROP|INSERT|UPDATE|DELETE|MERGE|COMMIT|ROLLBACK|DO|CALL|GRANT|REVOKE|TRUNCATE"
+    r"|COPY|SET|SELECT|COMMENT|VACUUM|REINDEX|REFRESH|LOCK TABLE|PREPARE|NOTIFY)\b"
 )
-"""Lines by which a tool says that it has begun to apply something: alembic, yoyo, Prisma, Django, psql."""
+"""Lines by which a tool says that it had connected, or begun to apply something: alembic, yoyo, Prisma, Django, psql, Rails,
+Flyway, Liquibase, golang-migrate, goose, knex, node-pg-migrate."""
 
 
-def could_not_connect(lines: Sequence[str]) -> str | None:
+class Transcript:
+    """Judges a command's output line by line as it comes; what it keeps does not grow with it.
+
+    Attributes:
+        begun: The first line that says that something had been begun, or `None`.
+    """
+
+    __slots__ = ("_driver_connects", "_symptom", "begun")
+
+    def __init__(self, lines: Iterable[str] = ()) -> None:
+        self.begun: str | None = None
+        self._symptom: str | None = None
+        self._driver_connects = False
+        for line in lines:
+            self.hear(line)
+
+    def hear(self, line: str) -> None:
+        """Take the next line, as it was written."""
+        if self.begun is None and _BEGUN.match(line):
+            self.begun = line
+        if line.lstrip(" |+").startswith("Traceback (most recent call last)"):
+            self._driver_connects = False
+        elif "connect_utils.py" in line and _DRIVER_CONNECTS.match(line):
+            self._driver_connects = True
+        if any(self._fits(symptom, line) for symptom in SYMPTOMS):
+            self._symptom = line
+        elif not _EPILOGUE.match(line):
+            self._symptom = None
+
+    @property
+    def symptom(self) -> str | None:
+        """The line that said "could not connect", if that was the last thing said, whatever had been begun before."""
+        return self._symptom
+
+    def _fits(self, symptom: Symptom, line: str) -> bool:
+        return symptom.line.match(line) is not None and (self._driver_connects or not symptom.connecting)
+
+
+def could_not_connect(lines: Iterable[str]) -> str | None:
     """Return the line by which a failed command said that it could not connect, or `None` if it did not for certain.
 
     Args:
-        lines: The end of its output, as it was written.
+        lines: Its output from the beginning, as it was written.
     """
-    if any(_BEGUN.match(line) for line in lines):
-        return None
-    for position in range(len(lines) - 1, -1, -1):
-        line = lines[position]
-        if any(_fits(symptom, lines, position) for symptom in SYMPTOMS):
-            return line
-        if not _EPILOGUE.match(line):
-            return None
-    return None
-
-
-def _fits(symptom: Symptom, lines: Sequence[str], position: int) -> bool:
-    if not symptom.line.match(lines[position]):
-        return False
-    return symptom.after is None or any(symptom.after.search(line) for line in _traceback_before(lines, position))
-
-
-def _traceback_before(lines: Sequence[str], position: int) -> Sequence[str]:
-    """Return the lines of the traceback which ends at `position`."""
-    begin = position
-    while begin > 0 and not lines[begin].lstrip(" |+").startswith("Traceback (most recent call last)"):
-        begin -= 1
-    return lines[begin:position]
+    heard = Transcript(lines)
+    return None if heard.begun is not None else heard.symptom
 
 
 def failed_to_connect(error: Exception, classifier: Classifier) -> str | None:
     """Return how a function said that it could not connect, or `None` if it did not for certain.
 
     Certain is what asyncpg raised while it was connecting, as the traceback tells, if the classifier says of it that
-    the server is away or has no room; and what another driver says in the form of one of the symptoms.
+    the server is away or has no room; and what another driver says in the form of one of the symptoms. It must be the
+    error itself or its explicit cause: an error that was being handled when another one was raised says nothing.
 
     Args:
         error: What the function raised.
         classifier: Tells what is known about a failure.
     """
-    for link in Failure(error=error, phase=Phase.CONNECT).chain():
-        if not isinstance(link, Exception):
-            continue
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while isinstance(link, Exception) and id(link) not in seen:
+        seen.add(id(link))
         if _raised_by(link.__traceback__, "asyncpg.connect_utils"):
             verdict = classifier.classify(Failure(error=link, phase=Phase.CONNECT, sent=False))
             return _name(link) if verdict.fault in (Fault.UNREACHABLE, Fault.OVERLOADED) else None
+        link = link.__cause__
     said = f"{type(error).__module__}.{type(error).__qualname__}: {error}"
     return _name(error) if could_not_connect(said.splitlines()) is not None else None
 
