@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
 import inspect
 import logging
-import math
 import os
 import re
 import shlex
 import shutil
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Protocol
 
 import backoff as waiting
 
-from resilient_pool._dsn import nearest
 from resilient_pool.config import PoolConfig, SealedDsn, seal
 from resilient_pool.core.clock import SystemClock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError
@@ -33,6 +30,7 @@ from resilient_pool.migration.symptoms import failed_to_connect
 from resilient_pool.migration.witness import Evidence, ask, doubt
 from resilient_pool.observe.events import Dispatcher, MigrationRepeated, MigrationStarted, Observer
 from resilient_pool.observe.redaction import Secret, scrub
+from resilient_pool.policy._checks import names_nearest, require_number
 from resilient_pool.policy.backoff import BackoffPolicy
 from resilient_pool.policy.classifier import PostgresClassifier
 from resilient_pool.policy.retry import Retry, RetryState, decide
@@ -60,9 +58,6 @@ _DRIVER_IN_SCHEME = re.compile(r"^(postgres(?:ql)?)\+\w+(?=://)")
 _URL = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]+:/")
 _LOGGER = logging.getLogger("resilient_pool")
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
 Migration = str | Sequence[str] | Path | Callable[[], object] | Callable[[], Awaitable[object]]
 """A command, a directory of SQL files, or a function."""
 
@@ -88,29 +83,7 @@ class MigrationResult:
     lock_losses: int = 0
 
 
-def _takes_only_what_it_names(
-    function: Callable[Parameters, Coroutine[Any, Any, Result]],
-) -> Callable[Parameters, Coroutine[Any, Any, Result]]:
-    """Refuse unknown arguments by the name of the nearest one, and leave no argument in a frame of the traceback."""
-    known = inspect.signature(function).parameters
-
-    @functools.wraps(function)
-    def call(*given: Parameters.args, **named: Parameters.kwargs) -> Coroutine[Any, Any, Result]:
-        unknown = next((name for name in named if name not in known), None)
-        if unknown is None and len(given) == 1 and "migration" not in named:
-            return function(*given, **named)
-        if unknown is None and not given and "migration" in named:
-            return function(*given, **named)
-        del given
-        named.clear()
-        if unknown is not None:
-            raise TypeError(f"{function.__name__}() has no argument {unknown!r}{nearest(unknown, known)}")
-        raise TypeError(f"{function.__name__}() takes the migration, and everything else by name")
-
-    return call
-
-
-@_takes_only_what_it_names
+@names_nearest
 async def run_migration(
     migration: Migration,
     *,
@@ -167,8 +140,7 @@ async def run_migration(
     del migration
     if isinstance(task, str):
         raise ConfigurationError(task)
-    if isinstance(stop_within, bool) or not math.isfinite(stop_within) or stop_within < 0:
-        raise ConfigurationError(f"stop_within must be a number of seconds, at least 0, not {stop_within!r}")
+    require_number("stop_within", stop_within, unit="a number of seconds", least=0)
     if lock is not None and not lock:
         raise ConfigurationError("lock must be a name; None is for no lock")
     await task.prepare(PoolConfig.from_arguments(sealed))
@@ -257,7 +229,9 @@ def _task(migration: object, dsn: Secret | None, on_line: LineSink, stop_within:
         command = [os.fsdecode(word) for word in (shlex.split(migration) if isinstance(migration, str) else migration)]
     except (TypeError, ValueError) as error:
         # Only what the error is about: its text may quote a word.
-        return "a quotation in the command has no end" if isinstance(error, ValueError) else "a command's words are texts"
+        return (
+            "a quotation in the command has no end" if isinstance(error, ValueError) else "a command's words are texts"
+        )
     problem = _problem_of(command)
     return _Command(command, dsn, on_line, stop_within) if problem is None else problem
 

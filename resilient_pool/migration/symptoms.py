@@ -34,9 +34,7 @@ _LIBPQ = (
     r"|could not translate host name"
     rf"|{_FATAL})"
 )
-_JDBC = (
-    rf"(?:Connection to \S+ refused\. Check that the hostname and port are correct|The connection attempt failed\.|{_FATAL})"
-)
+_JDBC = rf"(?:Connection to \S+ refused\. Check that the hostname and port are correct|The connection attempt failed\.|{_FATAL})"
 _DIAL = r"dial tcp \S+: (?:connect: connection refused|connect: no route to host|i/o timeout|lookup )"
 _DRIVER_CONNECTS = re.compile(r'\s*[|+ ]*File ".*asyncpg[/\\]connect_utils\.py"')
 

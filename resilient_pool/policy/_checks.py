@@ -45,9 +45,15 @@ def names_nearest(function: Callable[P, T], of: str | None = None) -> Callable[P
         if each.kind in _BY_NAME and name != "self"
     ]
     accepted = frozenset(known)
+    kinds = [each.kind for each in inspect.signature(function).parameters.values()]
+    many = inspect.Parameter.VAR_POSITIONAL in kinds
+    most = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if len(args) > most and not many:
+            del args, kwargs
+            raise TypeError(f"{of or function.__name__}() takes its further arguments by name only")
         if kwargs and not kwargs.keys() <= accepted:
             names = list(kwargs)
             del args, kwargs  # what stands under a misspelt name may be a secret, and a report may show this frame
