@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncpg
+
 
 class ResilientPoolError(Exception):
     """The base of this package's own exceptions."""
@@ -19,14 +21,16 @@ class AcquireTimeoutError(ResilientPoolError, TimeoutError):
     """No connection became free within the deadline. Nothing was sent to the server."""
 
 
-class OutcomeUnknownError(ResilientPoolError):
-    """A statement that may write was lost on the way, and nobody can tell whether it took effect.
+class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnknownError):
+    """It is not known whether a statement, or a transaction, took effect, and it must not be repeated.
 
-    The driver's error is the `__cause__`. The statement's text and arguments are not part of this error.
+    To handlers written for asyncpg it is SQLSTATE 08007, a `PostgresError`. The driver's error is the `__cause__`. The
+    statement's text and arguments are not part of this error.
 
     Attributes:
         operation: The kind of operation, such as `"execute"` or `"transaction"`.
         xid: The transaction's id (`xid8`) where it is known, to be asked of `pg_xact_status` later; else `None`.
+        sqlstate: `"08007"`.
     """
 
     def __init__(self, operation: str, *, xid: int | None = None) -> None:
@@ -39,9 +43,17 @@ class OutcomeUnknownError(ResilientPoolError):
             else "pass idempotent=True for a statement that may safely run twice"
         )
         super().__init__(
-            f"the connection was lost during {operation}{known_as}: it is not known whether it took effect. "
+            f"it is not known whether {operation}{known_as} took effect: the cause of this error is all that was seen. "
             f"It was not repeated, because repeating it could apply it twice; {advice}"
         )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # What Python does by itself would call the class with the message.
+        return _unknown_again, (type(self), self.operation, self.xid), dict(self.__dict__)
+
+
+def _unknown_again(kind: type[OutcomeUnknownError], operation: str, xid: int | None) -> OutcomeUnknownError:
+    return kind(operation, xid=xid)
 
 
 class MigrationFailedError(ResilientPoolError):
