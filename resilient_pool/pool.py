@@ -28,7 +28,7 @@ from resilient_pool.inquiry import Inquiry
 from resilient_pool.invocation import Invocation
 from resilient_pool.observe.events import Dispatcher
 from resilient_pool.observe.stats import Counters, PoolStats
-from resilient_pool.policy._checks import names_nearest, require_seconds
+from resilient_pool.policy._checks import names_nearest, require_known, require_seconds
 from resilient_pool.policy.statements import StatementReader
 from resilient_pool.queries import Queries
 from resilient_pool.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
@@ -246,7 +246,18 @@ class ResilientPool(Queries):
 
         Returns:
             What the function returned in the attempt that committed.
+
+        Raises:
+            UnknownArgumentError: An option is unknown. The function's own arguments are passed by position; one that it
+                takes by name only needs `functools.partial`.
         """
+        require_known(
+            options,
+            TransactionOptions.__annotations__,
+            of="run_in_transaction",
+            but="the function's own arguments go by position",
+        )
+        require_seconds("deadline", options.get("deadline"))
         self._require_open()
         return await run(self._transactions, function, args, options)
 

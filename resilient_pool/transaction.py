@@ -66,6 +66,13 @@ class Witness:
         self.may_have_ended = self.may_have_ended or (sql is not None and ends_transaction(sql))
 
 
+_UNCERTAIN = (
+    "resilient_pool: the transaction was rolled back, and not repeated, because the program was not certain to go on with the loop: the "
+    "block was left by return or break, something follows it inside the loop, a generator yields inside the loop, or the "
+    "attempt was not entered by the loop's own `async with`. pool.run_in_transaction(function) has no such condition"
+)
+
+
 class _State(Enum):
     READY = "ready for an attempt"
     RUNNING = "in an attempt"
@@ -164,9 +171,9 @@ class RetriedTransaction:
         """Make no further attempt."""
         self._state = _State.FINISHED
 
-    def weigh(self, error: Exception) -> float:
+    def weigh(self, error: Exception, *, hindrance: str | None = None) -> float:
         """Return how long to wait before the next attempt, in seconds, or raise what the application is to see."""
-        return self._runner.next_delay(self._call, self._memory, error)
+        return self._runner.next_delay(self._call, self._memory, error, hindrance=hindrance)
 
     def go_on(self, delay: float) -> None:
         """Make another attempt after that many seconds."""
@@ -274,24 +281,15 @@ class Attempt:
 
     def _leave(self, failure: Exception, error: BaseException | None, place: Place) -> bool:
         """Decide whether another attempt follows `failure`; what was raised in the block, `error`, is then swallowed."""
+        goes_on = self._loop.is_certain_to_go_on(place, swallowing=error is not None)
         try:
-            delay = self._loop.weigh(failure)
+            delay = self._loop.weigh(failure, hindrance=None if goes_on else _UNCERTAIN)
         except Exception as farewell:
             if farewell is not error:
                 raise
-            self._loop.finish()
             return False
-        if self._loop.is_certain_to_go_on(place, swallowing=error is not None):
-            self._loop.go_on(delay)
-            return True
-        self._loop.finish()
-        failure.add_note(
-            "resilient_pool: the transaction was rolled back, and not repeated, because the program was not certain to go "
-            "on with the loop: the block was left by return or break, or something follows it inside the loop"
-        )
-        if failure is error:
-            return False
-        raise failure
+        self._loop.go_on(delay)
+        return True
 
     async def _release(self) -> None:
         lease, self._lease = self._lease, None

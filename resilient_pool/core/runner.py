@@ -193,13 +193,15 @@ class Runner:
             except Exception as failure:  # noqa: BLE001 - every error is classified, none is swallowed
                 error = failure
 
-    def next_delay(self, call: Call[T], state: RetryState, error: Exception) -> float:
+    def next_delay(self, call: Call[T], state: RetryState, error: Exception, *, hindrance: str | None = None) -> float:
         """Say how long to wait before the next attempt.
 
         Args:
             call: What failed.
             state: What is remembered of its failures. It is changed.
             error: How it failed this time.
+            hindrance: Why no further attempt can be made although another might succeed. It becomes a note of an error
+                after which nothing is left of the call.
 
         Returns:
             Seconds.
@@ -212,7 +214,15 @@ class Runner:
         verdict = self._weigh(call, failure, judge(self._config, failure))
         self._take_measures(call, failure, verdict)
         now = self._clock.monotonic()
-        decision = self._decide(call, state, failure, verdict, now)
+        if hindrance is None or verdict.fault is Fault.PERMANENT:
+            decision = self._decide(call, state, failure, verdict, now)
+        else:
+            state.note(verdict.fault, failure.phase, now)
+            decision = GiveUp(reason=GiveUpReason.PERMANENT)
+            if verdict.outcome is Outcome.UNKNOWN:
+                decision = GiveUp(reason=GiveUpReason.OUTCOME_UNKNOWN)
+            else:
+                error.add_note(hindrance)
         if isinstance(decision, GiveUp):
             raise self._farewell(call, state, failure, verdict, decision.reason)
         call.remember(error)

@@ -23,18 +23,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def require_known(names: Iterable[str], known: Iterable[str], *, of: str = "") -> None:
+def require_known(names: Iterable[str], known: Iterable[str], *, of: str = "", but: str = "") -> None:
     """Raise `UnknownArgumentError` for the first name that is not known.
 
     Args:
         names: The names of the arguments that were given; their values may be secrets.
         known: The names that are taken.
         of: The function's name, to be shown; nothing for the pool's constructor.
+        but: What to do instead, to be shown.
     """
     known = list(known)
     for name in names:
         if name not in known:
-            raise UnknownArgumentError(f"unknown argument {name!r}{f' of {of}()' if of else ''}{nearest(name, known)}")
+            owner, instead = f" of {of}()" if of else "", f" ({but})" if but else ""
+            raise UnknownArgumentError(f"unknown argument {name!r}{owner}{nearest(name, known)}{instead}")
 
 
 def names_nearest(function: Callable[P, T], of: str | None = None) -> Callable[P, T]:

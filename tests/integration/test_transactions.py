@@ -430,3 +430,233 @@ async def test_exactly_once_on_a_connection_is_refused(pool, table):
     async with pool.acquire() as connection:
         with pytest.raises(asyncpg.InterfaceError, match="exactly_once"):
             await connection.execute(f"INSERT INTO {table} VALUES (1)", exactly_once=True)
+
+
+# What is certain to go on with the loop, and what is not
+
+
+@contextlib.asynccontextmanager
+async def in_a_context_manager(pool):
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            yield connection
+
+
+async def test_a_context_manager_around_the_loop_raises_a_conflict_at_commit(pool, refused_once):
+    """The body of a context manager cannot be run again, so nothing is, and the error names what can."""
+    with pytest.raises(asyncpg.SerializationError) as caught:
+        async with in_a_context_manager(pool) as connection:
+            await connection.execute(f"INSERT INTO {refused_once} VALUES (1)")
+    assert "run_in_transaction" in caught.value.__notes__[-1]
+    assert await rows(pool, refused_once) == []
+
+
+async def test_a_context_manager_around_the_loop_raises_what_failed_inside_it(pool, table):
+    """The error itself, not "generator didn't stop", and no transaction stays open."""
+    with pytest.raises(asyncpg.SerializationError) as caught:
+        async with in_a_context_manager(pool) as connection:
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+            await connection.execute("DO $$ BEGIN RAISE EXCEPTION 'conflict' USING ERRCODE = '40001'; END $$")
+    assert "run_in_transaction" in caught.value.__notes__[-1]
+    assert await rows(pool, table) == []
+
+
+async def test_rows_yielded_from_inside_the_block_are_yielded_once(pool, postgres, table):
+    """After the loss of a connection the reader is told, and does not read the first rows again."""
+    await pool.execute(f"INSERT INTO {table} SELECT generate_series(1, 5)")
+    seen = []
+
+    async def each():
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                async for row in connection.cursor(f"SELECT id FROM {table} ORDER BY id", prefetch=1):
+                    yield row["id"], connection.get_server_pid()
+
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)) as caught:
+        async for number, pid in each():
+            seen.append(number)
+            if number == 3:
+                await postgres.terminate_backends(f"pid = {pid}")
+    assert seen == [1, 2, 3]
+    assert "run_in_transaction" in caught.value.__notes__[-1]
+
+
+async def test_a_generator_that_yields_after_its_loop_is_repeated(pool, refused_once):
+    """What it has not yielded yet cannot be yielded twice."""
+
+    async def each():
+        numbers = []
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                numbers.append(attempt.number)
+                await connection.execute(f"INSERT INTO {refused_once} VALUES (1)")
+        for number in numbers:
+            yield number
+
+    assert [number async for number in each()] == [1, 2]
+
+
+async def entered_through_a_stack(pool, table):
+    async for attempt in pool.transaction():
+        async with contextlib.AsyncExitStack() as stack:
+            connection = await stack.enter_async_context(attempt)
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+
+
+async def entered_by_a_helper(pool, table):
+    @contextlib.asynccontextmanager
+    async def entered(attempt):
+        async with attempt as connection:
+            yield connection
+
+    async for attempt in pool.transaction():
+        async with entered(attempt) as connection:
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+
+
+async def entered_in_a_task(pool, table):
+    async def work(attempt):
+        async with attempt as connection:
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+
+    async for attempt in pool.transaction():
+        await asyncio.create_task(work(attempt))
+
+
+async def followed_by_finally(pool, table):
+    async for attempt in pool.transaction():
+        try:
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {table} VALUES (1)")
+        finally:
+            await asyncio.sleep(0)
+
+
+async def inside_another_block(pool, table):
+    async for attempt in pool.transaction():
+        async with asyncio.timeout(10):
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {table} VALUES (1)")
+
+
+async def asked_for_by_hand(pool, table):
+    loop = pool.transaction()
+    attempt = await anext(loop)
+    async with attempt as connection:
+        await connection.execute(f"INSERT INTO {table} VALUES (1)")
+
+
+UNCERTAIN = [
+    entered_through_a_stack,
+    entered_by_a_helper,
+    entered_in_a_task,
+    followed_by_finally,
+    inside_another_block,
+    asked_for_by_hand,
+]
+
+
+@pytest.mark.parametrize("way", UNCERTAIN, ids=lambda way: way.__name__)
+async def test_what_is_not_certain_to_go_on_raises_and_names_run_in_transaction(pool, refused_once, way):
+    """Nothing is repeated, nothing is taken for done, and no retry is counted that was never made."""
+    with pytest.raises(asyncpg.SerializationError) as caught:
+        await way(pool, refused_once)
+    assert "run_in_transaction" in caught.value.__notes__[-1]
+    assert pool.stats().retries_total == 0
+    assert await rows(pool, refused_once) == []
+
+
+async def with_an_else(pool, table):
+    done = []
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+    else:
+        done.append(True)
+    assert done == [True]
+
+
+async def inside_try_and_finally(pool, table):
+    try:
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {table} VALUES (1)")
+    finally:
+        await asyncio.sleep(0)
+
+
+async def nested_in_a_loop_of_its_own(pool, table):
+    for number in range(2):
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                await connection.execute(f"INSERT INTO {table} VALUES ({number})")
+                for _ in range(2):
+                    await connection.fetch("SELECT 1")
+    await pool.execute(f"DELETE FROM {table} WHERE id = 0")
+
+
+async def nested_in_another_transaction(pool, table):
+    async for outer in pool.transaction():
+        async with outer as first:
+            await first.fetch("SELECT 1")
+            async for inner in pool.transaction():
+                async with inner as second:
+                    await second.execute(f"INSERT INTO {table} VALUES (1)")
+
+
+async def in_a_while(pool, table):
+    tries = 0
+    while tries < 1:
+        tries += 1
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                if connection is not None:
+                    await connection.execute(f"INSERT INTO {table} VALUES (1)")
+
+
+async def with_a_second_context_inside(pool, table):
+    async for attempt in pool.transaction():
+        async with attempt as connection, asyncio.timeout(10):
+            await connection.execute(f"INSERT INTO {table} VALUES (1)")
+
+
+CERTAIN = [
+    with_an_else,
+    inside_try_and_finally,
+    nested_in_a_loop_of_its_own,
+    nested_in_another_transaction,
+    in_a_while,
+    with_a_second_context_inside,
+]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["a task", "an eager task"])
+@pytest.mark.parametrize("way", CERTAIN, ids=lambda way: way.__name__)
+async def test_what_is_certain_to_go_on_is_repeated(pool, refused_once, way, eager):
+    """On every Python, also where a task begins to run as it is made."""
+    factory = getattr(asyncio, "eager_task_factory", None)
+    loop = asyncio.get_running_loop()
+    before = loop.get_task_factory()
+    if eager and factory is not None:
+        loop.set_task_factory(factory)
+    try:
+        await asyncio.create_task(way(pool, refused_once))
+    finally:
+        loop.set_task_factory(before)
+    assert await rows(pool, refused_once) == [1]
+    assert pool.stats().retries_total == 1
+
+
+async def test_an_option_that_is_misspelt_or_an_argument_of_the_functions_own_is_a_type_error(pool, table):
+    """Neither is swallowed in silence, and nothing is run."""
+
+    async def pay(connection, amount=1):
+        await connection.execute(f"INSERT INTO {table} VALUES ($1)", amount)
+
+    with pytest.raises(TypeError, match=r"'amount' of run_in_transaction\(\).*by position"):
+        await pool.run_in_transaction(pay, amount=500)
+    with pytest.raises(TypeError, match="did you mean 'isolation'"):
+        await pool.run_in_transaction(pay, isolaton="serializable")
+    with pytest.raises(TypeError, match="did you mean 'isolation'"):
+        pool.transaction(isolaton="serializable")
+    assert await rows(pool, table) == []
