@@ -31,8 +31,9 @@ HAVING bool_and(provolatile IN ('i', 's'))
     AND proname NOT LIKE 'pg\_event\_trigger\_%'
     -- They run a query of their own, over tables that the statement does not name.
     AND proname !~ '_to_xml(schema|_and_xmlschema)?$'
-    -- They give the transaction an id, which a statement that writes nothing does not have.
-    AND proname NOT IN ('pg_current_xact_id', 'txid_current')
+    -- The first two give the transaction an id, which a statement that writes nothing does not have; the others run the
+    -- checks of a type that the statement does not name.
+    AND proname NOT IN ('pg_current_xact_id', 'txid_current', 'pg_input_is_valid', 'pg_input_error_info')
 """
 KEYWORDS_QUERY = "SELECT word, catcode::text FROM pg_get_keywords()"
 

@@ -1,7 +1,8 @@
 """Statements to judge, for the reader alone and for the real servers: data only.
 
-The tables are in the schema that `SCHEMA` makes. `READ_ONLY` must be judged read-only; `MAY_WRITE` must not, because it writes,
-locks, changes the session or runs something unknown, or because it cannot be told.
+The tables are in the schema that `SCHEMA` makes. `READ_ONLY` are plain reads; `MAY_WRITE` are not, because they write, lock,
+change the session or run something unknown, or because it cannot be told; `LOOKING` are not either, but look like reads;
+`EFFECTFUL` do not even look so.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ READ_ONLY = (
     # Operators, JSON, subscripts, fields
     "SELECT data -> 'a' ->> 0, data #>> '{a,0}', data @> '{}', data ? 'a', data ?| tags, data - 'a', data['a'] FROM users",
     "SELECT jsonb_path_query(data, '$.a[*]'), jsonb_build_object('a', 1), json_object('a': 1), json_array(1, 2) FROM users",
-    "SELECT x.key, x.value FROM users, jsonb_each(data) AS x",
+    "SELECT k, x.value FROM users, jsonb_each(data) AS y(k, v), app.data AS x",
     "SELECT tags[1:1], tags[1], (tags)[1] FROM users",
     "SELECT (ROW(1, 2)::pair).*, !!'a'::tsquery, @ -5, |/ 4.0, 5 # 3, 2 ^ 3, 7 % 2, ~1, 1 << 2 FROM users",
     # FROM
@@ -129,7 +130,9 @@ READ_ONLY = (
     "SELECT DISTINCT (name) FROM users",
     "SELECT user_id, day, sum(total) FROM orders GROUP BY GROUPING SETS ((user_id), (day), (), ROLLUP (user_id), CUBE (user_id, day))",
     "SELECT user_id, grouping(user_id) FROM orders GROUP BY ROLLUP (user_id), day HAVING count(*) > 0",
-    "SELECT 1 FROM orders GROUP BY DISTINCT user_id, CUBE (day, user_id)",
+    "SELECT 1 FROM orders GROUP BY DISTINCT CUBE (day, user_id), user_id",
+    # Volatile functions without an effect
+    "SELECT random(), clock_timestamp(), gen_random_uuid(), pg_sleep(0), pg_database_size('postgres')",
     "SELECT 1 FROM orders GROUP BY (user_id, day) ORDER BY (user_id) LIMIT (1 + 1) OFFSET (0)",
     'SELECT * FROM users ORDER BY name COLLATE "C" USING < LIMIT ALL OFFSET 0 ROWS',
     "SELECT * FROM users ORDER BY id FETCH FIRST 1 ROW WITH TIES",
@@ -228,7 +231,6 @@ MAY_WRITE = (
     # Functions that write, lock, or change the session
     "SELECT nextval('numbers')",
     "SELECT setval('numbers', 1)",
-    "SELECT currval('numbers')",
     "SELECT pg_catalog.nextval('numbers')",
     "SELECT \"nextval\"('numbers')",
     'SELECT "pg_catalog" . "nextval" (\'numbers\')',
@@ -273,13 +275,10 @@ MAY_WRITE = (
     "SELECT pg_terminate_backend(1)",
     "SELECT pg_cancel_backend(1)",
     "SELECT pg_reload_conf()",
-    "SELECT pg_sleep(1)",
     "SELECT setseed(0.5)",
-    "SELECT random()",
     "SELECT lo_import('/etc/passwd')",
     "SELECT lo_unlink(1)",
     "SELECT lo_create(0)",
-    "SELECT pg_read_file('x')",
     "SELECT pg_switch_wal()",
     "SELECT pg_logical_emit_message(true, 'a', 'b')",
     "SELECT pg_create_restore_point('a')",
@@ -375,3 +374,55 @@ MAY_WRITE = (
     "-- all of it\u2028SELECT 1",
 )
 """`E'a' <newline> '...'` goes on as an E literal; `$A$` and `$a$` are two quotes; a dot after `1` belongs to the number."""
+
+LOOKING = (
+    # They may call a function of the user's, by whatever notation: the server's catalog knows.
+    "SELECT my_function(1)",
+    "SELECT log('x'::text), app.other(1)",
+    "SELECT TREAT(1 AS audit)",
+    "SELECT s.audit FROM generate_series(1, 3) s",
+    "SELECT 1 FROM generate_series(1, 3) AS s WHERE s.audit > 0",
+    "SELECT generate_series.audit FROM generate_series(1, 3)",
+    "SELECT x.key, x.value FROM users, jsonb_each(data) AS x",
+    "SELECT x.audit FROM ROWS FROM (abs(1)) x",
+    "SELECT x.audit FROM coalesce(1) AS x",
+    "SELECT x.audit FROM CAST('1' AS int) AS x",
+    "SELECT int4.audit FROM CAST('1' AS int4)",
+    "SELECT x.audit FROM users, CAST(1 AS int) x",
+    "SELECT id.audit FROM users u, CAST(u.id AS int)",
+    "SELECT x.audit FROM current_date AS x",
+    "SELECT pg_collation_for.audit FROM users u, COLLATION FOR ('a')",
+    "SELECT x.audit FROM current_schema x",
+    'SELECT "current_date".audit FROM current_date',
+    "SELECT o.audit FROM unnest(ARRAY[1]) WITH ORDINALITY AS o",
+    "SELECT o.audit FROM unnest(ARRAY[1]) WITH ORDINALITY o(x, y)",
+    "SELECT x.audit FROM (SELECT 1) q, abs(1) x",
+    "SELECT x.audit FROM json_array_elements('[1]') j, abs(1) AS x(y)",
+    "SELECT (x).audit FROM (SELECT 1 AS x) y",
+    "SELECT a IS DISTINCT FROM (b OPERATOR(pg_catalog.+) audit(7)) FROM (SELECT 1 AS a, 1 AS b) t",
+    "SELECT a IS DISTINCT FROM b OPERATOR(pg_catalog.+) audit(7) FROM (SELECT 1 AS a, 1 AS b) t",
+    "SELECT 1 FROM users t JOIN users u ON ARRAY[1,2] = ARRAY[1,2] AND u.id OPERATOR(pg_catalog.<>) audit(8)",
+    "SELECT 1 GROUP BY ARRAY[1, rollup(1)]",
+    "SELECT 1 GROUP BY GROUPING SETS (ARRAY[1, rollup(1)])",
+    "SELECT 1 GROUP BY 1, ROLLUP (1)",
+    "SELECT 1 WITHIN GROUP (ORDER BY cube(1))",
+)
+
+EFFECTFUL = (
+    "SELECT TREAT('numbers' AS nextval)",
+    "SELECT TREAT(1 AS pg_advisory_lock)",
+    "SELECT TREAT(0 AS lo_create)",
+    "SELECT x.nextval FROM regclass('numbers'::text) AS x",
+    "SELECT g.pg_advisory_lock FROM generate_series(1, 3) g",
+    'SELECT g . "pg_advisory_lock" FROM generate_series(1, 3) g',
+    "SELECT s.nextval FROM unnest(ARRAY['numbers'::regclass]) s",
+    "SELECT 1 IS DISTINCT FROM b OPERATOR(pg_catalog.+) nextval('numbers') FROM (SELECT 1 AS b) t",
+    "SELECT j.lo_create FROM oid(0::int8) j",
+    "SELECT x.nextval FROM CAST('numbers' AS regclass) AS x",
+    "SELECT y.x.NEXTVAL FROM (SELECT 'numbers'::regclass AS x) y",
+    "SELECT * FROM crosstab('SELECT pg_notify(1, 2)') AS t(a int)",
+    "SELECT pg_input_is_valid('5', 'positive')",
+    "SELECT U&\"pg_notify\"('a', 'b')",
+    "SELECT u&\"pg\\005fnotify\"('a', 'b')",
+    *(text for text in MAY_WRITE if "nextval" in text or "advisory" in text),
+)

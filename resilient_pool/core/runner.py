@@ -17,7 +17,6 @@ from resilient_pool.core.wire import AnyConnection, Link
 from resilient_pool.errors import OutcomeUnknownError
 from resilient_pool.observe.events import DiscardReason, Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
 from resilient_pool.observe.stats import Counters
-from resilient_pool.policy.atomicity import is_atomic
 from resilient_pool.policy.backoff import OPERATION_BACKOFF
 from resilient_pool.policy.retry import GiveUp, GiveUpReason, Retry, RetryState, decide
 from resilient_pool.policy.statements import StatementReader
@@ -276,14 +275,14 @@ class Runner:
             writable=self._connector.expects_writes,
         )
 
-    @staticmethod
-    def _weigh(call: Call[T], failure: Failure, verdict: Verdict) -> Verdict:
+    def _weigh(self, call: Call[T], failure: Failure, verdict: Verdict) -> Verdict:
         if call.settled is not None:
             # One whose fate nobody could tell is not the application's own time-out any more.
             lost = call.settled is Outcome.UNKNOWN and verdict.fault is Fault.PERMANENT
             return replace(verdict, outcome=call.settled, fault=Fault.DISCONNECTED if lost else verdict.fault)
         # The classifier sees no text, and so cannot see that a part of it may have been committed before the error.
-        if failure.sent and verdict.outcome is not Outcome.UNKNOWN and not (call.sql is None or is_atomic(call.sql)):
+        partly = call.sql is not None and not self._reader.read(call.sql).is_atomic
+        if failure.sent and partly and verdict.outcome is not Outcome.UNKNOWN:
             return replace(verdict, outcome=Outcome.UNKNOWN)
         return verdict
 

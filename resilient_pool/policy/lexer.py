@@ -24,6 +24,17 @@ class Kind(Enum):
     """Something that is no SQL, has no end, or ends where a setting of the server says. Nothing follows it."""
 
 
+class Backslash(Enum):
+    """What a backslash before a quote means in a plain string: a setting of the server decides it."""
+
+    DOUBTFUL = "doubtful"
+    """It is not known."""
+    PLAIN = "plain"
+    """Nothing: `standard_conforming_strings` is on, as it is by default."""
+    ESCAPES = "escapes"
+    """It takes the quote with it."""
+
+
 class Token(NamedTuple):
     """One token.
 
@@ -40,8 +51,15 @@ class Token(NamedTuple):
 _START = r"[A-Za-z_\u0080-\U0010ffff]"
 _INNER = r"[A-Za-z0-9_$\u0080-\U0010ffff]"
 
+_SPACE = r"[ \t\n\r\f]*+"
+_DATUM = rf"""(?: '(?:[^'\\]++|''|\\(?!'))*+' | -?[0-9]++(?:\.[0-9]++)?+(?!{_INNER}|\.) | \$[0-9]++(?!{_INNER})
+              | (?i:null|true|false|default)(?!{_INNER}) )"""
+# A list goes on, with plain values or with rows of them. In one go: lists of a megabyte are read in the event loop.
+_DATA = rf", (?: {_SPACE} (?:{_DATUM} | \({_SPACE}{_DATUM}(?:{_SPACE},{_SPACE}{_DATUM})*+{_SPACE}\)) {_SPACE} , )++"
+
 _TOKEN = rf"""
-      (?P<blank>   [ \t\n\r\f]++ | --[^\n\r]*+ )
+      (?P<data>    {_DATA} )
+    | (?P<blank>   [ \t\n\r\f]++ | --[^\n\r]*+ )
     | (?P<comment> /\* )
     | (?P<escaped> [eE]'[^'\\]*+(?:(?:\\.|'')[^'\\]*+)*+' | [uU]&'[^']*+(?:''[^']*+)*+' )
     | (?P<plain>   '[^']*+(?:''[^']*+)*+' )
@@ -54,7 +72,7 @@ _TOKEN = rf"""
     """
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
 _TO_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
-_SPACE = frozenset({"blank", "comment"})
+_NO_TOKEN = frozenset({"blank", "comment"})
 
 
 @cache
@@ -63,16 +81,24 @@ def _token_at() -> Callable[[str, int], re.Match[str] | None]:
     return re.compile(_TOKEN, re.VERBOSE | re.DOTALL).match
 
 
-def tokens(sql: str) -> Iterator[Token]:
-    """Yield the tokens of a text, without blanks and comments. A `DOUBT` is the last one, if there is any."""
+@cache
+def _escaping_string_at() -> Callable[[str, int], re.Match[str] | None]:
+    return re.compile(r"'[^'\\]*+(?:(?:\\.|'')[^'\\]*+)*+'", re.DOTALL).match
+
+
+def tokens(sql: str, backslash: Backslash = Backslash.DOUBTFUL) -> Iterator[Token]:
+    """Yield the tokens of a text, without blanks and comments. A `DOUBT` is the last one, if there is any.
+
+    Values between the commas of a list are left out: there is one comma for many of them.
+    """
     position, token_at = 0, _token_at()
     while position < len(sql):
         found = token_at(sql, position)
-        end = None if found is None else _end(found, sql)
+        end = None if found is None else _end(found, sql, backslash)
         if found is None or end is None:
             yield Token(Kind.DOUBT, "")
             return
-        if found.lastgroup not in _SPACE:
+        if found.lastgroup not in _NO_TOKEN:
             yield _token(found)
         position = end
 
@@ -82,13 +108,16 @@ def fold(identifier: str) -> str:
     return identifier.translate(_TO_LOWER)
 
 
-def _end(found: re.Match[str], sql: str) -> int | None:
+def _end(found: re.Match[str], sql: str, backslash: Backslash) -> int | None:
     """Tell where what was found ends, or `None` where that is not certain."""
     group, text = found.lastgroup, found.group()
+    if group in {"plain", "endless"} and text[0] == "'" and backslash is Backslash.ESCAPES:
+        string = _escaping_string_at()(sql, found.start())
+        return None if string is None else string.end()
+    if group == "plain" and backslash is Backslash.DOUBTFUL and "\\'" in text:
+        return None  # with standard_conforming_strings off, the backslash takes the quote with it
     if group == "endless":
         return None
-    if group == "plain" and "\\'" in text:
-        return None  # with standard_conforming_strings off, the backslash takes the quote with it
     if group == "comment":
         return _comment_end(sql, found.end())
     if group == "dollar":
@@ -110,6 +139,8 @@ def _comment_end(sql: str, position: int) -> int | None:
 
 def _token(found: re.Match[str]) -> Token:
     group, text = found.lastgroup, found.group()
+    if group == "data":
+        return Token(Kind.SIGN, ",")
     if group == "word":
         return Token(Kind.WORD, fold(text))
     if group == "quoted":

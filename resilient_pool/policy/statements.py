@@ -1,42 +1,40 @@
-"""Tells from a statement's text alone whether it can have written anything: `StatementReader`."""
+"""Says what a statement's text alone can say: whether it looks like a read, what it names, where it ends."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from resilient_pool.errors import ConfigurationError
+from resilient_pool.policy.atomicity import Boundaries
+from resilient_pool.policy.effects import FUNCTIONS_WITH_EFFECTS, HARMLESS_FUNCTIONS
 from resilient_pool.policy.lexer import Kind, Token, fold, tokens
 from resilient_pool.policy.sql_words import CONSTRUCT_WORDS, KEYWORDS, RESERVED_WORDS
 from resilient_pool.policy.stable_functions import STABLE_FUNCTIONS
 
 _REMEMBERED_TEXTS = 1024
-_LONGEST_REMEMBERED = 32_768
-"""In characters. A longer text is mostly data, and will not come again."""
+_LONGEST_KEY = 32_768
+"""In characters. A longer text is mostly data: only its digest is kept."""
 
 _READING = frozenset({"select", "values", "table", "show", "with"})
 _WRITING = frozenset({"insert", "update", "delete", "merge", "into"})
 _LOCKING = frozenset({"update", "no", "share", "key"})
-_CLAUSES = frozenset(
-    {
-        "select",
-        "values",
-        "where",
-        "having",
-        "window",
-        "order",
-        "limit",
-        "offset",
-        "fetch",
-        "for",
-        "union",
-        "intersect",
-        "except",
-    }
+_AFTER_FROM = frozenset(
+    {"where", "group", "having", "window", "order", "limit", "offset", "fetch", "for", "union", "intersect", "except"}
 )
+_QUERIES = frozenset({"select", "values", "table"})
 _JOINS = frozenset({"left", "right", "full", "inner", "outer", "cross", "natural"})
 _ENDS_OF_OPERANDS = frozenset({"true", "false", "null", "end"})
 _FOLLOWED_BY_RELATIONS = frozenset({"from", "join", "lateral", "only"})
 _AFTER_A_PARENTHESIS = frozenset({"over", "filter", "repeatable"})
+_VALUES_OF_THE_SESSION = frozenset(word for word in RESERVED_WORDS if word.startswith(("current_", "local"))) | {
+    "current_schema",
+    "session_user",
+    "system_user",
+    "user",
+}
+"""They call a function although no parenthesis follows."""
 _PAIRS = {
     "by": frozenset({"group", "order", "partition"}),
     "materialized": frozenset({"as"}),
@@ -47,49 +45,90 @@ _PAIRS = {
     "system": frozenset({"tablesample"}),
 }
 """Words that may stand before a parenthesis after certain others, as part of one construct."""
-_BEFORE_GROUPING_ELEMENTS = frozenset({"by", "all", "distinct", ",", "("})
+_OPERATOR_CHARACTERS = frozenset("+-*/<>=~!@#%^&|`?")
+_KNOWN_FUNCTIONS = STABLE_FUNCTIONS | HARMLESS_FUNCTIONS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statement:
+    """What is known of one text.
+
+    Attributes:
+        looks_like_read: Whether it is one SELECT, VALUES, TABLE, SHOW, or WITH of nothing but these; has no INTO, locks no
+            rows, and names, in no notation, a function of PostgreSQL's own that has effects. What functions of the user's,
+            operators, casts, types, views and policies do is not visible in a text.
+        is_plain_read: Whether, beside, every function that it visibly calls is one that PostgreSQL 16 and 18 mark stable or
+            immutable, one that is known to be harmless, or one that was declared. A function of the user's that takes the
+            place of one of these by its argument types is not visible, nor is a computed field of a table (`row.function`).
+        is_atomic: Whether it is certain to be one statement that takes effect as a whole or not at all.
+        ends_transaction: Whether it may hold a statement that ends the transaction it runs in.
+        names: Every identifier in it that could name something callable, unless it does not look like a read.
+        operators: Every run of characters of operators in it, likewise. An operator is a part of one.
+    """
+
+    looks_like_read: bool
+    is_plain_read: bool
+    is_atomic: bool
+    ends_transaction: bool
+    names: frozenset[str]
+    operators: frozenset[str]
 
 
 class StatementReader:
-    """Reads statements conservatively: what it calls read-only is; of what it does not, some may be as well.
-
-    A statement is read-only when it is one SELECT, VALUES, TABLE, SHOW, or WITH of nothing but these; has no INTO and
-    locks no rows; and calls by name only functions that PostgreSQL 16 and 18 mark stable or immutable, or that were
-    declared. Not visible in a text, and therefore not seen: volatile functions behind views, policies, operators, casts
-    and computed fields (`row.function`), and functions of the user's which take the place of PostgreSQL's own by their
-    argument types or by a `search_path` that puts another schema before `pg_catalog`.
+    """Reads statements conservatively, and remembers what it read.
 
     Args:
         pure_functions: Functions that write nothing and leave nothing behind in the session, as `"name"`, for that name in
             any schema or in none, or as `"schema.name"`, for that qualified name only. Default none.
 
+    Attributes:
+        pure: Their names, as declared and folded.
+
     Raises:
         ConfigurationError: `pure_functions` is a single string or holds something that is no such name.
     """
 
-    __slots__ = ("_answers", "_pure")
+    __slots__ = ("_answers", "pure")
 
     def __init__(self, pure_functions: Iterable[str] = ()) -> None:
-        self._pure = _checked_names(pure_functions)
-        self._answers: dict[str, bool] = {}
+        self.pure = _checked_names(pure_functions)
+        self._answers: dict[str | bytes, Statement] = {}
 
     def looks_like_read(self, sql: str) -> bool:
         """Whether the text is one statement that only reads, as far as a text can say. It allows a guarded repeat only."""
-        return self.is_plain_read(sql)
+        return self.read(sql).looks_like_read
 
     def is_plain_read(self, sql: str) -> bool:
-        """Whether the text looks like a read, and calls only what is known to write nothing. The answer is remembered."""
-        answer = self._answers.get(sql)
-        return self._read(sql) if answer is None else answer
+        """Whether it looks like a read, and calls only what is known to write nothing. Never a reason to repeat it."""
+        return self.read(sql).is_plain_read
 
-    def _read(self, sql: str) -> bool:
-        text = _Text(self._pure)
-        answer = all(text.takes(token) for token in tokens(sql)) and text.is_whole
-        if len(sql) <= _LONGEST_REMEMBERED:
-            if len(self._answers) >= _REMEMBERED_TEXTS:
-                self._answers.clear()  # cheaper than knowing which is the oldest, and as rare
-            self._answers[sql] = answer
-        return answer
+    def read(self, sql: str) -> Statement:
+        """Return what is known of a text. The answer is remembered."""
+        key = sql if len(sql) <= _LONGEST_KEY else _digest(sql)
+        return self._answers.get(key) or self._read(sql, key)
+
+    def _read(self, sql: str, key: str | bytes) -> Statement:
+        boundaries, text, reads = Boundaries(sql), _Text(self.pure), True
+        for token in tokens(sql):
+            boundaries.take(token)
+            reads = reads and text.takes(token)
+        reads = reads and text.is_whole
+        statement = Statement(
+            looks_like_read=reads,
+            is_plain_read=reads and text.is_plain,
+            is_atomic=boundaries.is_atomic,
+            ends_transaction=boundaries.ends_transaction,
+            names=frozenset(text.names if reads else ()),
+            operators=frozenset(text.operators if reads else ()),
+        )
+        if len(self._answers) >= _REMEMBERED_TEXTS:
+            self._answers.clear()  # cheaper than knowing which is the oldest, and as rare
+        self._answers[key] = statement
+        return statement
+
+
+def _digest(sql: str) -> bytes:
+    return hashlib.sha256(sql.encode("utf-8", "surrogatepass")).digest()
 
 
 def _checked_names(names: Iterable[str]) -> frozenset[str]:
@@ -106,11 +145,11 @@ def _checked_names(names: Iterable[str]) -> frozenset[str]:
 
 
 class _Level:
-    """What is known at one depth of parentheses.
+    """What is known at one depth of parentheses and brackets.
 
     Attributes:
-        opener: The word before the parenthesis, or an empty text.
-        clause: The clause that the reader is in, named after its first word; empty where there are none.
+        opener: The word before the parenthesis (`rows` for ROWS FROM), `[` for a bracket, or an empty text.
+        clause: `"with"` in the list of a WITH, `"from"` from the first FROM to the clause after it, or an empty text.
         first: Where the first token of this level is.
     """
 
@@ -123,105 +162,138 @@ class _Level:
 
 
 class _Text:
-    """One text, read from left to right. Each method answers False at the first thing that may write."""
+    """One text, read from left to right.
+
+    Attributes:
+        is_plain: Whether everything called so far is known.
+        names: The identifiers so far.
+        operators: The runs of characters of operators so far.
+    """
 
     def __init__(self, pure: frozenset[str]) -> None:
+        self.names: set[str] = set()
+        self.operators: set[str] = set()
         self._pure = pure
         self._past: list[Token] = []
         self._levels = [_Level(opener="", clause="", first=0)]
         self._closed = ""
-        self._begun = False
-        self._ended = False
+        self._begun = self._ended = False
+        self._plain = True
+        self._run = ""
+        self._scalars: set[str] = set()
+        self._qualifiers: set[str] = set()
 
     @property
     def is_whole(self) -> bool:
         """Whether there is a statement, and it has an end."""
         return self._begun and len(self._levels) == 1
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether everything that is visibly called is known, attributes of what a function in FROM returns among it."""
+        return self._plain and not self._scalars & self._qualifiers
+
     def takes(self, token: Token) -> bool:
-        """Read one more token and tell whether the text may still be read-only."""
+        """Read one more token and say whether the text still looks like a read."""
         if token.kind is Kind.DOUBT or (self._ended and token.text != ";"):
             return False
+        taken = True
         if not self._begun:
             self._begun = token.kind is Kind.WORD
             taken = token.text in _READING if self._begun else token.text == "("
-        else:
-            taken = True
-        taken = taken and self._takes_in_place(token)
+        if token.kind is Kind.SIGN:
+            taken = taken and self._takes_sign(token.text)
+        elif token.kind is not Kind.LITERAL:
+            taken = taken and self._takes_name(token)
+        self._end_run(token)
         self._past.append(token)
         return taken
 
-    def _takes_in_place(self, token: Token) -> bool:
-        if token.kind is Kind.SIGN:
-            return self._takes_sign(token.text)
-        if token.kind is not Kind.LITERAL and self._is_sign(-1, "."):
-            return self._takes_attribute(token)
-        return token.kind is not Kind.WORD or self._takes_word(token.text)
-
-    # Signs and the parentheses among them
+    # What it looks like
 
     def _takes_sign(self, sign: str) -> bool:
-        level = self._levels[-1]
-        if sign == "(":
-            return self._opens()
-        if sign == ")":
-            self._closed = level.opener
-            self._levels.pop()
-            return bool(self._levels)
-        if sign == ";":
+        if sign in "([":
+            self._opens(sign)
+        elif sign in ")]":
+            self._closed = self._levels.pop().opener
+        elif sign == ";":
             self._ended = True
-        if sign == "," and level.clause == "on":
-            level.clause = "from"
-        return True
+        return bool(self._levels)
 
-    def _opens(self) -> bool:
-        level, opener, clause = self._levels[-1], "", ""
-        named = self._is_name(-1)
-        if named and not self._may_stand_before_a_parenthesis():
-            return False
-        if named:
-            opener = self._past[-1].text
-        if level.clause == "from" and (opener in _FOLLOWED_BY_RELATIONS or not named):
-            clause = "from"
-        self._levels.append(_Level(opener=opener, clause=clause, first=len(self._past) + 1))
-        return True
+    def _takes_name(self, token: Token) -> bool:
+        is_word, attribute = token.kind is Kind.WORD, self._is_sign(-1, ".")
+        if is_word and not attribute:
+            if token.text in _WRITING or (token.text in _LOCKING and self._word(-1) == "for"):
+                return False
+            self._note_clause(token.text)
+        if attribute:
+            self._note_attribute(token.text)
+        if self._is_alias_of_a_function() or (is_word and token.text in _VALUES_OF_THE_SESSION):
+            self._scalars.add(token.text)
+        if not is_word or attribute or token.text not in RESERVED_WORDS:
+            self.names.add(token.text)
+        return token.text not in FUNCTIONS_WITH_EFFECTS
 
-    # Words
+    def _end_run(self, token: Token) -> None:
+        if token.kind is Kind.SIGN and token.text in _OPERATOR_CHARACTERS:
+            self._run += token.text
+        elif self._run:
+            self.operators.add(self._run)
+            self._run = ""
 
-    def _takes_attribute(self, token: Token) -> bool:
-        # `table.column` is harmless. `(expression).name`, `array[1].name` and `$1.name` may be function calls: measured,
-        # `('sequence'::regclass).nextval` advances the sequence.
-        return self._is_name(-2) or token.text in STABLE_FUNCTIONS or token.text in self._pure
-
-    def _takes_word(self, word: str) -> bool:
-        level, previous = self._levels[-1], self._word(-1)
-        if word in _WRITING or (word in _LOCKING and previous == "for"):
-            return False
+    def _note_clause(self, word: str) -> None:
+        level = self._levels[-1]
         if word == "with" and level.first == len(self._past):
             level.clause = "with"
         elif word == "from":
-            level.clause = "from" if level.clause == "select" else level.clause
-        elif word == "on":
-            level.clause = "on" if level.clause == "from" else level.clause
-        elif word == "join":
-            level.clause = "from" if level.clause == "on" else level.clause
-        elif word in _CLAUSES or (word == "group" and previous != "within"):
-            level.clause = word
-        return True
+            level.clause = "from"
+        elif word in _QUERIES or (word in _AFTER_FROM and self._word(-1) != "collation"):
+            level.clause = ""
+
+    # What it calls
+
+    def _opens(self, sign: str) -> None:
+        level, opener, clause = self._levels[-1], "" if sign == "(" else sign, ""
+        named = sign == "(" and self._is_name(-1)
+        if named:
+            opener = "rows" if self._word(-1) == "from" and self._word(-2) == "rows" else self._past[-1].text
+            self._plain = self._plain and self._may_stand_before_a_parenthesis()
+        if sign == "(" and level.clause == "from" and (opener in _FOLLOWED_BY_RELATIONS or not named):
+            clause = "from"
+        self._levels.append(_Level(opener=opener, clause=clause, first=len(self._past) + 1))
+
+    def _note_attribute(self, name: str) -> None:
+        # `table.column` is harmless. `(expression).name`, `array[1].name` and `$1.name` may be function calls: measured,
+        # `('sequence'::regclass).nextval` advances the sequence. So may `alias.name` of a function in FROM.
+        if self._is_name(-2):
+            self._qualifiers.add(self._past[-2].text)
+        elif name not in _KNOWN_FUNCTIONS and name not in self._pure:
+            self._plain = False
+
+    def _is_alias_of_a_function(self) -> bool:
+        at = -2 if self._word(-1) == "as" else -1
+        if self._is_sign(at, ")"):
+            return bool(self._closed) and self._closed not in _FOLLOWED_BY_RELATIONS
+        return self._word(at) == "ordinality" or self._word(at) in _VALUES_OF_THE_SESSION
 
     def _may_stand_before_a_parenthesis(self) -> bool:
         """Tell whether the name just read calls nothing that may write."""
         parts, before = self._name_and_what_is_before()
         if len(parts) > 1:
+            self._scalars.add(parts[-1])
             return self._is_type(before) or self._is_known(*parts)
         word = self._past[-1]
-        if word.kind is Kind.WORD and (word.text in RESERVED_WORDS or word.text in CONSTRUCT_WORDS):
+        if self._is_new_name(word, before):
             return True
+        self._scalars.add(word.text)
+        if word.kind is Kind.WORD and (word.text == "cast" or word.text in CONSTRUCT_WORDS):
+            return word.text == "values" or (word.text != "treat" and not self._is_relation(before))
+        if word.kind is Kind.WORD and word.text in RESERVED_WORDS:
+            return self._word(before) != "collation" or not self._is_relation(before - 1)
         return (
-            word.text in STABLE_FUNCTIONS
+            word.text in _KNOWN_FUNCTIONS
             or word.text in self._pure
             or self._is_type(before)
-            or self._is_new_name(before)
             or (word.kind is Kind.WORD and self._is_construct(word.text, before))
         )
 
@@ -235,7 +307,7 @@ class _Text:
 
     def _is_known(self, *parts: str) -> bool:
         *schemas, name = parts
-        if schemas == ["pg_catalog"] and name in STABLE_FUNCTIONS:
+        if schemas == ["pg_catalog"] and name in _KNOWN_FUNCTIONS:
             return True
         return len(schemas) == 1 and (name in self._pure or ".".join(parts) in self._pure)
 
@@ -243,12 +315,18 @@ class _Text:
         """Tell whether what follows is a type, or a name given by AS, with something in parentheses."""
         return self._is_sign(before, "::") or self._word(before) == "as"
 
-    def _is_new_name(self, before: int) -> bool:
+    def _is_relation(self, before: int) -> bool:
+        """Tell whether a construct may stand in FROM: `FROM CAST(x AS t)` makes an alias out of any name in it."""
+        level = self._levels[-1]
+        listed = level.clause == "from" and self._is_sign(before, ",")
+        return listed or self._word(before) in _FOLLOWED_BY_RELATIONS or level.opener == "rows"
+
+    def _is_new_name(self, name: Token, before: int) -> bool:
         """Tell whether `name (` begins a list of column names: of a member of WITH, or of an alias without AS."""
         clause = self._levels[-1].clause
         if clause == "with":
             return True
-        if clause != "from":
+        if clause != "from" or (name.kind is Kind.WORD and name.text in KEYWORDS):
             return False
         return self._is_plain_name(before) or self._is_closed(before) or self._word(before) == "ordinality"
 
@@ -260,8 +338,7 @@ class _Text:
         if word in {"rollup", "cube"}:
             return self._is_grouping_element(before)
         if word == "join":
-            joins = previous in _JOINS or self._ends_operand(before)
-            return joins and self._levels[-1].clause == "from"
+            return self._levels[-1].clause == "from" and (previous in _JOINS or self._ends_operand(before))
         if previous == "not" and word in {"ilike", "materialized"}:
             before -= 1  # NOT stands before a function, too: what matters is what is before it
         if word == "ilike":
@@ -269,9 +346,12 @@ class _Text:
         return self._word(before) in _PAIRS.get(word, ())
 
     def _is_grouping_element(self, before: int) -> bool:
-        level = self._levels[-1]
-        begins = self._past[before].text in _BEFORE_GROUPING_ELEMENTS
-        return begins and (level.clause == "group" or level.opener == "sets")
+        # Elsewhere in the list it is doubted: commas also stand in what only looks like the end of an element.
+        if self._word(before) in {"all", "distinct"}:
+            before -= 1
+        if self._word(before) == "by":
+            return self._word(before - 1) == "group"
+        return self._levels[-1].opener == "sets" and (self._is_sign(before, ",") or self._is_sign(before, "("))
 
     # What stands where, counted from the end
 
@@ -296,8 +376,8 @@ class _Text:
         return self._is_name(at) and self._word(at) not in KEYWORDS
 
     def _is_closed(self, at: int) -> bool:
-        # After DISTINCT ON (...) begins an expression; after every other parenthesis, none does.
-        return self._is_sign(at, ")") and self._closed != "on"
+        # After DISTINCT ON (...) and OPERATOR(...) begins an expression; after every other parenthesis, none does.
+        return self._is_sign(at, ")") and self._closed not in {"on", "operator"}
 
     def _ends_operand(self, at: int) -> bool:
         token = self._token(at)

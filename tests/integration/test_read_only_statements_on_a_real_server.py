@@ -14,6 +14,7 @@ from resilient_pool.policy.statements import StatementReader
 ROOT = Path(__file__).parents[2]
 TEXTS = runpy.run_path(str(ROOT / "tests" / "statement_texts.py"))
 LISTING = runpy.run_path(str(ROOT / "scripts" / "list_stable_functions.py"))
+EFFECTS = runpy.run_path(str(ROOT / "scripts" / "list_function_effects.py"))
 
 # What a session can keep of a statement, and what a database can: neither may differ after one that only reads.
 TRACES = """
@@ -86,6 +87,12 @@ async def test_the_data_modules_are_what_the_script_writes(postgres, postgres16)
     catalogs = [await LISTING["read_catalog"](server) for server in (postgres16, postgres)]
     for name, text in LISTING["modules"](catalogs).items():
         assert (LISTING["POLICY"] / name).read_text() == text
+
+
+async def test_the_functions_with_effects_are_what_the_script_finds(postgres, postgres16):
+    """Every function is called anew on both versions, in read-only transactions, and leaves behind what it left before."""
+    found = [await EFFECTS["find_effects"](server) for server in (postgres16, postgres)]
+    assert EFFECTS["MODULE"].read_text() == EFFECTS["module"](found)
 
 
 async def test_no_operator_and_no_cast_of_postgresql_itself_is_volatile(connection):

@@ -1,4 +1,4 @@
-"""What the reader of statements calls read-only, and what it does not."""
+"""What the reader of statements says of a text, and what it does not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.policy import statements
+from resilient_pool.policy.effects import FUNCTIONS_WITH_EFFECTS, HARMLESS_FUNCTIONS
+from resilient_pool.policy.lexer import tokens
 from resilient_pool.policy.sql_words import CONSTRUCT_WORDS, KEYWORDS, RESERVED_WORDS
 from resilient_pool.policy.stable_functions import STABLE_FUNCTIONS
 from resilient_pool.policy.statements import StatementReader
@@ -16,6 +18,7 @@ from resilient_pool.policy.statements import StatementReader
 TEXTS = runpy.run_path(str(Path(__file__).parents[2] / "statement_texts.py"))
 READ_ONLY = TEXTS["READ_ONLY"] + TEXTS["READ_ONLY_ELSEWHERE"]
 MAY_WRITE, PURE_FUNCTIONS = TEXTS["MAY_WRITE"], TEXTS["PURE_FUNCTIONS"]
+LOOKING, EFFECTFUL = TEXTS["LOOKING"], TEXTS["EFFECTFUL"]
 
 
 @pytest.fixture
@@ -34,6 +37,29 @@ def test_a_statement_that_only_reads_is_recognised(reader):
 def test_a_statement_that_may_write_is_never_called_read_only(reader):
     """Whatever writes, locks, changes the session, or cannot be told, may write."""
     assert [sql for sql in MAY_WRITE if reader.is_plain_read(sql)] == []
+
+
+def test_what_may_call_a_users_function_looks_like_a_read_and_is_no_plain_one(reader):
+    """The server is asked about it before it is repeated; until then it counts as a write."""
+    assert [sql for sql in LOOKING if not reader.looks_like_read(sql)] == []
+    assert [sql for sql in LOOKING if reader.is_plain_read(sql)] == []
+
+
+def test_a_name_of_a_function_with_effects_is_seen_in_every_notation(reader):
+    """No such text looks like a read: a read-only transaction would let some of these effects pass."""
+    assert [sql for sql in EFFECTFUL if reader.looks_like_read(sql)] == []
+
+
+def test_a_plain_read_looks_like_one(reader):
+    """There is no third kind."""
+    assert [sql for sql in READ_ONLY if not reader.looks_like_read(sql)] == []
+
+
+def test_everything_that_could_be_called_is_named(reader):
+    """Names by any notation, folded as PostgreSQL does, and operators as a whole or as a part of a run."""
+    statement = reader.read('SELECT TREAT(A.b AS "Cd"), 1 @+@ -2, x.select FROM s.F(1) OPERATOR(t.<->) $1 a')
+    assert {"a", "b", "Cd", "x", "select", "s", "f", "t"} <= statement.names
+    assert {"@+@-", "<->"} <= statement.operators
 
 
 def test_a_second_statement_is_never_overlooked(reader):
@@ -98,12 +124,12 @@ def test_a_wrong_declaration_is_refused(declared):
 
 
 def test_an_answer_is_remembered(reader, monkeypatch):
-    """The second time, a text is not read again."""
-    assert reader.is_plain_read("SELECT 1")
-    assert not reader.is_plain_read("DELETE FROM users")
+    """The second time, a text is not read again, however long it is."""
+    texts = ["SELECT 1", "DELETE FROM users", f"SELECT {', '.join(map(str, range(50_000)))}"]
+    answers = [reader.read(text) for text in texts]
     monkeypatch.setattr(statements, "tokens", None)
-    assert reader.is_plain_read("SELECT 1")
-    assert not reader.is_plain_read("DELETE FROM users")
+    assert [reader.read(text) for text in texts] == answers
+    assert [answer.is_plain_read for answer in answers] == [True, False, True]
 
 
 def test_what_is_remembered_is_bounded(reader):
@@ -113,11 +139,30 @@ def test_what_is_remembered_is_bounded(reader):
     assert 0 < len(reader._answers) <= 1024
 
 
-def test_a_very_long_text_is_read_but_not_kept(reader):
-    """Data written into a statement does not fill the memory."""
+def test_a_very_long_text_is_not_kept_itself(reader):
+    """Data written into a statement does not fill the memory: what is kept is a digest."""
     assert reader.is_plain_read(f"SELECT '{'x' * 200_000}'")
     assert not reader.is_plain_read(f"SELECT '{'x' * 200_000}', nextval('numbers')")
-    assert not reader._answers
+    assert [len(key) for key in reader._answers] == [32, 32]
+
+
+def test_a_list_of_a_megabyte_is_read_at_once():
+    """Lists of values, and of rows of them, are one token: they are read in the event loop."""
+    numbers = ", ".join(str(number * 7919) for number in range(100_000))
+    rows = ", ".join(f"({number}, 'it''s {number}', NULL, -1.5, $1)" for number in range(30_000))
+    for sql in (f"SELECT * FROM t WHERE id IN ({numbers})", f"INSERT INTO t VALUES {rows}"):
+        assert sum(1 for _ in tokens(sql)) < 40
+    assert StatementReader().is_plain_read(f"SELECT * FROM t WHERE id IN ({numbers})")
+    assert not StatementReader().looks_like_read(f"SELECT * FROM t WHERE id IN ({numbers}, nextval('s'), 3, 4)")
+
+
+@pytest.mark.parametrize(
+    "name", ["pg_notify", "set_config", "setseed", "pg_current_xact_id", "query_to_xml", "lo_create"]
+)
+def test_what_a_read_only_transaction_lets_pass_is_listed(name):
+    """Functions with effects, also those that PostgreSQL marks stable."""
+    assert name in FUNCTIONS_WITH_EFFECTS
+    assert name not in STABLE_FUNCTIONS | HARMLESS_FUNCTIONS
 
 
 @pytest.mark.parametrize("name", ["lower", "now", "count", "generate_series", "jsonb_build_object", "current_setting"])
