@@ -363,7 +363,7 @@ class ResilientPool(Queries):
                 self._state = _State.CLOSED
                 self._hang_up()
         if self._slots.wants:
-            self._gate.call()
+            self._gate.maintain()
         return self
 
     async def _open_connections(self, number: int) -> None:

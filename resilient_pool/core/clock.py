@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextvars import Context
 from typing import Protocol
 
 import anyio
@@ -73,5 +74,5 @@ class SystemClock:
         await anyio.sleep(seconds)
 
     def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
-        """Schedule in the running event loop."""
-        return asyncio.get_running_loop().call_later(seconds, callback)
+        """Schedule in the running event loop, in a context that is no caller's."""
+        return asyncio.get_running_loop().call_later(seconds, callback, context=Context())

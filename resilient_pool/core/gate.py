@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from resilient_pool.config import PoolConfig
+from resilient_pool.core.background import begin
 from resilient_pool.core.clock import Clock
 from resilient_pool.core.connector import Connector
 from resilient_pool.core.judgement import judge, nearest_sqlstate
@@ -16,8 +18,11 @@ from resilient_pool.core.upkeep import Upkeep
 from resilient_pool.core.wire import Link
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.observe.events import Dispatcher, GateClosed, GateOpened, RetryScheduled
+from resilient_pool.observe.redaction import scrub
 from resilient_pool.observe.stats import Counters
 from resilient_pool.policy.verdict import Failure, Fault, Phase, Verdict
+
+_LOGGER = logging.getLogger("resilient_pool")
 
 # For so long after the first failure a server that lets nobody in may be one that is waking up: 15 s is usual, 30 s and
 # more after a day of sleep.
@@ -37,6 +42,11 @@ class RecoveryGate:
     when an opening has succeeded. When nobody waits any more the prober stops.
 
     The prober makes one attempt at a time, and a second one beside it when that has not been answered for 5 s.
+
+    A server that has no room for one more connection, while others of this pool work, is not away: those serve everybody,
+    no more are opened than there are, and the prober finds out when there is room again.
+
+    Without any observer, too, the log says when the server is away and when it is back: one line each, at WARNING.
 
     Args:
         config: The policy and the classifier.
@@ -66,6 +76,8 @@ class RecoveryGate:
         self._counters = counters
         self._dispatcher = dispatcher
         self._outage: _Outage | None = None
+        self._crowd: _Outage | None = None
+        self._is_reported = False
         self._wake_window = _WakeWindow()
         self._prober: asyncio.Task[None] | None = None
         self._attempts: set[asyncio.Task[bool]] = set()
@@ -74,7 +86,7 @@ class RecoveryGate:
         self._not_before = clock.monotonic()
         self._last_opened: Link | None = None
         self._is_final = False
-        slots.on_want = self.call
+        slots.on_want = self.maintain
         slots.admit(0)
 
     def __repr__(self) -> str:
@@ -98,9 +110,15 @@ class RecoveryGate:
 
     def call(self) -> None:
         """Let the prober open what nobody else may: while the server is not known to be up, or to keep `min_size`."""
-        needed = not self._slots.admitted or self._slots.size < self._config.min_size
+        needed = not self._slots.admitted or self._slots.size < self._config.min_size or self._crowd is not None
         if needed and self._prober is None and not self._upkeep.closing:
-            self._prober = asyncio.get_running_loop().create_task(self._probe())
+            self._upkeep.forsaken = False
+            self._prober = begin(self._probe())
+
+    def maintain(self) -> None:
+        """Let the prober open what is missing, but not for an idle pool that was refused for good, or whose loop ends."""
+        if self._slots.is_awaited or not (self._is_final or self._upkeep.forsaken):
+            self.call()
 
     def leave(self) -> None:
         """Stop the prober, if whoever leaves was the last who waited."""
@@ -131,6 +149,8 @@ class RecoveryGate:
         self.stop()
         self.doubt()
         self._outage = None
+        self._is_final = False
+        self._make_room()
         self._not_before = self._clock.monotonic()
         if self._slots.wants:
             self.call()
@@ -141,15 +161,26 @@ class RecoveryGate:
 
     def most_telling(self, timeout: AcquireTimeoutError) -> Exception:
         """Choose what a caller sees whose time has run out: why there was no connection, if that is known."""
-        if self._slots.admitted:
-            return timeout
-        if self._outage is not None:
+        if self._crowd is not None and self._slots.has_resources:
+            return self._crowd.explain(
+                f"no connection became free in time: all {len(self._upkeep.links())} that are open are in use, and the "
+                f"server has no room for another one, up to max_size={self._config.max_size}"
+            )
+        if self._outage is not None and not self._slots.admitted:
             return self._outage.refusal(self._clock.monotonic())
-        if self._attempt_began is None:
+        if self._slots.admitted or self._attempt_began is None:
             return timeout
+        if self._attempts:
+            return self._unanswered_since(self._attempt_began)
+        return AcquireTimeoutError(
+            f"no connection could be opened in time: {len(self._upkeep.links())} are open and in use, and the next attempt "
+            f"is due in {max(self._not_before - self._clock.monotonic(), 0.0):.2f} s; raise deadline"
+        )
+
+    def _unanswered_since(self, instant: float) -> AcquireTimeoutError:
         return AcquireTimeoutError(
             "no connection could be opened in time: the last attempt to connect began "
-            f"{self._clock.monotonic() - self._attempt_began:.2f} s ago, and the server did not answer it; "
+            f"{self._clock.monotonic() - instant:.2f} s ago, and the server did not answer it; "
             "raise deadline if it takes longer to wake up"
         )
 
@@ -169,13 +200,16 @@ class RecoveryGate:
         self.doubt_if_alone()
         if not self._slots.may_open:
             return False
+        began = self._clock.monotonic()
         try:
-            await self._upkeep.open_into(slot, None if deadline is None else deadline - self._clock.monotonic())
+            await self._upkeep.open_into(slot, None if deadline is None else deadline - began)
         except Exception as error:
             if deadline is not None and self._clock.monotonic() >= deadline:
                 self.doubt()  # an attempt that was cut short tells nothing
+                if isinstance(error, TimeoutError):
+                    raise self._unanswered_since(began) from error
                 raise
-            final = self._failed(error, is_news=self._slots.admitted > 0)
+            final = self._failed(error, is_news=self._slots.admitted > 0 and self._crowd is None)
             if final is not None:
                 raise final() from error.__cause__
             return False
@@ -199,8 +233,9 @@ class RecoveryGate:
             if not self._begin_attempt():
                 return  # whoever gives a place up calls again
             await self._end_of_attempts()
-            # Once admitted, those who wait open for themselves.
-            wanted = self._slots.wants and not (self._slots.admitted and self._slots.waiting)
+            # Once admitted, those who wait open for themselves, as many as there may be.
+            serves_itself = self._slots.admitted and self._slots.waiting and self._crowd is None
+            wanted = self._slots.wants and not serves_itself and (self._slots.is_awaited or not self._is_final)
 
     async def _keep_distance(self) -> None:
         delay = self._not_before - self._clock.monotonic()
@@ -212,6 +247,8 @@ class RecoveryGate:
     def _may_hurry(self) -> bool:
         """Whether nothing speaks for a distance: the last attempt was a success, or final and somebody new asks."""
         served = self._last_opened is not None and self._last_opened.has_served
+        if self._crowd is not None:
+            return False
         return self._slots.admitted > 0 or served or (self._is_final and self._slots.waiting > 0)
 
     def _begin_attempt(self) -> bool:
@@ -219,14 +256,14 @@ class RecoveryGate:
         slot = self._slots.reserve() if len(self._attempts) < _AT_ONCE else None
         if slot is None:
             return False
-        attempt = asyncio.get_running_loop().create_task(self._attempt(slot))
-        self._attempts.add(attempt)
-        attempt.add_done_callback(lambda _: self._settle(attempt, slot))
+        self._attempts.add(begin(self._attempt(slot), lambda attempt: self._settle(attempt, slot)))
         return True
 
     def _settle(self, attempt: asyncio.Task[bool], slot: Slot[Link]) -> None:
         # Not in the attempt itself: one that is cancelled before its first step would never give its slot back.
-        self._attempts.discard(attempt)
+        if attempt in self._attempts:
+            self._attempts.discard(attempt)
+            self._upkeep.forsaken = self._upkeep.forsaken or attempt.cancelled()
         broken = None if attempt.cancelled() else attempt.exception()
         if attempt.cancelled() or broken is not None or not attempt.result():
             self._upkeep.give_back(slot)
@@ -257,9 +294,10 @@ class RecoveryGate:
         except Exception as error:  # noqa: BLE001 - it is classified, and told to those who wait
             final = self._failed(error, is_news=True)
             if final is not None:
-                self._slots.dismiss_waiters(final)
+                self._refuse(error, final)
             return False
         for other in self._attempts - {asyncio.current_task()}:
+            self._attempts.discard(other)
             other.cancel()
         self._last_opened = slot.resource
         self._upkeep.give_back(slot)
@@ -269,12 +307,12 @@ class RecoveryGate:
     # What follows from an attempt
 
     def _succeeded(self) -> None:
-        outage, self._outage = self._outage, None
-        self._wake_window.close()
-        self._delays = self._config.reconnect.delays()
-        if outage is not None:
-            elapsed = self._clock.monotonic() - outage.began
-            self._dispatcher.tell(GateOpened(attempts=outage.attempts, elapsed=elapsed))
+        self._end_outage()
+        self._is_final = False
+        if self._crowd is not None and len(self._upkeep.links()) > self._slots.ceiling:
+            self._make_room()
+        if self._crowd is None:
+            self._delays = self._config.reconnect.delays()
         admitted = self._slots.admitted
         if admitted < self._config.max_size:
             # One more for each success makes each round twice as wide as the one before.
@@ -282,8 +320,33 @@ class RecoveryGate:
             # Connections that are being reset come back sooner than others could be opened.
             while self._slots.waiting > self._upkeep.returning and self._slots.offer():
                 pass
-        if not self._slots.waiting:
+        if self._slots.wants and not self._slots.waiting:
             self.call()  # for `min_size`
+
+    def _end_outage(self) -> None:
+        outage, self._outage = self._outage, None
+        self._wake_window.close()
+        if outage is not None:
+            elapsed = self._clock.monotonic() - outage.began
+            self._dispatcher.tell(GateOpened(attempts=outage.attempts, elapsed=elapsed))
+        if self._is_reported:
+            self._is_reported = False
+            _LOGGER.warning("the database server is back: connections are opened again")
+
+    def _make_room(self) -> None:
+        self._crowd = None
+        self._slots.restrict(None)
+
+    def _refuse(self, error: Exception, final: Callable[[], Exception]) -> None:
+        """Tell those who wait that the prober was refused for good; if there is nobody, the log."""
+        if not self._slots.is_awaited and not self._is_reported:
+            self._report(error, "the database server refuses connections: min_size is not kept until one is asked for")
+        self._slots.dismiss_waiters(final)
+
+    def _report(self, error: Exception, what: str) -> None:
+        self._is_reported = True
+        reason = scrub(f"{type(error).__name__}: {error}", self._config.secrets())
+        _LOGGER.warning("%s (%s)", what, reason)
 
     def _failed(self, error: Exception, *, is_news: bool) -> Callable[[], Exception] | None:
         """Take note of a failed attempt.
@@ -306,6 +369,10 @@ class RecoveryGate:
         )
         verdict = judge(self._config, failure)
         self._counters.connect_failures += 1
+        if verdict.fault is Fault.OVERLOADED and self._upkeep.links():
+            self._be_content(error, failure, verdict, now)
+            return None
+        self._make_room()
         is_news = is_news or self._outage is None
         outage = self._outage or _Outage(now)
         outage.remember(error, verdict.fault, counts=is_news)
@@ -313,6 +380,8 @@ class RecoveryGate:
         self._not_before = max(self._not_before, now + delay)
         self._last_opened = None
         self._is_final = verdict.fault is Fault.PERMANENT
+        if not (self._is_final or self._is_reported):
+            self._report(error, "the database server is away: callers wait, and one task tries to reach it")
         if self._is_final or self._is_exhausted(outage):
             self._outage = None
             if not self._is_final:
@@ -323,6 +392,18 @@ class RecoveryGate:
         if is_news:
             self._tell_retry(outage, failure, verdict, delay, now)
         return None
+
+    def _be_content(self, error: Exception, failure: Failure, verdict: Verdict, now: float) -> None:
+        """Serve everybody with the connections there are: the server has no room for another one."""
+        self._end_outage()
+        self._crowd = self._crowd or _Outage(now)
+        self._crowd.remember(error, verdict.fault, counts=True)
+        delay = next(self._delays)
+        self._not_before = max(self._not_before, now + delay)
+        self._last_opened, self._is_final = None, False
+        self._slots.restrict(len(self._upkeep.links()))
+        self._slots.admit(max(self._slots.admitted, 1))  # for those that replace one of them
+        self._tell_retry(self._crowd, failure, verdict, delay, now)
 
     def _is_exhausted(self, outage: _Outage) -> bool:
         most = self._config.reconnect.max_attempts
@@ -391,6 +472,12 @@ class _Outage:
             if note not in getattr(refusal, "__notes__", ()):
                 refusal.add_note(note)
         return refusal
+
+    def explain(self, text: str) -> AcquireTimeoutError:
+        """Return an error of our own for one caller, with the last error behind it."""
+        explained = AcquireTimeoutError(text)
+        explained.__cause__ = self._twin.make()
+        return explained
 
     def _notes(self, now: float) -> Iterator[str]:
         if self.attempts > 1 or self._fault is not Fault.PERMANENT:

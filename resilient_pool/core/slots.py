@@ -81,7 +81,7 @@ class Slots(Generic[R]):
     overtaken nobody.
 
     How many resources may be opened at the same time is limited as well; at first by `max_size` only. A place for which
-    nobody may open is given up, and whoever waits goes on waiting.
+    nobody may open is given up, and whoever waits goes on waiting. So is, for a while, how many there may be: see `restrict`.
 
     Args:
         max_size: How many slots there can be.
@@ -96,6 +96,7 @@ class Slots(Generic[R]):
     __slots__ = (
         "_admitted",
         "_all",
+        "_ceiling",
         "_drained",
         "_idle",
         "_impatient",
@@ -108,7 +109,7 @@ class Slots(Generic[R]):
     )
 
     def __init__(self, max_size: int, clock: Clock, *, min_size: int = 0) -> None:
-        self._max_size = self._admitted = max_size
+        self._max_size = self._admitted = self._ceiling = max_size
         self._min_size = min_size
         self._all: set[Slot[R]] = set()
         self._idle: list[Slot[R]] = []
@@ -141,9 +142,19 @@ class Slots(Generic[R]):
         return len(self._waiters)
 
     @property
+    def is_awaited(self) -> bool:
+        """Whether anybody waits who has not been served or cancelled yet."""
+        return any(not ticket.done() for ticket in self._waiters)
+
+    @property
     def is_full(self) -> bool:
-        """Whether there are `max_size` slots."""
-        return len(self._all) >= self._max_size
+        """Whether there are as many slots as there may be at present."""
+        return len(self._all) >= self._ceiling
+
+    @property
+    def ceiling(self) -> int:
+        """How many slots there may be at present."""
+        return self._ceiling
 
     @property
     def wants(self) -> bool:
@@ -163,7 +174,7 @@ class Slots(Generic[R]):
     @property
     def may_open(self) -> bool:
         """Whether whoever holds an empty slot may fill it."""
-        return self.opening <= self._admitted
+        return self.opening <= self._admitted and len(self._all) <= self._ceiling
 
     @property
     def has_resources(self) -> bool:
@@ -184,11 +195,14 @@ class Slots(Generic[R]):
         """Take the slot that was used last, else a new one to fill, else `None`: the caller has to wait."""
         if self._idle:
             return self._idle.pop()
-        return self.reserve() if self.opening < self._admitted else None
+        return self._grow()
+
+    def _grow(self) -> Slot[R] | None:
+        return None if self.is_full or self.opening >= self._admitted else self.reserve()
 
     def reserve(self) -> Slot[R] | None:
         """Take a new and empty slot, admitted or not, or `None` if there are `max_size` already."""
-        if self.is_full:
+        if len(self._all) >= self._max_size:
             return None
         slot: Slot[R] = Slot()
         self._all.add(slot)
@@ -198,9 +212,13 @@ class Slots(Generic[R]):
         """Let that many resources be opened at the same time."""
         self._admitted = number
 
+    def restrict(self, ceiling: int | None) -> None:
+        """Let no more than that many slots be made by `take` and `offer`; `None` for `max_size`."""
+        self._ceiling = self._max_size if ceiling is None else min(ceiling, self._max_size)
+
     def offer(self) -> bool:
         """Give whoever waits first a new slot to fill, if another one may be, and say whether that was so."""
-        slot = self.reserve() if self._waiters and self.opening < self._admitted else None
+        slot = self._grow() if self._waiters else None
         if slot is not None:
             self.put(slot)
         return slot is not None
@@ -240,7 +258,7 @@ class Slots(Generic[R]):
         if not ticket.done():
             ticket.set_exception(
                 AcquireTimeoutError(
-                    f"no connection became free within {max(seconds, 0.0):.3g} s: all {len(self._all)} of "
+                    f"no connection became free within {max(seconds, 0.0):.3g} s: {'all ' * self.is_full}{len(self._all)} of "
                     f"max_size={self._max_size} are in use and {len(self._waiters)} more callers wait; "
                     "raise max_size or deadline, or hold connections for a shorter time"
                 )

@@ -11,6 +11,7 @@ from typing import TypeVar
 import asyncpg
 
 from resilient_pool.config import PoolConfig
+from resilient_pool.core.background import begin
 from resilient_pool.core.clock import Clock, Timer
 from resilient_pool.core.connector import Connector
 from resilient_pool.core.limits import TimeLimits
@@ -54,6 +55,7 @@ class Upkeep:
         closing: Whether connections are no longer kept.
         resetting: How many connections are being reset now.
         returning: How many of them are expected back within a round trip: those that have nothing to cancel before.
+        forsaken: Whether a task of ours was cancelled, though not by us: the event loop is about to end.
     """
 
     def __init__(
@@ -75,12 +77,14 @@ class Upkeep:
         self._dispatcher = dispatcher
         self._background: set[asyncio.Task[object]] = set()
         self._openings: set[asyncio.Timeout] = set()
-        self._watched: TimeLimits[asyncio.Task[None]] = TimeLimits(clock, lambda task, _: task.cancel())
+        self._cut: set[asyncio.Task[object]] = set()
+        self._watched: TimeLimits[asyncio.Task[None]] = TimeLimits(clock, lambda task, _: self._cut_short(task))
         self._reaper: Timer | None = None
         self._generation = 0
         self.closing = False
         self.resetting = 0
         self.returning = 0
+        self.forsaken = False
         slots.on_return = self.give_back
 
     # Opening
@@ -161,12 +165,11 @@ class Upkeep:
         # Whoever waits for it is to learn that its time is up; if nobody does, a limit that costs less is enough.
         watched = seconds is None and self._config.session_reset != "on_release"
         limit = self._config.reset_timeout if seconds is None else seconds
-        task = asyncio.get_running_loop().create_task(self._reset(slot, limit, watched=watched))
+        # The slot is not given back by the task itself: one that is cancelled before its first step would never do it.
+        task = begin(self._reset(slot, limit, watched=watched), lambda task: self._settle(slot, task, prompt=prompt))
         self._background.add(task)
         if watched:
             self._watched.begin(task, limit)
-        # Not the task itself: one that is cancelled before its first step would never give its slot back.
-        task.add_done_callback(lambda task: self._settle(slot, task, prompt=prompt))
         return task
 
     async def _reset(self, slot: Slot[Link], seconds: float, *, watched: bool) -> None:
@@ -179,6 +182,9 @@ class Upkeep:
     def _settle(self, slot: Slot[Link], task: asyncio.Task[None], *, prompt: bool) -> None:
         self._background.discard(task)
         self._watched.waiting.pop(task, None)
+        if task.cancelled() and task not in self._cut:
+            self.forsaken = True
+        self._cut.discard(task)
         self.resetting -= 1
         self.returning -= prompt
         if task.cancelled() or task.exception() is not None:
@@ -230,7 +236,7 @@ class Upkeep:
         if reason in _HANG_UP or link.connection.is_closed():
             link.terminate()
         else:
-            self.spawn(link.close(_CLOSE_LIMIT)).add_done_callback(lambda _: link.terminate())
+            self._background.add(begin(link.close(_CLOSE_LIMIT), lambda task: self._closed(link, task)))
 
     def discard(self, slot: Slot[Link], reason: DiscardReason) -> None:
         """Close a slot's connection without waiting, and give the slot to whoever waits for one."""
@@ -314,7 +320,7 @@ class Upkeep:
                 _, busy = await asyncio.wait(self._background, timeout=left)
         finally:
             for task in self._background:
-                task.cancel()
+                self._cut_short(task)
         if self._background:
             await asyncio.wait(self._background, timeout=_CLOSE_LIMIT)
 
@@ -332,7 +338,7 @@ class Upkeep:
                 slot.resource.terminate()
         self.begin_closing()
         for task in self._background:
-            task.cancel()
+            self._cut_short(task)
         self._watched.stop()
         self._slots.abandon()
 
@@ -341,11 +347,16 @@ class Upkeep:
         if self.closing:
             work.close()
         else:
-            self.spawn(work)
+            self._background.add(begin(work, self._forget))
 
-    def spawn(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
-        """Begin something that only `finish()` waits for."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
+    def _forget(self, task: asyncio.Task[object]) -> None:
+        self._background.discard(task)
+        self._cut.discard(task)
+
+    def _closed(self, link: Link, task: asyncio.Task[object]) -> None:
+        self._forget(task)
+        link.terminate()
+
+    def _cut_short(self, task: asyncio.Task[object]) -> None:
+        self._cut.add(task)
+        task.cancel()

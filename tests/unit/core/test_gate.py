@@ -50,7 +50,7 @@ class FakeUpkeep:
         self.clock = clock
         self.errors = iter(errors)
         self.takes = takes
-        self.closing = False
+        self.closing = self.forsaken = False
         self.returning = 0
         self.began = []
         self.at_once = self.most_at_once = 0
@@ -83,8 +83,8 @@ class FakeUpkeep:
         slot.empty()
         self.slots.put(slot)
 
-    def spawn(self, work):
-        return asyncio.get_running_loop().create_task(work)
+    def links(self):
+        return [slot.resource for slot in self.slots if slot.resource is not None and not slot.resource.broken]
 
     def is_outdated(self, slot):
         return False
@@ -673,3 +673,114 @@ async def test_a_connection_given_up_as_soon_as_it_was_handed_over_is_given_up_o
     await bench.clock.run(1.0)
     assert second.exception() is None
     assert (bench.slots.size, bench.slots.idle) == (1, 1)
+
+
+def no_room() -> Exception:
+    return asyncpg.TooManyConnectionsError("too many connections for role")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"reconnect": BackoffPolicy(base=0.25, jitter=exactly, max_attempts=2)}, {"fail_fast": True}],
+    ids=["patient", "few attempts", "fail_fast"],
+)
+async def test_no_room_for_one_more_is_no_outage_while_a_connection_works(how):
+    """Everybody is served by what is open, nobody is told that the server is away, and one task asks for more room."""
+    hastily = how.pop("fail_fast", False)
+    bench = Bench(None, *(no_room() for _ in range(500)), **how)
+    await bench.call()
+    calls = [bench.call(fail_fast=hastily, holds=0.5) for _ in range(20)]
+    await bench.clock.run(10.5)
+    assert [call.exception() for call in calls] == [None] * 20
+    assert (bench.told(GateClosed), bench.gate.is_closed) == ([], False)
+    assert bench.upkeep.most_at_once == 1
+    assert len(bench.upkeep.began) <= 45  # every quarter of a second
+
+
+async def test_when_there_is_room_again_it_is_used():
+    """The prober finds out, and those who wait open as many as they need."""
+    bench = Bench(None, *(no_room() for _ in range(4)))
+    await bench.call()
+    calls = [bench.call(holds=100.0) for _ in range(6)]
+    await bench.clock.run(20.0)
+    assert (bench.slots.size, bench.slots.waiting) == (6, 0)
+    for call in calls:
+        call.cancel()
+
+
+async def test_no_room_and_no_connection_that_works_is_waited_for():
+    """Then it is as if the server were away: who fails fast does so, others wait."""
+    bench = Bench(*(no_room() for _ in range(3)))
+    patient, hasty = bench.call(), bench.call(fail_fast=True)
+    await bench.clock.run(0.1)
+    assert isinstance(hasty.exception(), asyncpg.TooManyConnectionsError)
+    await bench.clock.run(5.0)
+    assert patient.exception() is None
+    assert len(bench.told(GateClosed)) == len(bench.told(GateOpened)) == 1
+
+
+async def test_a_connection_that_was_lost_is_replaced_at_once_where_there_was_room_for_it():
+    """Only more than there were must wait for the prober."""
+    bench = Bench(None, no_room(), None, *(no_room() for _ in range(50)))
+    await bench.call()
+    calls = [bench.call(holds=0.1) for _ in range(2)]
+    await bench.clock.run(1.0)
+    began = len(bench.upkeep.began)
+    for slot in bench.slots:
+        slot.resource.broken = True
+    again = bench.call()
+    await bench.clock.run(0.0)
+    assert again.exception() is None
+    assert len(bench.upkeep.began) == began + 1
+    assert [call.exception() for call in calls] == [None] * 2
+
+
+async def test_a_deadline_that_ends_for_want_of_room_says_so():
+    """And what the server said is behind it."""
+    bench = Bench(None, *(no_room() for _ in range(50)), max_size=3)
+    await bench.call()
+    first, second = bench.call(holds=100.0), bench.call(2.0)
+    await bench.clock.run(2.5)
+    with pytest.raises(AcquireTimeoutError, match="all 1 that are open are in use, and the server has no room"):
+        second.result()
+    assert isinstance(second.exception().__cause__, asyncpg.TooManyConnectionsError)
+    first.cancel()
+
+
+async def test_an_idle_pool_that_is_refused_for_good_asks_once(caplog):
+    """`min_size` is no reason to lock an account: it is asked again when a caller wants something. The log says it."""
+    wrong = asyncpg.InvalidPasswordError("password authentication failed")
+    bench = Bench(*([wrong] * 1000), min_size=2)
+    bench.gate.maintain()
+    await bench.clock.run(1000.0)
+    assert len(bench.upkeep.began) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "password authentication failed" in caplog.text
+    for number in range(2, 6):
+        call = bench.call()
+        await bench.clock.run(100.0)
+        assert isinstance(call.exception(), asyncpg.InvalidPasswordError)
+        assert len(bench.upkeep.began) == number
+    assert len(caplog.records) == 1
+
+
+async def test_an_idle_pool_tries_a_server_that_is_away_at_the_policys_pace():
+    """What waiting cures is tried again for `min_size`, at the distances of `reconnect`."""
+    bench = Bench(*away(5), min_size=1)
+    bench.gate.maintain()
+    await bench.clock.run(20.0)
+    assert bench.upkeep.began == [0.0, 0.25, 0.75, 1.75, 2.75, 3.75]
+    assert bench.slots.idle == 1
+
+
+async def test_the_log_has_one_line_when_the_server_is_away_and_one_when_it_is_back(caplog):
+    """Without any observer, and however many attempts and callers there are."""
+    bench = Bench(*away(8))
+    calls = [bench.call() for _ in range(10)]
+    await bench.clock.run(20.0)
+    assert [call.exception() for call in calls] == [None] * 10
+    assert [(record.name, record.levelname) for record in caplog.records] == [("resilient_pool", "WARNING")] * 2
+    away_line, back_line = (record.getMessage() for record in caplog.records)
+    assert away_line.startswith("the database server is away")
+    assert "ConnectionRefusedError" in away_line
+    assert back_line.startswith("the database server is back")

@@ -1,0 +1,22 @@
+"""Tasks of the pool's own, each in an empty context: what it does in the background belongs to no caller's trace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def begin(
+    work: Coroutine[object, object, T], then: Callable[[asyncio.Task[T]], object] | None = None
+) -> asyncio.Task[T]:
+    """Begin a task in the running event loop, and call `then` with it when it has ended, both in an empty context."""
+    context = Context()
+    # Not `create_task(context=)`: an application's own task factory need not know it.
+    task = context.run(asyncio.get_running_loop().create_task, work)
+    if then is not None:
+        task.add_done_callback(then, context=context)
+    return task
