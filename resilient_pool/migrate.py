@@ -301,11 +301,12 @@ class _Directory:
         self.name = str(directory)
         self._directory = directory
         self._on_line = on_line
-        self._files = SqlDirectory((), on_line)
+        self._files = SqlDirectory((), on_line, SystemClock())
 
     async def prepare(self, _config: PoolConfig) -> None:
         # In a thread: to read millions of characters of SQL takes seconds.
-        self._files = SqlDirectory(await asyncio.to_thread(read_directory, self._directory), self._on_line)
+        files = await asyncio.to_thread(read_directory, self._directory)
+        self._files = SqlDirectory(files, self._on_line, SystemClock())
 
     async def attempt(self, pool: ResilientPool, done: _Progress) -> MigrationResult:
         try:

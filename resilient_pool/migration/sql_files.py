@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
 
 from resilient_pool.connection import ResilientConnection
+from resilient_pool.core.clock import Clock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError, OutcomeUnknownError
 from resilient_pool.migration.output import LineSink
-from resilient_pool.policy.atomicity import ends_transaction, is_atomic
-from resilient_pool.policy.lexer import Kind, tokens
+from resilient_pool.migration.remains import look
+from resilient_pool.policy.atomicity import ends_transaction
+from resilient_pool.policy.backoff import BackoffPolicy
+from resilient_pool.policy.lexer import Backslash, Kind, Token, tokens
 from resilient_pool.pool import ResilientPool
 
 TABLE = "resilient_pool_migrations"
@@ -42,7 +45,12 @@ _FORGET = f"DELETE FROM {TABLE} WHERE name = $1 AND checksum = $2 AND finished_a
 # Two that create it at the same moment may get in each other's way in spite of IF NOT EXISTS.
 _MADE_BY_ANOTHER = (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError)
 _NUMBER = re.compile(r"(\d+)")
+_COMMAND_OF_PSQL = re.compile(r"^[ \t]*\\[A-Za-z!?]", re.MULTILINE)
 _ATTEMPTS = 5
+# 0.5, 1, 2 and 4 s, at least half of each: while one waits, those pass that its lock would have kept waiting.
+_BETWEEN_ATTEMPTS = BackoffPolicy(base=0.5, factor=2, jitter=lambda delay: delay / 2, max_attempts=_ATTEMPTS)
+# Their procedure or block may commit and go on.
+_RUN_CODE = frozenset({"call", "do"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,26 +62,49 @@ class SqlFile:
         sql: What it holds.
         checksum: SHA-256 of that, with line ends as Unix writes them.
         transactional: Whether it runs in a transaction.
+        statements: What was found in it.
     """
 
     name: str
     sql: str
     checksum: str
     transactional: bool
+    statements: Statements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statements:
+    """What a text holds, as far as it can be read.
+
+    Attributes:
+        any: Whether there is a statement, beside comments and semicolons.
+        single: Whether it is certainly one statement.
+        first: The first word, in lower case; empty for anything else.
+        doubt: Whether the rest could not be read for certain.
+        takes_data: Whether a COPY FROM STDIN waits for data.
+    """
+
+    any: bool
+    single: bool
+    first: str
+    doubt: bool
+    takes_data: bool
 
 
 def read_directory(directory: Path) -> tuple[SqlFile, ...]:
     """Return the `*.sql` files of a directory in the order of their names, with numbers in them counted as numbers.
 
+    Hidden files and directories are left out.
+
     Raises:
-        ConfigurationError: It is no directory, holds no such file, or one that cannot be read or ends its transaction.
+        ConfigurationError: It is no directory, holds no such file, or one that cannot be read or applied.
     """
     if not directory.is_dir():
         raise ConfigurationError(f"{str(directory)!r} is not a directory of SQL files")
-    paths = sorted(directory.glob("*.sql"), key=lambda path: _order(path.name))
-    if not paths:
+    found = [path for path in directory.glob("*.sql") if not path.name.startswith(".") and not path.is_dir()]
+    if not found:
         raise ConfigurationError(f"the directory {str(directory)!r} holds no file whose name ends in .sql")
-    return tuple(_read(path) for path in paths)
+    return tuple(_read(path) for path in sorted(found, key=lambda path: _order(path.name)))
 
 
 def _order(name: str) -> tuple[tuple[object, ...], str]:
@@ -82,34 +113,99 @@ def _order(name: str) -> tuple[tuple[object, ...], str]:
 
 
 def _read(path: Path) -> SqlFile:
+    name = path.name
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"the name of the file {name!r} is not UTF-8, and cannot be recorded") from None
+    if path.exists() and not path.is_file():
+        raise ConfigurationError(f"{name} is not a regular file")
     try:
         sql = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path.name} cannot be read as UTF-8 text: {error}") from error
+        raise ConfigurationError(f"{name} cannot be read as UTF-8 text: {error}") from error
+    statements = _statements(sql)
     transactional = sql.partition("\n")[0].strip() != NO_TRANSACTION
-    if transactional and ends_transaction(sql):
-        raise ConfigurationError(
-            f"{path.name} may end the transaction that it runs in: take BEGIN, COMMIT, ROLLBACK and PREPARE out, since each "
-            "file is one transaction. If it is one statement that cannot run in a transaction, begin the file with "
-            f"{NO_TRANSACTION!r}"
-        )
-    if not transactional and not _is_one_statement(sql):
-        raise ConfigurationError(
-            f"{path.name} is marked {NO_TRANSACTION!r} but is not one statement for certain: put each into a file of its own"
-        )
+    problem = _problem_of(sql, statements) or (
+        _problem_inside_a_transaction(sql, statements) if transactional else _problem_outside(statements)
+    )
+    if problem is not None:
+        raise ConfigurationError(f"{name} {problem}")
     return SqlFile(
-        name=path.name, sql=sql, checksum=hashlib.sha256(sql.encode()).hexdigest(), transactional=transactional
+        name=name,
+        sql=sql,
+        checksum=hashlib.sha256(sql.encode()).hexdigest(),
+        transactional=transactional,
+        statements=statements,
     )
 
 
-def _is_one_statement(sql: str) -> bool:
-    found, ended = False, False
-    for token in tokens(sql):
-        separates = token.kind is Kind.SIGN and token.text == ";"
-        if token.kind is Kind.DOUBT or (ended and not separates):
-            return False
-        found, ended = True, separates
-    return found
+def _problem_of(sql: str, statements: Statements) -> str | None:
+    if "\0" in sql:
+        return "holds a character of code 0, which PostgreSQL does not take"
+    if statements.takes_data:
+        return (
+            "holds COPY ... FROM STDIN, which waits for data that a file of SQL cannot give: write INSERT, COPY FROM a file on "
+            "the server, or let psql run it as a command: migrate -- psql -v ON_ERROR_STOP=1 -f FILE"
+        )
+    if statements.doubt and (found := _COMMAND_OF_PSQL.search(sql)):
+        line = sql.count("\n", 0, found.start()) + 1
+        return (
+            f"line {line} begins with a backslash, as psql's own commands do, which are no SQL: take it out, or let psql run the "
+            "file as a command: migrate -- psql -v ON_ERROR_STOP=1 -f FILE"
+        )
+    return None
+
+
+def _problem_inside_a_transaction(sql: str, statements: Statements) -> str | None:
+    if not ends_transaction(sql):
+        return None
+    if statements.doubt:
+        return (
+            "cannot be read to its end for certain, so that it may end the transaction that it runs in: a quotation, a comment "
+            "or a text in dollars has no end, a character is none of SQL's, or a backslash stands before a quote in '...' (write "
+            "E'...' with the backslash doubled)"
+        )
+    return (
+        "may end the transaction that it runs in: take BEGIN, COMMIT, ROLLBACK and PREPARE TRANSACTION out, since each "
+        "file is one transaction. If it is one statement that cannot run in a transaction, begin the file with "
+        f"{NO_TRANSACTION!r}"
+    )
+
+
+def _problem_outside(statements: Statements) -> str | None:
+    if statements.single:
+        return None
+    what = "cannot be read to its end for certain" if statements.doubt else "put each into a file of its own"
+    if not statements.any:
+        what = "it holds none"
+    return f"is marked {NO_TRANSACTION!r} but is not one statement for certain: {what}"
+
+
+def _statements(sql: str) -> Statements:
+    count, first, doubt, takes_data = 0, "", False, False
+    depth, copies = 0, False
+    previous = Token(Kind.SIGN, ";")
+    for token in tokens(sql, Backslash.PLAIN):
+        if token.kind is Kind.DOUBT:
+            doubt = True
+            break
+        if token == (Kind.SIGN, ";"):
+            depth, copies = 0, False
+        else:
+            if previous == (Kind.SIGN, ";"):
+                count += 1
+                copies = token == (Kind.WORD, "copy")
+                first = first or (token.text if count == 1 and token.kind is Kind.WORD else "")
+            if copies:
+                depth += (token.text == "(") - (token.text == ")") if token.kind is Kind.SIGN else 0
+                takes_data = takes_data or (
+                    not depth and token == (Kind.WORD, "stdin") and previous == (Kind.WORD, "from")
+                )
+        previous = token
+    return Statements(
+        any=count > 0 or doubt, single=count == 1 and not doubt, first=first, doubt=doubt, takes_data=takes_data
+    )
 
 
 class SqlDirectory:
@@ -118,23 +214,24 @@ class SqlDirectory:
     Args:
         files: What is in it, as `read_directory` returns it.
         tell: Is given one line for each file applied.
+        clock: Waits between the attempts of a file.
     """
 
-    def __init__(self, files: Sequence[SqlFile], tell: LineSink) -> None:
+    def __init__(self, files: Sequence[SqlFile], tell: LineSink, clock: Clock) -> None:
         self._files = tuple(files)
         self._tell = tell
+        self._clock = clock
 
     async def apply(self, pool: ResilientPool) -> tuple[str, ...]:
         """Apply what is not recorded yet, and return the names.
 
         Raises:
-            MigrationFailedError: A recorded file has changed, or was begun outside a transaction and not finished, or our
-                role may not record anything; then nothing was applied. Or a file failed: those before it stay applied.
+            MigrationFailedError: A recorded file has changed or was renamed, or was begun outside a transaction and not
+                finished, or our role may not record anything; then nothing was applied. Or a file failed: those before it
+                stay applied.
         """
         recorded = await _recorded(pool)
-        for file in self._files:
-            if file.name in recorded:
-                _check(file, recorded[file.name])
+        _check(self._files, recorded)
         applied = []
         for file in self._files:
             if file.name not in recorded and await self._apply(pool, file):
@@ -145,12 +242,12 @@ class SqlDirectory:
     async def _apply(self, pool: ResilientPool, file: SqlFile) -> bool:
         try:
             if file.transactional:
-                return await _in_transaction(pool, file)
+                return await _in_transaction(pool, file, self._clock)
             return await _outside_transaction(pool, file)
         except MigrationFailedError:
             raise
         except OutcomeUnknownError as error:
-            raise MigrationFailedError(f"{file.name}: the connection was lost, and its end is not known") from error
+            raise _unknown(file) from error
         except Exception as error:
             # Whatever it is: the database was there when it began, so this is not "the database never came".
             raise _failed(file, error) from error
@@ -170,7 +267,30 @@ async def _recorded(pool: ResilientPool) -> dict[str, asyncpg.Record]:
         ) from error
 
 
-def _check(file: SqlFile, recorded: asyncpg.Record) -> None:
+def _check(files: Iterable[SqlFile], recorded: Mapping[str, asyncpg.Record]) -> None:
+    present = {file.name for file in files}
+    gone = {row["checksum"]: name for name, row in recorded.items() if name not in present}
+    for file in files:
+        if file.name in recorded:
+            _check_recorded(file, recorded[file.name])
+        elif file.statements.any and file.checksum in gone:
+            before = gone[file.checksum]
+            raise MigrationFailedError(
+                f"{file.name} holds exactly what is recorded as {before}, which is no longer in the directory: it was renamed, "
+                f"and would be applied again. Give it its name back, or rename the record: {_renaming(before, file.name)}. If it "
+                "has to be applied once more, change a comment in it"
+            )
+
+
+def _renaming(before: str, after: str) -> str:
+    return f"UPDATE {TABLE} SET name = {_quoted(after)} WHERE name = {_quoted(before)}"  # noqa: S608 - for a person
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _check_recorded(file: SqlFile, recorded: asyncpg.Record) -> None:
     if not recorded["finished"]:
         raise MigrationFailedError(
             f"{file.name}, which runs outside a transaction, was begun before and its end is not known: see whether its "
@@ -184,8 +304,9 @@ def _check(file: SqlFile, recorded: asyncpg.Record) -> None:
         )
 
 
-async def _in_transaction(pool: ResilientPool, file: SqlFile) -> bool:
+async def _in_transaction(pool: ResilientPool, file: SqlFile, clock: Clock) -> bool:
     attempts = _Attempts(file)
+    delays = _BETWEEN_ATTEMPTS.delays()
     while True:
         try:
             return await pool.run_in_transaction(attempts.record_and_run)
@@ -196,10 +317,15 @@ async def _in_transaction(pool: ResilientPool, file: SqlFile) -> bool:
                 return True
             if attempts.are_spent:
                 raise
+        except asyncpg.LockNotAvailableError:
+            # Undone as a whole. A lock_timeout is set so that others need not wait behind this: it is tried again later.
+            if attempts.are_spent:
+                raise
+            await clock.sleep(next(delays))
 
 
 class _Attempts:
-    """One file's transaction, as often as it is repeated: after a lost connection, and after a conflict with another one."""
+    """One file's transaction, as often as it is repeated: after a lost connection, a conflict, or a lock not to be had."""
 
     def __init__(self, file: SqlFile) -> None:
         self._file = file
@@ -217,7 +343,8 @@ class _Attempts:
             # First the record: afterwards the file may have changed the search path.
             if not await connection.fetchval(_RECORD, self._file.name, self._file.checksum, True):
                 return False
-            await connection.execute(self._file.sql)
+            if self._file.statements.any:
+                await _execute(connection, self._file.sql)
         except Exception as error:
             if self.are_spent:
                 raise _failed(self._file, error, f" (in each of {_ATTEMPTS} attempts)") from error
@@ -225,19 +352,57 @@ class _Attempts:
         return True
 
 
+async def _execute(connection: ResilientConnection, sql: str) -> None:
+    # By the driver's own connection: the lease would read millions of characters once more, in the event loop and inside the
+    # transaction, to learn what is known already: that they do not end it. That they write the record has said.
+    link = connection._linked  # noqa: SLF001
+    if link is None:
+        raise asyncpg.InterfaceError("the connection was lost")
+    await link.connection.execute(sql)
+
+
 async def _outside_transaction(pool: ResilientPool, file: SqlFile) -> bool:
+    before = await look(pool)
     if not await pool.fetchval(_RECORD, file.name, file.checksum, False, exactly_once=True):
         return False
+    failure = await _run_alone(pool, file)
     try:
-        await pool.execute(file.sql)
-    except asyncpg.PostgresError:
-        # The server refused the one statement, so it can be begun again. What it leaves behind, as a failed CREATE INDEX
-        # CONCURRENTLY leaves an invalid index, is for its author to remove. A CALL may have committed something before.
-        if is_atomic(file.sql):
-            await pool.execute(_FORGET, file.name, file.checksum, idempotent=True)
-        raise
-    await pool.execute(_FINISH, file.name, file.checksum, idempotent=True)
-    return True
+        after = await look(pool)
+    except Exception as error:  # noqa: BLE001 - what failed before it says more
+        raise _failed(file, failure or error, "\nWhat it left behind could not be asked for") from (failure or error)
+    flawed = after.named_in(file.sql)
+    if failure is None and not flawed:
+        await pool.execute(_FINISH, file.name, file.checksum, idempotent=True)
+        return True
+    # The server has answered, so that it is no longer under way. A CALL or a DO may have committed something before.
+    if file.statements.first not in _RUN_CODE:
+        await pool.execute(_FORGET, file.name, file.checksum, idempotent=True)
+    if failure is None:
+        raise MigrationFailedError(
+            f"{file.name}: the statement was skipped, or did not do all of its work: {flawed.described()}"
+        )
+    left = after.without(before) or flawed
+    raise _failed(file, failure, f"\nIt left something behind: {left.described()}" if left else "") from failure
+
+
+async def _run_alone(pool: ResilientPool, file: SqlFile) -> asyncpg.PostgresError | None:
+    """Run the one statement; return the error by which the server refused it.
+
+    Raises:
+        MigrationFailedError: The connection was lost, so that its end is not known.
+    """
+    async with pool.acquire() as connection:
+        # After this nothing is repeated on the lease: an error of such a statement does not mean that it did nothing.
+        await connection.fetchval("SELECT 1")
+        try:
+            await connection.execute(file.sql)
+        except Exception as error:
+            state = getattr(error, "sqlstate", None) or ""
+            lost = state[:2] == "08" or state[:3] == "57P" or connection.is_closed()
+            if isinstance(error, asyncpg.PostgresError) and not lost:
+                return error
+            raise _unknown(file) from error
+    return None
 
 
 async def _is_recorded(pool: ResilientPool, file: SqlFile) -> bool:
@@ -245,8 +410,14 @@ async def _is_recorded(pool: ResilientPool, file: SqlFile) -> bool:
     return any(row["name"] == file.name and row["checksum"] == file.checksum for row in found)
 
 
+def _unknown(file: SqlFile) -> MigrationFailedError:
+    return MigrationFailedError(f"{file.name}: the connection was lost, and its end is not known")
+
+
 def _failed(file: SqlFile, error: Exception, more: str = "") -> MigrationFailedError:
     said = str(error) if isinstance(error, asyncpg.PostgresError) else f"{type(error).__name__}: {error}".rstrip(": ")
+    if file.transactional and getattr(error, "sqlstate", None) == "25001":
+        more += f"\nPut it alone into a file that begins with {NO_TRANSACTION!r}"
     return MigrationFailedError(f"{file.name}{_place(file, error)}: {said}{more}")
 
 

@@ -257,6 +257,247 @@ async def test_a_directory_is_applied_though_nobody_listens(dsn, tmp_path):
     assert await ask(dsn, APPLIED) == ["1.sql", "2.sql"]
 
 
+@pytest.mark.parametrize("sql", ["", "-- later\n", ";", "/* nothing */ ;; -- yet", "\ufeff"])
+async def test_a_file_without_a_statement_is_recorded(dsn, tmp_path, sql):
+    """It is applied, and not again."""
+    write(tmp_path, _1=sql)
+    assert (await migrate(dsn, tmp_path)).applied == ("1.sql",)
+    assert (await migrate(dsn, tmp_path)).applied == ()
+    assert await ask(dsn, APPLIED) == ["1.sql"]
+
+
+async def test_a_renamed_file_is_not_applied_again(dsn, tmp_path):
+    """It is refused with the statement that renames its record, and that works."""
+    write(tmp_path, _1="CREATE TABLE t (id int)", _2="INSERT INTO t VALUES (1)")
+    await migrate(dsn, tmp_path)
+    (tmp_path / "2.sql").rename(tmp_path / "02_it's.sql")
+    write(tmp_path, _0="CREATE TABLE u ()")
+    with pytest.raises(MigrationFailedError, match=r"02_it's\.sql holds exactly what is recorded as 2\.sql") as caught:
+        await migrate(dsn, tmp_path)
+    assert await ask(dsn, "SELECT id FROM t") == [1]
+    assert await ask(dsn, "SELECT 1 WHERE to_regclass('u') IS NULL") == [1]
+    statement = str(caught.value).partition("rename the record: ")[2].partition(". If it")[0]
+    await ask(dsn, statement)
+    assert (await migrate(dsn, tmp_path)).applied == ("0.sql",)
+    assert await ask(dsn, "SELECT id FROM t") == [1]
+
+
+async def test_two_files_may_hold_the_same(dsn, tmp_path):
+    """As long as both are there; and an empty file may be renamed as one likes."""
+    write(tmp_path, _1="CREATE TABLE t (id int)", _2="INSERT INTO t VALUES (1)", _3="-- nothing")
+    await migrate(dsn, tmp_path)
+    write(tmp_path, _4="INSERT INTO t VALUES (1)")
+    (tmp_path / "3.sql").rename(tmp_path / "5.sql")
+    assert (await migrate(dsn, tmp_path)).applied == ("4.sql", "5.sql")
+    assert await ask(dsn, "SELECT id FROM t") == [1, 1]
+
+
+async def test_hidden_files_and_directories_are_left_out(dsn, tmp_path):
+    """What a file manager or an editor leaves behind stops nothing, but a link to nowhere does."""
+    write(tmp_path, _1="CREATE TABLE t ()")
+    (tmp_path / "._1.sql").write_bytes(b"\x00\xff")
+    (tmp_path / ".#2.sql").symlink_to("nowhere")
+    (tmp_path / "old.sql").mkdir()
+    assert (await migrate(dsn, tmp_path)).applied == ("1.sql",)
+    (tmp_path / "3.sql").symlink_to("nowhere")
+    with pytest.raises(ConfigurationError, match=r"3\.sql cannot be read"):
+        await migrate(dsn, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("COPY t FROM stdin;\n1\n2\n\\.\n", "holds COPY ... FROM STDIN"),
+        ("CREATE TABLE t (i int); COPY public.t (i) FROM STDIN WITH (FORMAT csv);", "holds COPY ... FROM STDIN"),
+        ("copy binary t from /* here */ stdin", "holds COPY ... FROM STDIN"),
+        (f"{NO_TRANSACTION}\nCOPY t FROM stdin", "holds COPY ... FROM STDIN"),
+        ("SELECT 1;\n\\connect other\n", "line 2 begins with a backslash, as psql's own commands do"),
+        ("\\restrict abc\nSELECT 1;", "line 1 begins with a backslash"),
+        ("SELECT 'no end;\nCOMMIT;", "cannot be read to its end for certain"),
+        ("SELECT 1; COMMIT", "may end the transaction"),
+        ("SELECT '\0'", "holds a character of code 0"),
+    ],
+)
+async def test_a_file_that_cannot_be_applied_is_refused_at_once_with_its_reason(tmp_path, sql, message):
+    """Before the database is asked, so that nothing hangs while it holds the lock."""
+    with pytest.raises(ConfigurationError) as caught:
+        await migrate("postgresql://postgres@127.0.0.1:1/postgres", write(tmp_path, _1=sql))
+    assert str(caught.value).startswith("1.sql ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "CREATE TABLE stdin (i int); COPY (SELECT i FROM stdin) TO '/dev/null'",
+        "CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT CASE WHEN true THEN 1 END; END",
+        "CREATE TABLE t (path text); INSERT INTO t VALUES ('C:\\dir\\'), ('it''s')",
+        "PREPARE p AS SELECT 1; DEALLOCATE p",
+        "SAVEPOINT s; CREATE TABLE t (); ROLLBACK TO SAVEPOINT s",
+    ],
+)
+async def test_a_valid_file_is_not_mistaken_for_another(dsn, tmp_path, sql):
+    """It only looks like COPY FROM STDIN, or like the end of a transaction."""
+    assert (await migrate(dsn, write(tmp_path, _1=sql))).applied == ("1.sql",)
+
+
+async def test_a_file_name_that_is_not_utf_8_is_refused(tmp_path):
+    """It cannot be recorded."""
+    (tmp_path / "a\udcff.sql").write_text("SELECT 1")
+    with pytest.raises(ConfigurationError, match="is not UTF-8"):
+        await migrate("postgresql://postgres@127.0.0.1:1/postgres", tmp_path)
+
+
+async def test_what_cannot_run_in_a_transaction_says_where_it_can(dsn, tmp_path):
+    """The server's error names the trouble, ours the way out."""
+    with pytest.raises(
+        MigrationFailedError, match=f"(?s)VACUUM cannot run inside .* that begins with '{NO_TRANSACTION}'"
+    ):
+        await migrate(dsn, write(tmp_path, _1="VACUUM"))
+
+
+async def test_a_large_file_holds_up_neither_the_loop_nor_its_transaction(dsn, tmp_path):
+    """It is read before, in a thread: an idle transaction of a second would be ended by the server."""
+    rows = ",\n".join(f"({i}, lower('some text {i}'))" for i in range(60_000))
+    write(tmp_path, _1=f"CREATE TABLE big (id int, what text); INSERT INTO big VALUES {rows}")
+    await ask(dsn, f"ALTER DATABASE {dsn.rpartition('/')[2]} SET idle_in_transaction_session_timeout = '300ms'")
+    longest = last = asyncio.get_running_loop().time()
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest, last
+        while True:
+            await asyncio.sleep(0.01)
+            now = asyncio.get_running_loop().time()
+            longest, last = max(longest, now - last), now
+
+    watching = asyncio.ensure_future(watch())
+    assert (await migrate(dsn, tmp_path)).applied == ("1.sql",)
+    watching.cancel()
+    assert longest < 0.5
+    assert await ask(dsn, "SELECT count(*) FROM big") == [60_000]
+
+
+# Locks that are not to be had, and statements that commit on their way
+
+
+async def test_a_lock_timeout_is_tried_again(dsn, tmp_path):
+    """As a conflict with another transaction is; the file is undone in between."""
+    await migrate(dsn, write(tmp_path, _1="CREATE TABLE t (id int)"))
+    blocker = await asyncpg.connect(dsn)
+    await blocker.execute("BEGIN; LOCK TABLE t IN ACCESS SHARE MODE")
+    write(tmp_path, _2="SET LOCAL lock_timeout = '50ms'; ALTER TABLE t ADD COLUMN j int")
+    migration = asyncio.ensure_future(migrate(dsn, tmp_path))
+    async with asyncio.timeout(20):
+        while not await ask(
+            dsn, "SELECT 1 FROM pg_stat_database WHERE datname = current_database() AND xact_rollback > 0"
+        ):
+            await asyncio.sleep(0.02)
+    await blocker.execute("ROLLBACK")
+    await blocker.close()
+    assert (await migration).applied == ("2.sql",)
+
+
+async def test_a_lock_that_is_never_to_be_had_is_final_after_five_attempts(dsn, tmp_path):
+    """The error is the server's, and says how often it was tried."""
+    await migrate(dsn, write(tmp_path, _1="CREATE TABLE t (id int); CREATE SEQUENCE calls"))
+    blocker = await asyncpg.connect(dsn)
+    await blocker.execute("BEGIN; LOCK TABLE t IN ACCESS SHARE MODE")
+    write(tmp_path, _2="SELECT nextval('calls'); LOCK TABLE t IN ACCESS EXCLUSIVE MODE NOWAIT")
+    with pytest.raises(MigrationFailedError, match=r"2\.sql: could not obtain lock .* \(in each of 5 attempts\)"):
+        await migrate(dsn, tmp_path)
+    await blocker.close()
+    assert await ask(dsn, "SELECT last_value FROM calls") == [5]
+
+
+async def deadlock(dsn: str) -> None:
+    """Keep an index from being built until it waits for us, and then wait for it."""
+    blocker, watcher = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
+    await blocker.execute("SET deadlock_timeout = '1h'; BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM t LIMIT 1")
+    yielded = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    try:
+        async with asyncio.timeout(20):
+            while not await watcher.fetchval(yielded):
+                await asyncio.sleep(0.02)
+        await blocker.execute("LOCK TABLE t IN SHARE UPDATE EXCLUSIVE MODE; ROLLBACK")
+    finally:
+        await blocker.close()
+        await watcher.close()
+
+
+@pytest.mark.parametrize("clause", ["", "IF NOT EXISTS "])
+async def test_an_invalid_index_that_was_left_is_reported_and_never_recorded(dsn, tmp_path, clause):
+    """Not at once, and not by the next run, which would find it there; once it is dropped, the next run builds it."""
+    await ask(dsn, "CREATE TABLE t (a int)")
+    await ask(dsn, "INSERT INTO t SELECT generate_series(1, 1000)")
+    await ask(dsn, f"ALTER DATABASE {dsn.rpartition('/')[2]} SET deadlock_timeout = '100ms'")
+    write(tmp_path, _1=f"{NO_TRANSACTION}\nCREATE INDEX CONCURRENTLY {clause}i ON t (a)")
+    blocking = asyncio.ensure_future(deadlock(dsn))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        while not await ask(
+            dsn, "SELECT 1 FROM pg_stat_activity WHERE state = 'idle in transaction' AND datname = current_database()"
+        ):
+            await asyncio.sleep(0.02)
+    with pytest.raises(
+        MigrationFailedError, match=r"(?s)1\.sql: deadlock detected.*the index i is invalid; DROP INDEX CONCURRENTLY i"
+    ):
+        await migrate(dsn, tmp_path)
+    await blocking
+    assert await ask(dsn, APPLIED) == []
+    assert await ask(dsn, "SELECT indisvalid FROM pg_index WHERE indexrelid = 'i'::regclass") == [False]
+    again = (
+        "the statement was skipped.*the index i is invalid"
+        if clause
+        else 'relation "i" already exists.*the index i is invalid'
+    )
+    with pytest.raises(MigrationFailedError, match=f"(?s){again}"):
+        await migrate(dsn, tmp_path)
+    assert await ask(dsn, APPLIED) == []
+    await ask(dsn, "DROP INDEX i")
+    assert (await migrate(dsn, tmp_path)).applied == ("1.sql",)
+    assert await ask(dsn, "SELECT indisvalid FROM pg_index WHERE indexrelid = 'i'::regclass") == [True]
+
+
+async def test_an_index_over_values_that_are_not_unique_is_reported(dsn, tmp_path):
+    """It is left invalid by an error that waiting would not cure."""
+    await ask(dsn, "CREATE TABLE t (a int)")
+    await ask(dsn, "INSERT INTO t VALUES (1), (1)")
+    write(tmp_path, _1=f'{NO_TRANSACTION}\nCREATE UNIQUE INDEX CONCURRENTLY "The One" ON t (a)')
+    with pytest.raises(
+        MigrationFailedError, match=r'(?s)could not create unique index.*the index "The One" is invalid'
+    ):
+        await migrate(dsn, tmp_path)
+    assert await ask(dsn, APPLIED) == []
+
+
+async def test_another_invalid_index_is_not_taken_for_one_that_was_left(dsn, tmp_path):
+    """Of another table, or of a partitioned one, which is invalid until its partitions have one."""
+    await ask(dsn, "CREATE TABLE p (a int) PARTITION BY LIST (a)")
+    await ask(dsn, "CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1)")
+    await ask(dsn, "CREATE INDEX whole ON ONLY p (a)")
+    write(
+        tmp_path,
+        _1=f"{NO_TRANSACTION}\nCREATE INDEX CONCURRENTLY part ON p1 (a)",
+        _2="ALTER INDEX whole ATTACH PARTITION part",
+    )
+    assert (await migrate(dsn, tmp_path)).applied == ("1.sql", "2.sql")
+
+
+async def test_a_call_that_failed_may_have_committed_something(dsn, tmp_path):
+    """So its end is not known, and it is not run again until its author has looked."""
+    await ask(dsn, "CREATE TABLE t (a int)")
+    await ask(
+        dsn, "CREATE PROCEDURE p() LANGUAGE plpgsql AS $$ BEGIN INSERT INTO t VALUES (1); COMMIT; RAISE 'late'; END $$"
+    )
+    write(tmp_path, _1=f"{NO_TRANSACTION}\nCALL p()")
+    with pytest.raises(MigrationFailedError, match=r"1\.sql: late"):
+        await migrate(dsn, tmp_path)
+    with pytest.raises(MigrationFailedError, match="was begun before and its end is not known"):
+        await migrate(dsn, tmp_path)
+    assert await ask(dsn, "SELECT a FROM t") == [1]
+
+
 async def test_a_directory_without_sql_files_is_refused(tmp_path):
     """Rather than being done at once, which would hide a wrong path."""
     with pytest.raises(ConfigurationError, match=r"holds no file whose name ends in \.sql"):
