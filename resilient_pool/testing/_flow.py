@@ -56,6 +56,7 @@ class OneShot:
         after_bytes: How much of the answer the client gets.
         then: What the client sees next.
         server_sees_close: Whether the server's side is closed too.
+        says: What the client is told after that much of the answer, before the end.
     """
 
     matches: Callable[[bytes], bool]
@@ -63,6 +64,7 @@ class OneShot:
     after_bytes: int
     then: Ending
     server_sees_close: bool
+    says: bytes = b""
 
 
 class Rules:
@@ -190,7 +192,7 @@ class Flow:
             await self._turn_away("fin")
             return
         try:
-            self._server = Stream(*await asyncio.open_connection(*self._rules.target, limit=_CHUNK))
+            self._server = await self._reach_server()
         except OSError:
             _reset(self._client.writer)
             raise
@@ -204,6 +206,9 @@ class Flow:
         self._from_client.began()
         self._pass_to_server(self._server, request)
         await self._relay(self._server)
+
+    async def _reach_server(self) -> Stream:
+        return Stream(*await asyncio.open_connection(*self._rules.target, limit=_CHUNK))
 
     async def _turn_away(self, how: Ending) -> None:
         self.end(how, server_sees_close=True)
@@ -277,13 +282,16 @@ class Flow:
                 self.backend_pid = _KEY_DATA.unpack_from(message.body)[0]
             if message.kind == _messages.ERROR and not self.is_ready:
                 self.turned_away_with = _messages.sqlstate(message)
-            if self._is_withheld(message):
-                self._withhold(message)
-            else:
-                self._pass_to_client(message.data)
+            self._deliver(message)
             if message.kind == _messages.READY:
                 self._rounds_answered += 1
                 self._in_transaction = message.body != _messages.NO_TRANSACTION
+
+    def _deliver(self, message: _messages.Message) -> None:
+        if self._is_withheld(message):
+            self._withhold(message)
+        else:
+            self._pass_to_client(message.data)
 
     def _is_withheld(self, message: _messages.Message) -> bool:
         if self._firing is None or self._rounds_answered != self._firing_round:
@@ -301,7 +309,7 @@ class Flow:
 
     def _fire(self, fault: OneShot) -> None:
         # Never the whole answer, however much was asked for.
-        self._pass_to_client(self._withheld[: max(self._withheld_length - 1, 0)])
+        self._pass_to_client(self._withheld[: max(self._withheld_length - 1, 0)] + fault.says)
         self._rules.fired += 1
         self._firing = None
         self.end(fault.then, server_sees_close=fault.server_sees_close)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 TLS_REQUEST = 80877103
 GSS_REQUEST = 80877104
@@ -15,11 +15,20 @@ _TYPED_HEADER = 5
 _UNTYPED_HEADER = 4
 _LEAST_LENGTH = 4
 
+AUTHENTICATION = b"R"
 KEY_DATA = b"K"
 READY = b"Z"
 ERROR = b"E"
+COMPLETE = b"C"
+EMPTY = b"I"
+SUSPENDED = b"s"
+PARAMETER = b"S"
+TERMINATE = b"X"
 COPY_IN = b"G"
 COPY_BOTH = b"W"
+
+Matcher = bytes | str | Callable[[bytes], bool] | None
+"""Which request is meant: text that its SQL or its arguments contain, a function of both, or None: any."""
 
 NO_TRANSACTION = b"I"
 """What ReadyForQuery says of a session that is not in a transaction."""
@@ -127,10 +136,24 @@ class RequestReader:
                 pass
         return None
 
+    def prepared(self, name: bytes) -> bytes:
+        """Return the SQL of a statement that was parsed under that name."""
+        return self._statements.get(name, b"")
+
     def passed(self, message: Message) -> None:
         """Count the round that this message ends."""
         if message.kind in {b"Q", b"F", b"S"}:
             self.round += 1
+
+
+def matcher(matching: Matcher) -> Callable[[bytes], bool]:
+    """Make the function that says whether a request is meant, from its SQL and its arguments."""
+    if matching is None:
+        return lambda _: True
+    if callable(matching):
+        return matching
+    needle = matching.encode() if isinstance(matching, str) else matching
+    return lambda subject: needle in subject
 
 
 def startup_parameters(message: Message) -> dict[str, str]:
@@ -153,8 +176,16 @@ def sqlstate(message: Message) -> str:
     return next((field[1:].decode(errors="replace") for field in fields if field[:1] == b"C"), "")
 
 
+def compose(kind: bytes, body: bytes = b"") -> bytes:
+    """Compose a message that has a type."""
+    return kind + _LENGTH.pack(len(body) + _LENGTH.size) + body
+
+
+def error_response(fields: Mapping[str, str]) -> bytes:
+    """Compose an ErrorResponse from its fields, in their order: "S" severity, "C" SQLSTATE, "M" message and others."""
+    return compose(ERROR, b"".join(f"{code}{value}\0".encode() for code, value in fields.items()) + b"\0")
+
+
 def fatal_error(sqlstate: str, text: str) -> bytes:
     """Compose the ErrorResponse with which a server turns a connection away."""
-    fields = ("SFATAL", "VFATAL", f"C{sqlstate}", f"M{text}")
-    body = b"".join(field.encode() + b"\0" for field in fields) + b"\0"
-    return b"E" + _LENGTH.pack(len(body) + _LENGTH.size) + body
+    return error_response({"S": "FATAL", "V": "FATAL", "C": sqlstate, "M": text})

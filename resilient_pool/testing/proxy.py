@@ -27,13 +27,11 @@ from typing import Literal, TypeVar
 
 from resilient_pool.policy._checks import constructor_names_nearest
 from resilient_pool.testing._flow import Ending, Flow, Manner, OneShot, Rules, State, Stream
-from resilient_pool.testing._messages import fatal_error
+from resilient_pool.testing._messages import Matcher, fatal_error, matcher
 from resilient_pool.testing._service import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
 Result = TypeVar("Result")
-Matcher = bytes | str | Callable[[bytes], bool] | None
-"""Which request a fault is meant for: text that its SQL or its arguments contain, a function of both, or None: any."""
 
 
 class _Faults(abc.ABC):
@@ -142,7 +140,7 @@ class _Faults(abc.ABC):
         reaches_server: bool = True,
     ) -> None:
         fault = OneShot(
-            matches=_matcher(matching),
+            matches=matcher(matching),
             reaches_server=reaches_server,
             after_bytes=after_bytes,
             then=then,
@@ -383,12 +381,3 @@ def _undo(flow: Flow) -> None:
     flow.delay = 0.0
     flow.armed.clear()
     flow.passable.set()
-
-
-def _matcher(matching: Matcher) -> Callable[[bytes], bool]:
-    if matching is None:
-        return lambda _: True
-    if callable(matching):
-        return matching
-    needle = matching.encode() if isinstance(matching, str) else matching
-    return lambda subject: needle in subject

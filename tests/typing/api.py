@@ -36,6 +36,7 @@ from resilient_pool import (
     profiles,
     run_migration,
 )
+from resilient_pool.testing import End, Point, Refusal, ScriptedServer
 from resilient_pool.transaction import Attempt, Isolation, RetriedTransaction, TransactionOptions
 
 DSN = "postgresql://shop@localhost/shop"
@@ -223,3 +224,18 @@ async def function_runtime() -> None:
 async def with_connection(connection: ResilientConnection) -> None:
     """Do something in a transaction."""
     await connection.execute("SELECT 1")
+
+
+async def tests_with_a_script() -> None:
+    """Test against what a service says."""
+    full = Refusal(
+        at=Point.QUERY, sqlstate="58000", message="checkout timeout", then=End.READY, matching="INSERT", times=2
+    )
+    with ScriptedServer(full, host="127.0.0.1", port=5432) as server:
+        assert_type(server, ScriptedServer)
+        assert_type(server.dsn(DSN), str)
+        assert_type(server.said, tuple[Refusal, ...])
+        assert_type(server.statements, tuple[str, ...])
+        assert_type(server.attempts, int)
+    async with ScriptedServer(login="scram", parameters={"server_version": "15.0"}) as alone:
+        assert_type(alone.dsn(), str)
