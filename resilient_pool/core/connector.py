@@ -78,6 +78,7 @@ class Connector:
         finally:
             if not ready:
                 link.terminate()
+        link.opened_at = self._clock.monotonic()
         self._counters.opened += 1
         return link
 

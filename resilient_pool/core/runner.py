@@ -292,12 +292,18 @@ class Runner:
         discard = verdict.connection is Disposition.DISCARD and verdict.fault is not Fault.PERMANENT
         if call.link is not None and discard:
             call.link.doomed = True
-        if verdict.others is Disposition.EXPIRE:
+        if verdict.others is Disposition.EXPIRE and not self._concerns_one_connection(call, verdict):
             self._upkeep.expire()
         elif verdict.fault is Fault.POISONED and not failure.sent:
             # Its server said goodbye while it was idle, and no socket shows that yet: others may be in the same state, and
             # trying them in turn would use up the attempts.
             self._upkeep.condemn(self._clock.now(), DiscardReason.STALE)
+
+    @staticmethod
+    def _concerns_one_connection(call: Call[T], verdict: Verdict) -> bool:
+        # What a connection remembers is out of date only after an earlier use: one that was opened for this call has another
+        # trouble.
+        return verdict.fault is Fault.STATEMENT_CACHE and call.link is not None and call.link.opened_at >= call.started
 
     def _is_repeatable(self, call: Call[T]) -> bool:
         return (

@@ -80,16 +80,18 @@ class Link:
         doomed: Whether it must not be used again; it is closed when it is given back.
         has_served: Whether it has answered anything since it was opened, or was closed by the application itself.
         ended: Whether the application closed it itself.
+        opened_at: When it was opened, on the line of `Clock.monotonic()`.
         pid: The process id the server gave in the handshake.
     """
 
-    __slots__ = ("_poll", "_reset_roles", "connection", "doomed", "ended", "has_served", "pid")
+    __slots__ = ("_poll", "_reset_roles", "connection", "doomed", "ended", "has_served", "opened_at", "pid")
 
     def __init__(self, connection: AnyConnection) -> None:
         self.connection = connection
         self.doomed = False
         self.has_served = False
         self.ended = False
+        self.opened_at = 0.0
         self.pid = connection.get_server_pid()
         self._poll = self._watch()
         self._reset_roles = ""

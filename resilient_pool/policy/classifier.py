@@ -18,6 +18,8 @@ from resilient_pool.policy.verdict import Disposition, Failure, Fault, Outcome, 
 _EVERY_PHASE = frozenset(Phase)
 _CONNECT = frozenset({Phase.CONNECT})
 _COMMIT = frozenset({Phase.COMMIT})
+_NOT_COMMIT = frozenset(Phase) - _COMMIT
+_CONNECTED = frozenset(Phase) - _CONNECT
 
 _SPEAKING = (driver.PostgresError, driver.InterfaceError, driver.InternalClientError, ResilientPoolError)
 _LOST_TYPES = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
@@ -51,6 +53,41 @@ _POOLER_IS_FULL = re.compile(
 _POOLER_HAS_NO_SERVER = re.compile(
     r"^(server login has been failing|client_login_timeout \(server down\)"
     r"|pgbouncer cannot connect to server|the database system is )"
+)
+# Proxies that send one code for everything while connecting, whatever the server behind them has said: Neon and Supavisor
+# XX000, PgCat and PgDog 58000, Prisma none.
+_ONE_CODE_FOR_ALL = frozenset({"08P01", "XX000", "58000", ""})
+_PROXY_IS_FULL = re.compile(
+    _POOLER_IS_FULL.pattern
+    + r"|^You've exceeded the rate limit|^Too many connections (attempts|to this endpoint)"  # Neon
+    + r"|^Failed to acquire permit to connect"
+    + r"|^\((EMAXCONN|EMAXCONNSESSION|EMAXPOOLSREACHED|ECHECKOUTTIMEOUT|ECHECKOUTRETRIES|EPOOLCHECKOUT)\)"  # Supavisor
+    + r"|^MaxClientsInSessionMode: |^Max (client connections|pools count) reached|^Unable to check out process from the pool"
+)
+_PROXY_HAS_NO_SERVER = re.compile(
+    _POOLER_HAS_NO_SERVER.pattern
+    + r"|^Couldn't connect to compute node|^Control plane request failed$|^Your project already has running operations"
+    + r"|^\((EDBHANDLEREXITED|ESUBSCRIBERETRIES|EPROXYSTARTFAILED|EPROXYSUPERVISORUNAVAILABLE|EWORKERNOTFOUND)\)"
+    + r"|^\(EPOOLCONFIGNOTFOUND\)|^DbHandler exited|^\(ECIRCUITBREAKER\) (?!too many authentication failures)"
+    + r"|^connection pool for user .* is down$|^Pool down for database: "  # PgDog, PgCat
+    + r"|^terminating connection due to administrator command$"
+)
+# PgCat (FATAL, and the connection lives) and PgDog (ERROR), while no server is attached to the client.
+_CHECKOUT_FAILED = re.compile(
+    r"^could not get connection from the pool - |checkout failure limit reached \(|^(replica )?checkout timeout"
+)
+_CHECKOUT_IMPOSSIBLE = re.compile(
+    r"^(all replicas down|pool is banned|no primary|pool is shut down)|^connection pool for user .* is down$"
+)
+_STALE_TYPE = re.compile(r"^cache lookup failed for type ")  # an internal error: never translated
+_RECREATED_TYPE = re.compile(r"^type with OID \d+ does not exist$")
+# Limits of one session or one statement, by the name of the setting: the same statement meets them again.
+_LIMIT_OF_ITS_OWN = re.compile(r"\btemp_file_limit\b|^tuple decompression limit |\w+ = 0$")
+# Functions of PostgreSQL's that raise what another server has said to this one.
+_FOREIGN = frozenset({"pgfdw_report_error", "pgfdw_report_internal", "dblink_res_error"})
+# Functions that read one argument's binary form, by the client's idea of its type.
+_READS_AN_ARGUMENT = frozenset(
+    {"record_recv", "array_recv", "range_recv", "multirange_recv", "enum_recv", "domain_recv"}
 )
 
 
@@ -150,12 +187,44 @@ def _waking(seen: Sighting) -> bool:
     return seen.failure.waking
 
 
-def _writable(seen: Sighting) -> bool:
-    return seen.failure.writable
+def _demoted(seen: Sighting) -> bool:
+    """Whether a refusal to write is news about the server: not what was asked for, and not said by another server.
+
+    A server found not to be a standby is read-only by a setting (its disk is full, say): another connection finds the same.
+    """
+    failure = seen.failure
+    if failure.phase is Phase.CONNECT and not failure.in_recovery:
+        return False
+    return failure.writable and not failure.read_only_asked and failure.in_recovery is not False and _own(seen)
+
+
+def _own(seen: Sighting) -> bool:
+    """Whether the error is about this session, and not what a foreign table's or dblink's server has said."""
+    return _source(seen) not in _FOREIGN
+
+
+def _source(seen: Sighting) -> str:
+    return getattr(seen.error, "server_source_function", None) or ""
+
+
+def _reads_an_argument(seen: Sighting) -> bool:
+    return _source(seen) in _READS_AN_ARGUMENT
 
 
 def _unsent(seen: Sighting) -> bool:
     return seen.failure.phase is Phase.CHECKOUT or not seen.failure.sent
+
+
+def _is_about_this_connection(seen: Sighting) -> bool:
+    return seen.lost or seen.failure.phase is Phase.CONNECT
+
+
+def _ends_the_session(seen: Sighting) -> bool:
+    return seen.lost or _severity(seen.error) != "ERROR"
+
+
+def _sent(seen: Sighting) -> bool:
+    return not _unsent(seen)
 
 
 def _from_the_server(seen: Sighting) -> bool:
@@ -177,6 +246,25 @@ RULES: tuple[Rule, ...] = (
         connection=Disposition.KEEP,
         errors=(ResilientPoolError,),
     ),
+    # The server's own limits on a transaction. It is rolled back, unless it was just ending: the timer of 25P04 can go off
+    # between the last look at it and the end of the COMMIT. Only the one who holds the transaction can tell.
+    Rule(
+        evidence="25P03, 25P04: the server ended a transaction that was idle, or lasted, for too long; so it will the next time",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.UNKNOWN,
+        sqlstates=frozenset({"25P03", "25P04"}),
+        lost=True,
+        when=_sent,
+    ),
+    Rule(
+        evidence="a pooler's own limits on a transaction (`idle transaction timeout`, `transaction timeout`)",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.UNKNOWN,
+        sqlstates=frozenset({"08P01", "57P05"}),
+        text=re.compile(r"^((idle )?transaction timeout$|disconnecting idle in transaction client)"),
+        lost=True,
+        when=_sent,
+    ),
     # Whatever is lost with a COMMIT: before anything that could sound like a guarantee.
     Rule(
         evidence="the connection lost during COMMIT, whatever the reason",
@@ -191,12 +279,30 @@ RULES: tuple[Rule, ...] = (
         outcome=Outcome.UNKNOWN,
         sqlstates=frozenset({"40003", "08007"}),
     ),
+    Rule(
+        evidence="XXA00 committed, but a later step failed (CockroachDB)",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.UNKNOWN,
+        sqlstates=frozenset({"XXA00"}),
+    ),
+    Rule(
+        evidence="what a pooler says when it has lost the server, as an ERROR (`odyssey: `, `server is shutting down`, ...)",
+        fault=Fault.DISCONNECTED,
+        outcome=Outcome.UNKNOWN,
+        phases=_CONNECTED,
+        sqlstates=frozenset({"08006", "57P01", "XX000"}),
+        text=re.compile(
+            r"^(odyssey: \S+ remote server read/write error|server is shutting down$|Timed out: Perform RPC)"
+        ),
+        when=_sent,
+    ),
     # A server, or a pooler, which has no room or is not there.
     Rule(
-        evidence="53300 too many clients",
+        evidence="53300 too many clients, connecting or as a last word",
         fault=Fault.OVERLOADED,
         outcome=Outcome.NOT_EXECUTED,
         sqlstates=frozenset({"53300"}),
+        when=_is_about_this_connection,
     ),
     Rule(
         evidence="a pooler's capacity message (08P01, FATAL: `query_wait_timeout`, `no more connections allowed`, ...)",
@@ -215,7 +321,50 @@ RULES: tuple[Rule, ...] = (
         lost=True,
         text=_POOLER_HAS_NO_SERVER,
     ),
+    Rule(
+        evidence="58000 `checkout timeout`, `could not get connection from the pool`: PgDog or PgCat has no free server",
+        fault=Fault.OVERLOADED,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_NOT_COMMIT,
+        sqlstates=frozenset({"58000"}),
+        text=_CHECKOUT_FAILED,
+    ),
+    Rule(
+        evidence="58000 `connection pool for user ... is down`, `all replicas down`: PgDog has no server at all",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_NOT_COMMIT,
+        sqlstates=frozenset({"58000"}),
+        text=_CHECKOUT_IMPOSSIBLE,
+    ),
+    Rule(
+        evidence="XX000 `(ECHECKOUTTIMEOUT)`, ... as a last word: Supavisor has no free server",
+        fault=Fault.OVERLOADED,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_NOT_COMMIT,
+        sqlstates=frozenset({"XX000"}),
+        lost=True,
+        text=re.compile(r"^\((ECHECKOUTTIMEOUT|ECHECKOUTRETRIES|EPOOLCHECKOUT)\)"),
+    ),
     # Opening a connection.
+    Rule(
+        evidence="connecting: a proxy is full, whatever its code (Neon, Supavisor, PgCat, PgDog)",
+        fault=Fault.OVERLOADED,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(driver.PostgresError,),
+        sqlstates=_ONE_CODE_FOR_ALL,
+        text=_PROXY_IS_FULL,
+    ),
+    Rule(
+        evidence="connecting: a proxy has no server yet, whatever its code (Neon, Supavisor, PgCat, PgDog)",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        errors=(driver.PostgresError,),
+        sqlstates=_ONE_CODE_FOR_ALL,
+        text=_PROXY_HAS_NO_SERVER,
+    ),
     Rule(
         evidence="connecting: 57P03 (starting up, shutting down, in recovery, no hot standby), 57P01, 57P02",
         fault=Fault.UNREACHABLE,
@@ -308,11 +457,29 @@ RULES: tuple[Rule, ...] = (
         errors=(OSError,),
     ),
     Rule(
+        evidence="connecting: 53000, 53100, 53200, 53400: no room for one more connection now",
+        fault=Fault.OVERLOADED,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        sqlstates=frozenset({"53000", "53100", "53200", "53400"}),
+        lost=True,
+    ),
+    Rule(
+        evidence="connecting: 40001, 40P01 as a FATAL: `init` was in the way of a standby's recovery",
+        fault=Fault.UNREACHABLE,
+        outcome=Outcome.NOT_EXECUTED,
+        phases=_CONNECT,
+        sqlstates=frozenset({"40001", "40P01"}),
+        lost=True,
+    ),
+    Rule(
+        # As an ERROR it is the application's `init` that has failed, and what it says is judged like any other statement's.
         evidence="connecting: 28P01 wrong password, 28000, 3D000 no such database, any other refusal by the server",
         fault=Fault.PERMANENT,
         outcome=Outcome.NOT_EXECUTED,
         phases=_CONNECT,
         errors=(driver.PostgresError,),
+        when=_ends_the_session,
     ),
     # A connection that had died before it was used.
     Rule(
@@ -360,21 +527,30 @@ RULES: tuple[Rule, ...] = (
         lost=False,
     ),
     Rule(
-        evidence="53100 disk full, 53200 out of memory, 53400 limit exceeded, while executing",
+        evidence="53400 a limit of the statement's own (`temp_file_limit`): it meets it again",
+        fault=Fault.PERMANENT,
+        outcome=Outcome.ROLLED_BACK,
+        connection=Disposition.KEEP,
+        sqlstates=frozenset({"53400"}),
+        lost=False,
+        text=_LIMIT_OF_ITS_OWN,
+    ),
+    Rule(
+        evidence="53100 disk full, 53200 out of memory, 53300 (another server's), 53400 limit exceeded, while executing",
         fault=Fault.OVERLOADED,
         outcome=Outcome.ROLLED_BACK,
         connection=Disposition.KEEP,
-        sqlstates=frozenset({"53100", "53200", "53400"}),
+        sqlstates=frozenset({"53100", "53200", "53300", "53400"}),
         lost=False,
     ),
     Rule(
-        evidence="25006 read-only, on a pool that expects to write: the old primary",
+        evidence="25006 read-only, unless that was asked for, or the server is no standby: the old primary",
         fault=Fault.WRONG_SERVER,
         outcome=Outcome.NOT_EXECUTED,
         others=Disposition.EXPIRE,
         sqlstates=frozenset({"25006"}),
         lost=False,
-        when=_writable,
+        when=_demoted,
     ),
     Rule(
         evidence="26000, 42P05: the prepared statement is missing, or there already",
@@ -382,11 +558,14 @@ RULES: tuple[Rule, ...] = (
         outcome=Outcome.NOT_EXECUTED,
         sqlstates=frozenset({"26000", "42P05"}),
         lost=False,
+        when=_own,
     ),
+    # What was created anew is out of date on every connection: the others would fail one after the other.
     Rule(
         evidence="`InvalidCachedStatementError` (0A000, the cached plan is out of date)",
         fault=Fault.STATEMENT_CACHE,
         outcome=Outcome.NOT_EXECUTED,
+        others=Disposition.EXPIRE,
         errors=(driver.InvalidCachedStatementError,),
         lost=False,
     ),
@@ -394,15 +573,37 @@ RULES: tuple[Rule, ...] = (
         evidence="XX000 `cache lookup failed for type`: a type was created anew",
         fault=Fault.STATEMENT_CACHE,
         outcome=Outcome.ROLLED_BACK,
+        others=Disposition.EXPIRE,
         sqlstates=frozenset({"XX000"}),
         lost=False,
-        text=re.compile(r"^cache lookup failed for type "),  # an internal error: never translated
+        text=_STALE_TYPE,
+        when=_own,
+    ),
+    Rule(
+        evidence="42704 `type with OID ... does not exist`: a type was created anew",
+        fault=Fault.STATEMENT_CACHE,
+        outcome=Outcome.ROLLED_BACK,
+        others=Disposition.EXPIRE,
+        sqlstates=frozenset({"42704"}),
+        lost=False,
+        text=_RECREATED_TYPE,
+        when=_own,
+    ),
+    Rule(
+        evidence="42804, 22P03 from reading an argument's binary form: the type of a field has changed",
+        fault=Fault.STATEMENT_CACHE,
+        outcome=Outcome.ROLLED_BACK,
+        others=Disposition.EXPIRE,
+        sqlstates=frozenset({"42804", "22P03"}),
+        lost=False,
+        when=_reads_an_argument,
     ),
     Rule(
         # Raised while rows are decoded, when the statement has already run to its end.
         evidence="`OutdatedSchemaCacheError`: a composite type changed; the statement has run",
         fault=Fault.STATEMENT_CACHE,
         outcome=Outcome.UNKNOWN,
+        others=Disposition.EXPIRE,
         errors=(driver.OutdatedSchemaCacheError,),
     ),
     # The connection lost on the way.

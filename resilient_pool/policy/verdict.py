@@ -92,6 +92,9 @@ class Failure:
         sent: Whether any byte of the statement can have left this process. `False` is a guarantee.
         waking: Whether the server is inside its wake window (it was unreachable a moment ago and may still be starting).
         writable: Whether the pool expects a server that accepts writes.
+        read_only_asked: Whether read-only was asked for: by the transaction's own option, or by a setting of the session, the
+            role or the database, which every server has alike.
+        in_recovery: Whether that server was found to be a standby afterwards; `None` if it was not asked, or did not tell.
     """
 
     error: Exception
@@ -99,6 +102,8 @@ class Failure:
     sent: bool = True
     waking: bool = False
     writable: bool = True
+    read_only_asked: bool = False
+    in_recovery: bool | None = None
 
     def chain(self) -> Iterator[BaseException]:
         """Yield the error and everything behind it, along `__cause__` and `__context__`, nearest first, each once."""

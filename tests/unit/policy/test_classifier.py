@@ -31,6 +31,13 @@ def fatal(sqlstate: str, message: str = "told by the server") -> driver.Postgres
     return server(sqlstate, message, severity="FATAL")
 
 
+def raised_in(function: str, sqlstate: str, message: str = "told by the server") -> driver.PostgresError:
+    """Make an ERROR with the name of the server's function that raised it."""
+    fields = {"S": "ERROR", "V": "ERROR", "C": sqlstate, "M": message, "R": function}
+    error: driver.PostgresError = driver.PostgresError.new(fields)
+    return error
+
+
 def loss(cause: BaseException | None = None) -> BaseException:
     """Make the error into which asyncpg turns every loss of a connection in use."""
     error = driver.ConnectionDoesNotExistError("connection was closed in the middle of operation")
@@ -100,7 +107,46 @@ CONNECTING = {
     "pooler is full": (fatal("08P01", "no more connections allowed (max_client_conn)"), "OVERLOADED"),
     "53300 lost in a pooler": (fatal("08P01", "sorry, too many clients already"), "OVERLOADED"),
     "pooler queue too long": (fatal("08P01", "query_wait_timeout"), "OVERLOADED"),
+    "PgDog is down": (fatal("58000", 'connection pool for user "app" and database "shop" is down'), "UNREACHABLE"),
+    "PgCat shuts down": (fatal("58000", "terminating connection due to administrator command"), "UNREACHABLE"),
+    "a waking Neon compute": (server("XX000", "Couldn't connect to compute node"), "UNREACHABLE"),
+    "Neon's compute says": (server("XX000", "the database system is starting up"), "UNREACHABLE"),
+    "Neon's control plane": (server("XX000", "Control plane request failed"), "UNREACHABLE"),
+    "Supavisor's breaker": (
+        fatal("XX000", "(ECIRCUITBREAKER) too many failures, new connections are temporarily blocked"),
+        "UNREACHABLE",
+    ),
+    "a recovery conflict in init": (loss(fatal("40001")), "UNREACHABLE"),
+    "53100": (fatal("53100", "could not write init file"), "OVERLOADED"),
+    "53200": (fatal("53200", "out of memory"), "OVERLOADED"),
+    "53400": (fatal("53400", "Unable to accept connection, rate exceeded."), "OVERLOADED"),
+    "Neon is full": (
+        server("XX000", "Failed to acquire permit to connect to the database. Too many ..."),
+        "OVERLOADED",
+    ),
+    "Neon's compute is full": (server("XX000", "sorry, too many clients already"), "OVERLOADED"),
+    "Supavisor is full": (
+        fatal("XX000", "(EMAXCONNSESSION) max clients reached in session mode"),
+        "OVERLOADED",
+    ),
+    "an older Supavisor is full": (fatal("XX000", "Max client connections reached"), "OVERLOADED"),
+    # an ERROR: the application's `init` has failed
+    "init, 40001": (server("40001"), "CONTENTION"),
+    "init, 40P01": (server("40P01"), "CONTENTION"),
+    "init, 53200": (server("53200"), "OVERLOADED"),
+    "init, temp_file_limit": (server("53400", "temporary file size exceeds temp_file_limit (1024kB)"), "PERMANENT"),
+    "init, 26000": (server("26000"), "STATEMENT_CACHE"),
+    "init, 25006": (server("25006"), "PERMANENT"),
+    "init, 42P01": (server("42P01"), "PERMANENT"),
+    "init, 57014": (server("57014"), "PERMANENT"),
     # final
+    "a wrong password at Neon": (server("XX000", "password authentication failed for user 'app'"), "PERMANENT"),
+    "Neon's endpoint is disabled": (server("XX000", "Control plane request failed: endpoint is disabled"), "PERMANENT"),
+    "Supavisor's breaker, wrong passwords": (
+        fatal("XX000", "(ECIRCUITBREAKER) too many authentication failures, new connections are temporarily blocked"),
+        "PERMANENT",
+    ),
+    "58000": (fatal("58000", "No pool configured for database: shop, user: app"), "PERMANENT"),
     "certificate": (ssl.SSLCertVerificationError(1, "certificate verify failed"), "PERMANENT"),
     "TLS version": (ssl.SSLError(1, "no ciphers available"), "PERMANENT"),
     "TLS not offered": (ConnectionError('PostgreSQL server at "h:5432" rejected SSL upgrade'), "PERMANENT"),
@@ -180,7 +226,26 @@ EXECUTING = {
     "57P01 behind a loss": (loss(fatal("57P01")), "DISCONNECTED UNKNOWN DISCARD"),
     "57P01": (fatal("57P01"), "DISCONNECTED UNKNOWN DISCARD"),
     "57P02": (fatal("57P02"), "DISCONNECTED UNKNOWN DISCARD"),
-    "25P03 behind a loss": (loss(fatal("25P03")), "DISCONNECTED UNKNOWN DISCARD"),
+    "XXA00, committed": (
+        server("XXA00", "transaction committed but schema change aborted"),
+        "PERMANENT UNKNOWN DISCARD",
+    ),
+    "Odyssey lost its server": (
+        server("08006", "odyssey: c1a2: remote server read/write error s3"),
+        "DISCONNECTED UNKNOWN DISCARD",
+    ),
+    "CockroachDB shuts down": (server("57P01", "server is shutting down"), "DISCONNECTED UNKNOWN DISCARD"),
+    "YugabyteDB cannot tell": (
+        server("XX000", "Timed out: Perform RPC (request call id 3)"),
+        "DISCONNECTED UNKNOWN DISCARD",
+    ),
+    "25P03 behind a loss": (loss(fatal("25P03")), "PERMANENT UNKNOWN DISCARD"),
+    "25P04 behind a loss": (loss(fatal("25P04")), "PERMANENT UNKNOWN DISCARD"),
+    "a pooler's idle transaction": (loss(fatal("08P01", "idle transaction timeout")), "PERMANENT UNKNOWN DISCARD"),
+    "PgDog's idle transaction": (
+        loss(fatal("57P05", "disconnecting idle in transaction client")),
+        "PERMANENT UNKNOWN DISCARD",
+    ),
     "recovery conflict as a FATAL": (fatal("40001"), "DISCONNECTED UNKNOWN DISCARD"),
     "recovery conflict behind a loss": (loss(server("40001")), "DISCONNECTED UNKNOWN DISCARD"),
     "an ERROR, then a loss": (loss(server("23505")), "DISCONNECTED UNKNOWN DISCARD"),
@@ -219,19 +284,57 @@ EXECUTING = {
         loss(fatal("08P01", "server login has been failing, try again later (server_login_retry)")),
         "UNREACHABLE NOT_EXECUTED DISCARD",
     ),
+    "PgCat, on a connection that lives": (
+        fatal("58000", "could not get connection from the pool - AllServersDown"),
+        "OVERLOADED NOT_EXECUTED DISCARD",
+    ),
+    "PgDog": (server("58000", "checkout timeout"), "OVERLOADED NOT_EXECUTED DISCARD"),
+    "PgDog, replicas": (server("58000", "replica checkout timeout"), "OVERLOADED NOT_EXECUTED DISCARD"),
+    "PgDog, down": (
+        server("58000", 'connection pool for user "app" and database "shop" is down'),
+        "UNREACHABLE NOT_EXECUTED DISCARD",
+    ),
+    "PgDog, no primary": (loss(fatal("58000", "no primary")), "UNREACHABLE NOT_EXECUTED DISCARD"),
+    "PgCat, from a server": (loss(fatal("58000", "error receiving data from server")), "DISCONNECTED UNKNOWN DISCARD"),
+    "Supavisor's queue": (
+        loss(fatal("XX000", "(ECHECKOUTTIMEOUT) unable to check out connection from the pool after 60000ms")),
+        "OVERLOADED NOT_EXECUTED DISCARD",
+    ),
+    "53300 behind a loss": (loss(fatal("53300")), "OVERLOADED NOT_EXECUTED DISCARD"),
     # curable, on a connection that lives
+    "53300, another server's": (server("53300"), "OVERLOADED ROLLED_BACK KEEP"),
     "40001": (server("40001"), "CONTENTION ROLLED_BACK KEEP"),
     "40P01": (server("40P01"), "CONTENTION ROLLED_BACK KEEP"),
     "53100": (server("53100"), "OVERLOADED ROLLED_BACK KEEP"),
     "53200": (server("53200"), "OVERLOADED ROLLED_BACK KEEP"),
-    "53400": (server("53400"), "OVERLOADED ROLLED_BACK KEEP"),
+    "53400": (server("53400", "all replication slots are in use"), "OVERLOADED ROLLED_BACK KEEP"),
     "25006": (server("25006"), "WRONG_SERVER NOT_EXECUTED DISCARD others EXPIRE"),
     "26000": (server("26000"), "STATEMENT_CACHE NOT_EXECUTED DISCARD"),
     "42P05": (server("42P05"), "STATEMENT_CACHE NOT_EXECUTED DISCARD"),
-    "0A000, the cached plan": (outdated_plan(), "STATEMENT_CACHE NOT_EXECUTED DISCARD"),
-    "XX000, a type": (server("XX000", "cache lookup failed for type 16450"), "STATEMENT_CACHE ROLLED_BACK DISCARD"),
-    "a composite type": (driver.OutdatedSchemaCacheError("unexpected"), "STATEMENT_CACHE UNKNOWN DISCARD"),
+    "0A000, the cached plan": (outdated_plan(), "STATEMENT_CACHE NOT_EXECUTED DISCARD others EXPIRE"),
+    "XX000, a type": (
+        server("XX000", "cache lookup failed for type 16450"),
+        "STATEMENT_CACHE ROLLED_BACK DISCARD others EXPIRE",
+    ),
+    "42704, a type": (
+        server("42704", "type with OID 16450 does not exist"),
+        "STATEMENT_CACHE ROLLED_BACK DISCARD others EXPIRE",
+    ),
+    "42804, a field of an argument": (
+        raised_in("record_recv", "42804", "in another language"),
+        "STATEMENT_CACHE ROLLED_BACK DISCARD others EXPIRE",
+    ),
+    "a composite type": (
+        driver.OutdatedSchemaCacheError("unexpected"),
+        "STATEMENT_CACHE UNKNOWN DISCARD others EXPIRE",
+    ),
     # for the application
+    "temp_file_limit": (
+        server("53400", 'die Größe der temporären Datei überschreitet "temp_file_limit" (1024kB)'),
+        "PERMANENT ROLLED_BACK KEEP",
+    ),
+    "42804": (server("42804"), "PERMANENT ROLLED_BACK KEEP"),
+    "42704": (server("42704", 'type "mood" does not exist'), "PERMANENT ROLLED_BACK KEEP"),
     "23505": (server("23505"), "PERMANENT ROLLED_BACK KEEP"),
     "22012": (server("22012"), "PERMANENT ROLLED_BACK KEEP"),
     "42P01": (server("42P01"), "PERMANENT ROLLED_BACK KEEP"),
@@ -368,6 +471,52 @@ def test_before_a_statement_was_sent_it_never_ran(phase: Phase) -> None:
 def test_a_read_only_server_is_the_right_one_for_a_pool_that_only_reads() -> None:
     """25006 condemns a server only where the pool expects to write."""
     assert told(classify(server("25006"), writable=False)) == "PERMANENT ROLLED_BACK KEEP"
+
+
+READ_ONLY = {
+    "nothing else known": ({}, "WRONG_SERVER NOT_EXECUTED DISCARD others EXPIRE"),
+    "a standby": ({"in_recovery": True}, "WRONG_SERVER NOT_EXECUTED DISCARD others EXPIRE"),
+    "no standby, but a full disk": ({"in_recovery": False}, "PERMANENT ROLLED_BACK KEEP"),
+    "asked for": ({"read_only_asked": True}, "PERMANENT ROLLED_BACK KEEP"),
+    "asked for, on a standby": ({"read_only_asked": True, "in_recovery": True}, "PERMANENT ROLLED_BACK KEEP"),
+    "while connecting, on a standby": (
+        {"phase": CONNECT, "in_recovery": True},
+        "WRONG_SERVER NOT_EXECUTED DISCARD others EXPIRE",
+    ),
+}
+
+
+@pytest.mark.parametrize(("known", "expected"), READ_ONLY.values(), ids=READ_ONLY)
+def test_a_refusal_to_write_is_a_failover_only_where_read_only_is_news(known: dict[str, object], expected: str) -> None:
+    """It is the caller's error if read-only was asked for, or if any other server would be read-only as well."""
+    assert expected == told(classify(server("25006"), **known))  # type: ignore[arg-type]
+
+
+FOREIGN = {
+    "25006": "PERMANENT ROLLED_BACK KEEP",
+    "26000": "PERMANENT ROLLED_BACK KEEP",
+    "42P05": "PERMANENT ROLLED_BACK KEEP",
+    "08006": "PERMANENT ROLLED_BACK KEEP",
+    "57P01": "PERMANENT ROLLED_BACK KEEP",
+    "57P03": "PERMANENT ROLLED_BACK KEEP",
+    "57P05": "PERMANENT ROLLED_BACK KEEP",
+    "XX000": "PERMANENT ROLLED_BACK KEEP",
+    "40001": "CONTENTION ROLLED_BACK KEEP",
+    "53300": "OVERLOADED ROLLED_BACK KEEP",
+}
+
+
+@pytest.mark.parametrize("function", ["pgfdw_report_error", "dblink_res_error"])
+def test_what_a_foreign_tables_server_says_is_not_about_this_one(function: str) -> None:
+    """Neither this connection nor the others are given up for it; a conflict there is cured by repeating here."""
+    message = "cache lookup failed for type 16450"
+    verdicts = {state: told(classify(raised_in(function, state, message))) for state in FOREIGN}
+    assert verdicts == FOREIGN
+
+
+def test_a_limit_on_transactions_that_ended_an_idle_connection_left_it_stale() -> None:
+    """Nothing was sent on it yet, so whatever ended it is cured by another connection."""
+    assert told(classify(loss(fatal("25P03")), sent=False)) == "STALE NOT_EXECUTED DISCARD"
 
 
 def test_a_severity_in_another_language_is_still_understood() -> None:
@@ -635,8 +784,8 @@ def test_the_rules_can_be_described_to_a_reader() -> None:
 
 
 def test_what_a_rule_condemns_besides_its_connection_is_rare() -> None:
-    """Only the wrong server expires other connections by rule."""
-    assert [rule.fault for rule in RULES if rule.others is EXPIRE] == [Fault.WRONG_SERVER]
+    """Only the wrong server, and what was created anew, expire other connections by rule."""
+    assert {rule.fault for rule in RULES if rule.others is EXPIRE} == {Fault.WRONG_SERVER, Fault.STATEMENT_CACHE}
 
 
 def test_only_errors_after_which_the_server_goes_on_keep_the_connection() -> None:

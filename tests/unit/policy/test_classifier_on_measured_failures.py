@@ -84,7 +84,6 @@ DISCONNECTED UNKNOWN
     B02-terminate/blocked/asyncio/plain/fetch_new/now
     B03-fin/blocked/asyncio/plain/fetch_new/now
     B05-silent-then-rst/running/asyncio/plain/fetch_new/now
-    B06-idle_in_tx_timeout/blocked/asyncio/plain/fetch_new/now
     C04-fin-before-reply/fetch
     C04-rst-before-reply/fetch
     C07-ambiguous-commit-fin/transaction()
@@ -92,13 +91,11 @@ DISCONNECTED UNKNOWN
     C07m-lost-in-tx-before-commit
     C07r-lost-in-tx-statement
     C12-transaction_timeout/mid-statement
-    C12b-transaction_timeout/idle-blocked
     C16b-recovery-conflict/idle-in-tx
     D03b-backend-terminated-midquery/fetch
     D08d-KILL-midquery
     D13-client_idle_timeout
     D13c-query_timeout
-    D13b-idle_transaction_timeout
     E2-commit-lost-server-sees-close
     E6-terminated-before-commit
 POISONED UNKNOWN
@@ -133,6 +130,9 @@ PERMANENT ROLLED_BACK
     C21e-column-dropped
     C26-unsynced/fetch-server-error
 PERMANENT UNKNOWN
+    D13b-idle_transaction_timeout
+    C12b-transaction_timeout/idle-blocked
+    B06-idle_in_tx_timeout/blocked/asyncio/plain/fetch_new/now
     C08g-path-dead-after-ack/keepalive=False
     B05b-silent-forever/running/asyncio/plain/fetch_new/now
     B98-execute-empty-string/asyncio
@@ -226,7 +226,7 @@ def test_what_the_server_executed_is_never_said_to_be_without_effect(*, older: b
 
 
 def test_older_drivers_lose_the_reason_and_with_it_only_guarantees() -> None:
-    """Where the server's last word is missing the verdict falls back to a loss of which nothing is known."""
+    """Where the server's last word is missing the verdict falls back to a loss of which nothing else is known."""
     changed = {
         case["id"]: (expected()[case["id"]], named(classify(case, older=True)))
         for case in CASES
@@ -234,6 +234,9 @@ def test_older_drivers_lose_the_reason_and_with_it_only_guarantees() -> None:
     }
     assert changed == {
         "B01-idle_session_timeout/blocked/asyncio/plain/fetch_new/now": ("STALE NOT_EXECUTED", "DISCONNECTED UNKNOWN"),
+        "B06-idle_in_tx_timeout/blocked/asyncio/plain/fetch_new/now": ("PERMANENT UNKNOWN", "DISCONNECTED UNKNOWN"),
+        "C12b-transaction_timeout/idle-blocked": ("PERMANENT UNKNOWN", "DISCONNECTED UNKNOWN"),
+        "D13b-idle_transaction_timeout": ("PERMANENT UNKNOWN", "DISCONNECTED UNKNOWN"),
         "D04b-pg-down-existing-client/0": ("OVERLOADED NOT_EXECUTED", "DISCONNECTED UNKNOWN"),
         "D04c-pg-down-new-client/0": ("UNREACHABLE NOT_EXECUTED", "DISCONNECTED UNKNOWN"),
     }
