@@ -91,7 +91,7 @@ class ResilientPool(Queries):
             config, self._reader, read_check, self._upkeep, self._connector, clock, self._counters, dispatcher
         )
         self._deposit = config.retry_budget.deposit
-        self._lender = Lender(config, self._checkout, self._upkeep, self._runner, read_check, clock)
+        self._lender = Lender(config, self._checkout, self._upkeep, self._runner, self._reader, read_check, clock)
         inquiry = Inquiry(config, self._lender, clock, dispatcher)
         self._transactions = Transactions(config, self._lender, self._reader, inquiry, clock, self._require_open)
         self._sets_up = config.setup is not None
@@ -180,7 +180,7 @@ class ResilientPool(Queries):
 
     async def _attempt_on_loan(self, lease: ResilientConnection, call: Call[T]) -> T:
         try:
-            result = await call.run_on(await lease.adopt(call))
+            result = await call.run_on(await self._lender.adopt(lease, call))
         finally:
             reset = self._lender.take_back(lease)
         if self._waits_for_reset:
@@ -318,7 +318,7 @@ class ResilientPool(Queries):
             asyncpg.InterfaceError: The connection was not acquired from this pool.
         """
         require_seconds("timeout", timeout)
-        if not isinstance(connection, ResilientConnection) or not connection.belongs_to(self._lender):
+        if not isinstance(connection, ResilientConnection) or not self._lender.owns(connection):
             raise asyncpg.InterfaceError(
                 f"ResilientPool.release() received invalid connection: {connection!r} is not a member of this pool"
             )

@@ -239,7 +239,7 @@ class Attempt:
         begun = False
         try:
             await self._begin_on(_link(self._call))
-            lease.bind(self._witness)
+            self._shared.lender.bind(lease, self._witness)
             begun = True
         finally:
             if not begun:
@@ -364,7 +364,7 @@ class Attempt:
             return not self._is_serializable
         answer = Answer.UNKNOWN
         if mark.epoch is not None or mark.token is not None:
-            slot = None if self._lease is None else self._lease.detach()
+            slot = None if self._lease is None else self._shared.lender.detach(self._lease)
             answer = await self._shared.inquiry.resolve(slot, mark, self._call.deadline)
         self._call.settled = Outcome.ROLLED_BACK if answer is Answer.ABORTED else Outcome.UNKNOWN
         return answer is Answer.COMMITTED

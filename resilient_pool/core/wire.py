@@ -1,18 +1,20 @@
-"""The only module that touches asyncpg's inside: the socket, its options, liveness, and what a pool must tell a connection."""
+"""With resources.py the only module that touches asyncpg's inside: the socket, its options, liveness, and what a pool must tell a connection."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import os
 import re
 import select
 import socket
 import traceback
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import anyio
 import asyncpg
@@ -68,6 +70,12 @@ class ServerFacts:
         return self.handshake_pid != self.backend_pid
 
 
+class Borrower(Protocol):
+    """What stands between an application and the connection that is lent to it."""
+
+    def _release_on_close(self) -> None: ...
+
+
 def _always_readable(_timeout: int) -> list[tuple[int, int]]:
     return [(-1, 0)]
 
@@ -84,7 +92,18 @@ class Link:
         pid: The process id the server gave in the handshake.
     """
 
-    __slots__ = ("_poll", "_reset_roles", "connection", "doomed", "ended", "has_served", "opened_at", "pid")
+    __slots__ = (
+        "__weakref__",
+        "_borrower",
+        "_poll",
+        "_reset_roles",
+        "connection",
+        "doomed",
+        "ended",
+        "has_served",
+        "opened_at",
+        "pid",
+    )
 
     def __init__(self, connection: AnyConnection) -> None:
         self.connection = connection
@@ -94,6 +113,14 @@ class Link:
         self.opened_at = 0.0
         self.pid = connection.get_server_pid()
         self._poll = self._watch()
+        self._borrower: Borrower | None = None
+        inside: Any = connection
+        if hasattr(connection, "_pool_holder"):
+            # From asyncpg 0.32 on a connection that is closed reports it here; before, to what holds its proxy.
+            inside._pool_holder = weakref.ref(self)  # noqa: SLF001
+        # The driver forgets those who wait until they may write, of whom it learns nothing more from a lost connection.
+        protocol: Any = inside._protocol  # noqa: SLF001
+        asyncpg.Connection.add_termination_listener(connection, lambda _: protocol.resume_writing())
         self._reset_roles = ""
         capabilities: Any = connection._server_caps  # type: ignore[attr-defined] # noqa: SLF001
         if capabilities.sql_reset and capabilities.plpgsql:  # Redshift, CockroachDB and CrateDB lack one of the two
@@ -164,7 +191,7 @@ class Link:
         """Make one round trip, and say whether it was answered in time."""
         try:
             # Not an empty statement: asyncpg 0.32 raises AttributeError on its answer.
-            await self.connection.execute("SELECT 1", timeout=seconds)
+            await asyncpg.Connection.execute(self.connection, "SELECT 1", timeout=seconds)
         except Exception:  # noqa: BLE001 - whatever it is, there was no answer
             return False
         return True
@@ -234,7 +261,8 @@ class Link:
 
     def end(self) -> None:
         """Take note that the application closes the connection itself: nothing is wrong with the server then."""
-        self.ended = self.has_served = True
+        if self.is_usable:
+            self.ended = self.has_served = True
 
     async def close(self, seconds: float) -> None:
         """Say goodbye to the server; after `seconds` without an end, hang up."""
@@ -252,7 +280,7 @@ class Link:
         """Ask, in one query that is safe behind any pooler and within `seconds`, what stands at the other end."""
         try:
             with self._uncached():
-                row = await self.connection.fetchrow(_FACTS, timeout=seconds)
+                row = await asyncpg.Connection.fetchrow(self.connection, _FACTS, timeout=seconds)
         except asyncpg.PostgresError:
             # Databases that only speak PostgreSQL's protocol lack some of these functions.
             if self.connection.is_closed():
@@ -291,18 +319,53 @@ class Link:
         """Forget what is known of types."""
         self.connection._drop_local_type_cache()  # type: ignore[attr-defined] # noqa: SLF001
 
-    def lend(self, proxy: object) -> None:
-        """Make `proxy` the face of this connection, for its listeners and its caches."""
-        self.connection._set_proxy(proxy)  # type: ignore[attr-defined] # noqa: SLF001
+    def lend(self, borrower: Borrower) -> None:
+        """Make `borrower` the face of this connection, for its listeners and caches, and for the news that it is closed."""
+        self.connection._set_proxy(borrower)  # type: ignore[attr-defined] # noqa: SLF001
+        self._borrower = borrower
 
-    def take_back(self) -> None:
-        """End a lease: cursors and prepared statements made in it become invalid, listeners left behind are warned of."""
-        self.connection._set_proxy(None)  # type: ignore[attr-defined] # noqa: SLF001
-        self.connection._on_release()  # type: ignore[attr-defined] # noqa: SLF001
+    def take_back(self, borrower: Borrower) -> None:
+        """End a lease: what was made in it becomes invalid, listeners left behind are warned of. Nothing, if it has ended."""
+        if self._borrower is borrower:
+            self.leave(borrower)
+            self.connection._on_release()  # type: ignore[attr-defined] # noqa: SLF001
+
+    def leave(self, borrower: Borrower) -> None:
+        """End a lease of a connection that is closed. Nothing, if it has ended."""
+        if self._borrower is borrower:
+            self._borrower = None
+            self.connection._set_proxy(None)  # type: ignore[attr-defined] # noqa: SLF001
+
+    @property
+    def _con(self) -> AnyConnection:
+        return self.connection
+
+    def _release_on_close(self) -> None:
+        if self._borrower is not None:
+            self._borrower._release_on_close()  # noqa: SLF001
+
+    def add_query_logger(self, callback: Any) -> bool:
+        """Log queries to `callback`, and say whether they were not logged to it already."""
+        connection: Any = self.connection
+        before = len(connection._query_loggers)  # noqa: SLF001
+        connection.add_query_logger(callback)
+        return len(connection._query_loggers) > before  # noqa: SLF001
+
+    def call_soon(self, callbacks: list[Any], argument: object) -> None:
+        """Call functions and coroutine functions in the connection's event loop, unless it is closed."""
+        loop: asyncio.AbstractEventLoop = self.connection._loop  # type: ignore[attr-defined] # noqa: SLF001
+        if loop.is_closed():
+            return
+        for callback in callbacks:
+            if inspect.iscoroutinefunction(callback):
+                loop.create_task(callback(argument))
+            else:
+                loop.call_soon(callback, argument)
 
     async def begin(self, *, isolation: str | None, readonly: bool, deferrable: bool) -> None:
         """Begin a transaction, within which the driver's own `transaction()` makes savepoints."""
-        transaction: Any = self.connection.transaction(
+        transaction: Any = asyncpg.Connection.transaction(
+            self.connection,
             isolation=isolation,  # type: ignore[arg-type]
             readonly=readonly,
             deferrable=deferrable,
@@ -311,9 +374,20 @@ class Link:
         await transaction.start()
 
     async def end_transaction(self, command: str, *, timeout: float | None = None) -> str:
-        """Send COMMIT or ROLLBACK for what `begin()` began, and return what the server says that it did."""
+        """Send COMMIT or ROLLBACK for what `begin()` began, and return what the server says that it did.
+
+        Raises:
+            TimeoutError: It took longer than `timeout` seconds, also for an earlier cancellation. The connection is closed.
+        """
         self.connection._top_xact = None  # type: ignore[attr-defined] # noqa: SLF001
-        return await self.connection.execute(command, timeout=timeout)
+        if timeout is None:
+            return await asyncpg.Connection.execute(self.connection, command)
+        try:
+            async with asyncio.timeout(timeout):
+                return await asyncpg.Connection.execute(self.connection, command)
+        except TimeoutError:
+            self.terminate()
+            raise
 
     def tune(self, *, keepalive: bool, user_timeout: float | None) -> None:
         """Let the kernel notice a peer that vanished. asyncpg sets neither option; unix sockets need none.
