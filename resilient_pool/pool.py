@@ -169,6 +169,9 @@ class ResilientPool(Queries):
         try:
             result = await execute(slot.resource.connection)  # type: ignore[union-attr]
             answered = True
+        except asyncpg.ReadOnlySQLTransactionError:
+            await slot.resource.learn_why_read_only()  # type: ignore[union-attr]
+            raise
         finally:
             if answered and (self._never_resets or (self._trusts_reads and self._is_plain_read(sql))):
                 self._upkeep.give_back(slot)

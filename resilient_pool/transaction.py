@@ -136,6 +136,7 @@ class RetriedTransaction:
             fail_fast=options.get("fail_fast"),
         )
         self._runner = shared.lender.runner
+        self._call.read_only = options.get("readonly", False)
         self._memory = self._runner.begin_transaction(self._call)
         self._state = _State.READY
         self._head: Place | None = None
@@ -256,6 +257,7 @@ class Attempt:
             readonly=options.get("readonly", False),
             deferrable=options.get("deferrable", False),
         )
+        self._call.began = self._shared.clock.monotonic()
 
     @property
     def _asks(self) -> bool:
@@ -309,8 +311,11 @@ class Attempt:
         if not isinstance(error, Exception):
             return None  # there is no time; the connection's reset, in the background, does it
         await self._undo(link)
-        if self._witness.may_have_ended or not _is_the_drivers(unwrap(self._shared.config, error), link):
+        unwrapped = unwrap(self._shared.config, error)
+        if self._witness.may_have_ended or not _is_the_drivers(unwrapped, link):
             return None
+        if isinstance(unwrapped, asyncpg.ReadOnlySQLTransactionError):
+            await link.learn_why_read_only()
         self._call.settled = Outcome.ROLLED_BACK
         return error
 
@@ -329,6 +334,8 @@ class Attempt:
             mark = await self._mark(link)
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
             await self._undo(link)
+            if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+                await link.learn_why_read_only()
             return self._unless_ended(error)
         self._call.xid = mark.xid
         self._call.phase = Phase.COMMIT

@@ -119,6 +119,7 @@ class Connector:
         link.tune(keepalive=self._config.tcp_keepalive, user_timeout=self._config.tcp_user_timeout)
         # Several first connections may have been dialled before the first of them had its answer.
         facts = self.facts if target is self._target and self.facts is not None else await self._learn(target, link)
+        link.is_pooled = facts.has_pooler
         if facts.has_pooler and target.statement_cache_size is None:
             link.disable_statement_cache()
         if self._config.init is not None:

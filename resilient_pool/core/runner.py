@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Generic, TypeVar
 
+import asyncpg
+
 from resilient_pool.config import PoolConfig
 from resilient_pool.core import wire
 from resilient_pool.core.clock import Clock
@@ -23,6 +25,13 @@ from resilient_pool.policy.statements import StatementReader
 from resilient_pool.policy.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
 
 T = TypeVar("T")
+
+# The server's limits on a transaction: what it says, which setting that is, and of what kind of transaction.
+_LIMITS = (
+    ("25P04", "transaction_timeout", "lasts longer than"),
+    ("25P03", "idle_in_transaction_session_timeout", "is idle for longer than"),
+)
+_LOSSES = frozenset({Fault.STALE, Fault.DISCONNECTED, Fault.POISONED})
 
 
 class Call(Generic[T]):
@@ -42,16 +51,22 @@ class Call(Generic[T]):
         telling: The last error that says more than that time ran out.
         settled: What is known of the present attempt's outcome from elsewhere; it overrules what the error alone tells.
         xid: The id of the present attempt's transaction, where it is known.
+        read_only: Whether the caller asked for a read-only transaction.
+        began: When the present attempt's transaction began, on the line of `Clock.monotonic()`; `None` if there is none.
+        outlasted: How many attempts were lost when they had lasted longer than the server lets a transaction be idle.
     """
 
     __slots__ = (
+        "began",
         "deadline",
         "execute",
         "fail_fast",
         "idempotent",
         "link",
         "operation",
+        "outlasted",
         "phase",
+        "read_only",
         "replayable",
         "settled",
         "sql",
@@ -85,11 +100,14 @@ class Call(Generic[T]):
         self.telling: Exception | None = None
         self.settled: Outcome | None = None
         self.xid: int | None = None
+        self.read_only = False
+        self.began: float | None = None
+        self.outlasted = 0
 
     def begin_attempt(self) -> None:
         """Forget how far the attempt before came."""
         self.phase, self.link = Phase.CONNECT, None
-        self.settled = self.xid = None
+        self.settled = self.xid = self.began = None
 
     def remember(self, error: Exception) -> None:
         """Keep an error for the end, if it tells anything."""
@@ -107,7 +125,11 @@ class Call(Generic[T]):
     async def run_on(self, link: Link) -> T:
         """Execute on a connection."""
         self.reach(link)
-        return await self.execute(link.connection)
+        try:
+            return await self.execute(link.connection)
+        except asyncpg.ReadOnlySQLTransactionError:
+            await link.learn_why_read_only()
+            raise
 
 
 class Runner:
@@ -210,7 +232,8 @@ class Runner:
             Exception: `error`, or the last one that told more, when no further attempt may be made.
         """
         failure = self._see(call, error)
-        verdict = self._weigh(call, failure, judge(self._config, failure))
+        verdict = self._heed_limits(call, failure, judge(self._config, failure))
+        verdict = self._weigh(call, failure, verdict)
         self._take_measures(call, failure, verdict)
         now = self._clock.monotonic()
         if hindrance is None or verdict.fault is Fault.PERMANENT:
@@ -263,17 +286,52 @@ class Runner:
         return decision
 
     def _see(self, call: Call[T], error: Exception) -> Failure:
-        link = call.link
+        link, inner = call.link, unwrap(self._config, error)
+        refused = call.phase is Phase.EXECUTE and link is not None and wire.nothing_sent(inner, link)
+        why = None
+        if link is not None and isinstance(inner, asyncpg.ReadOnlySQLTransactionError):
+            why = link.read_only
         return Failure(
             error=error,
             phase=call.phase,
-            sent=call.phase is Phase.COMMIT
-            or (
-                call.phase is Phase.EXECUTE
-                and not (link is not None and wire.nothing_sent(unwrap(self._config, error), link))
-            ),
+            sent=call.phase is Phase.COMMIT or (call.phase is Phase.EXECUTE and not refused),
             writable=self._connector.expects_writes,
+            read_only_asked=call.read_only or (why is not None and why.asked),
+            in_recovery=None if why is None else why.in_recovery,
         )
+
+    def _heed_limits(self, call: Call[T], failure: Failure, verdict: Verdict) -> Verdict:
+        """Make final what the server's limits on a transaction have ended, or most likely have, and say so in a note.
+
+        A driver that reads a FATAL while nothing is asked keeps no word of it. Then it is known only that the connection was
+        lost, for how long the transaction had lasted, and which limits the server has. A limit on the whole must have been
+        met by then, and is met again; one on being idle only if the same happens twice.
+        """
+        inner = unwrap(self._config, failure.error)
+        told = {getattr(error, "sqlstate", None) for error in (inner, inner.__cause__)} - {None, "08003"}
+        if call.began is None and told.isdisjoint({sqlstate for sqlstate, _, _ in _LIMITS}):
+            return verdict
+        lasted = 0.0 if call.began is None else self._clock.monotonic() - call.began
+        for sqlstate, setting, kind in _LIMITS:
+            seconds = None if self._connector.facts is None else getattr(self._connector.facts, setting)
+            limit = f"{setting}{f' ({seconds:g} s)' if seconds else ''}"
+            if sqlstate in told and verdict.fault is Fault.PERMANENT:
+                failure.error.add_note(
+                    f"resilient_pool: the server ended the session, because it ends a transaction that {kind} {limit}, "
+                    f"{sqlstate}; it was not repeated: make it shorter, or raise that setting"
+                )
+                return verdict
+            if told or not seconds or lasted < seconds or verdict.fault not in _LOSSES:
+                continue
+            call.outlasted += 1
+            if sqlstate == "25P04" or call.outlasted > 1:
+                failure.error.add_note(
+                    f"resilient_pool: the connection was lost {lasted:.2f} s after the transaction began, and the server ends "
+                    f"one that {kind} {limit}, {sqlstate}; it was not repeated, because that is the likely reason: make it "
+                    "shorter, or raise that setting"
+                )
+                return replace(verdict, fault=Fault.PERMANENT)
+        return verdict
 
     def _weigh(self, call: Call[T], failure: Failure, verdict: Verdict) -> Verdict:
         if call.settled is not None:

@@ -42,8 +42,18 @@ _ROLES = "SELECT session_user::text, pg_catalog.current_setting('role')"
 _FACTS = """
     SELECT pg_catalog.pg_backend_pid(),
            pg_catalog.pg_is_in_recovery(),
-           EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8
+           EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8,
+           EXTRACT(epoch FROM pg_catalog.current_setting('idle_in_transaction_session_timeout', true)::interval)::float8,
+           EXTRACT(epoch FROM pg_catalog.current_setting('transaction_timeout', true)::interval)::float8
 """
+# Whether read-only is the default, and whether by what every server has alike: the session, the role or the database.
+_READ_ONLY = """
+    SELECT pg_catalog.pg_is_in_recovery(), setting = 'on',
+           setting = 'on' AND source NOT IN ('default', 'environment variable', 'configuration file', 'command line')
+    FROM pg_catalog.pg_settings WHERE name = 'default_transaction_read_only'
+"""
+# For how many seconds a server that has refused a write is asked why.
+_ASK_LIMIT = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +64,8 @@ class ServerFacts:
         version: The server's major version.
         in_recovery: Whether it is a standby.
         idle_session_timeout: After how many idle seconds it closes a session; `None` or 0 for never.
+        idle_in_transaction_session_timeout: Likewise, for a session that is idle in a transaction.
+        transaction_timeout: After how many seconds it ends a transaction, and the session; `None` or 0 for never.
         handshake_pid: The process id given in the handshake.
         backend_pid: The process id of the process that answered.
     """
@@ -61,6 +73,8 @@ class ServerFacts:
     version: int
     in_recovery: bool
     idle_session_timeout: float | None
+    idle_in_transaction_session_timeout: float | None = None
+    transaction_timeout: float | None = None
     handshake_pid: int
     backend_pid: int
 
@@ -76,6 +90,19 @@ class Borrower(Protocol):
     def _release_on_close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOnly:
+    """Why a server has refused to write.
+
+    Attributes:
+        in_recovery: Whether it was a standby; `None` if that is not certain.
+        asked: Whether read-only is the default of the session, the role or the database, as on any other server.
+    """
+
+    in_recovery: bool | None = None
+    asked: bool = False
+
+
 def _always_readable(_timeout: int) -> list[tuple[int, int]]:
     return [(-1, 0)]
 
@@ -86,6 +113,8 @@ class Link:
     Attributes:
         connection: The driver's connection.
         doomed: Whether it must not be used again; it is closed when it is given back.
+        is_pooled: Whether a pooler may let another server answer from one query to the next.
+        read_only: Why it has refused to write, if it was asked.
         has_served: Whether it has answered anything since it was opened, or was closed by the application itself.
         ended: Whether the application closed it itself.
         opened_at: When it was opened, on the line of `Clock.monotonic()`.
@@ -101,8 +130,10 @@ class Link:
         "doomed",
         "ended",
         "has_served",
+        "is_pooled",
         "opened_at",
         "pid",
+        "read_only",
     )
 
     def __init__(self, connection: AnyConnection) -> None:
@@ -111,6 +142,8 @@ class Link:
         self.has_served = False
         self.ended = False
         self.opened_at = 0.0
+        self.is_pooled = False
+        self.read_only: ReadOnly | None = None
         self.pid = connection.get_server_pid()
         self._poll = self._watch()
         self._borrower: Borrower | None = None
@@ -286,14 +319,42 @@ class Link:
             if self.connection.is_closed():
                 raise
             row = None
-        backend_pid, in_recovery, idle_session_timeout = row or (self.pid, False, None)
+        backend_pid, in_recovery, idle, idle_in_transaction, transaction = row or (self.pid, False, None, None, None)
         return ServerFacts(
             version=self.connection.get_server_version().major,
             in_recovery=in_recovery,
-            idle_session_timeout=idle_session_timeout,
+            idle_session_timeout=idle,
+            idle_in_transaction_session_timeout=idle_in_transaction,
+            transaction_timeout=transaction,
             handshake_pid=self.pid,
             backend_pid=backend_pid,
         )
+
+    async def learn_why_read_only(self) -> None:
+        """Find out, after the server has refused a write (25006), whether it was a standby, or was asked to be read-only.
+
+        A server from 14 on reports with each answer whether it is a standby: one that says it is not needs no question. What
+        it answers later is certain only if it explains the refusal: it may have been promoted meanwhile, and behind a pooler
+        another server may answer.
+        """
+        self.read_only = ReadOnly()
+        reported = None
+        try:
+            if not self.is_pooled:
+                reported = getattr(self.connection.get_settings(), "in_hot_standby", None)
+            if reported == "off":
+                self.read_only = ReadOnly(in_recovery=False)
+                return
+            with self._uncached():
+                row = await self.connection.fetchrow(_READ_ONLY, timeout=_ASK_LIMIT)
+        except Exception:  # noqa: BLE001 - whatever it is, there was no answer
+            row = None
+        in_recovery, is_default, asked = row or (None, False, False)
+        if reported == "on":
+            in_recovery = True
+        elif in_recovery is False and not is_default:
+            in_recovery = None
+        self.read_only = ReadOnly(in_recovery=in_recovery, asked=asked)
 
     @contextlib.contextmanager
     def _uncached(self) -> Iterator[None]:

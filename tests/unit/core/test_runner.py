@@ -11,8 +11,9 @@ from resilient_pool import BackoffPolicy, Fault, OutcomeUnknownError
 from resilient_pool.config import PoolConfig
 from resilient_pool.core.read_check import ReadCheck
 from resilient_pool.core.runner import Call, Runner
+from resilient_pool.core.wire import ReadOnly
 from resilient_pool.errors import AcquireTimeoutError
-from resilient_pool.observe.events import Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
+from resilient_pool.observe.events import DiscardReason, Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
 from resilient_pool.observe.stats import Counters
 from resilient_pool.policy.statements import StatementReader
 from resilient_pool.policy.verdict import Phase
@@ -29,10 +30,12 @@ def exactly(value: float) -> float:
 class Bench:
     """A runner whose attempts end as a script says, on a clock that moves by itself."""
 
-    def __init__(self, **arguments) -> None:
+    def __init__(self, *, opened_at=-1.0, read_only=None, **arguments) -> None:
+        self.opened_at, self.read_only = opened_at, read_only
         self.events = []
         self.clock = ScriptedClock()
         self.expired = 0
+        self.condemned: list[tuple[float, DiscardReason]] = []
         self.counters = Counters()
         defaults = {
             "backoff": BackoffPolicy(base=0.05, factor=2, max_value=2.0, jitter=exactly, max_attempts=5),
@@ -45,8 +48,8 @@ class Bench:
             config,
             StatementReader(),
             ReadCheck(StatementReader()),
-            SimpleNamespace(expire=self.expire),
-            SimpleNamespace(expects_writes=True),
+            SimpleNamespace(expire=self.expire, condemn=self.condemn),
+            SimpleNamespace(expects_writes=True, facts=None),
             self.clock,
             self.counters,
             Dispatcher([self.events.append]),
@@ -54,6 +57,9 @@ class Bench:
 
     def expire(self) -> None:
         self.expired += 1
+
+    def condemn(self, asked_at: float, reason: DiscardReason) -> None:
+        self.condemned.append((asked_at, reason))
 
     async def run(self, script, sql=READ, *, deadline=60.0, idempotent=False, replayable=True):
         self.attempts = 0
@@ -64,7 +70,11 @@ class Bench:
             phase, outcome = next(outcomes)
             call.phase = phase
             call.link = SimpleNamespace(
-                doomed=False, has_served=True, connection=SimpleNamespace(is_closed=lambda: True)
+                doomed=False,
+                has_served=True,
+                opened_at=self.opened_at,
+                read_only=self.read_only,
+                connection=SimpleNamespace(is_closed=lambda: True),
             )
             self.link = call.link
             if isinstance(outcome, Exception):
@@ -259,3 +269,41 @@ async def test_a_source_that_was_not_read_yet_is_read_later():
     """As long as the connection was still being set up, nothing was read."""
     bench = Bench()
     assert await bench.run([(Phase.CHECKOUT, lost()), (EXECUTE, "COPY 1")], None, replayable=False) == "COPY 1"
+
+
+def idle_and_refused() -> Exception:
+    return asyncpg.InternalClientError("cannot switch to state 11; another operation (2) is in progress")
+
+
+async def test_what_the_driver_refuses_to_send_is_repeated_and_idle_connections_are_given_up():
+    """Nothing was sent, and others may have heard the same last word."""
+    bench = Bench()
+    assert await bench.run([(EXECUTE, idle_and_refused()), (EXECUTE, 42)], WRITE) == 42
+    assert bench.condemned == [(0.0, DiscardReason.STALE)]
+
+
+async def test_a_stale_type_expires_every_connection_unless_it_was_met_on_a_new_one():
+    """One that was opened for this call has another trouble."""
+    stale = asyncpg.PostgresError.new({"S": "ERROR", "V": "ERROR", "C": "XX000", "M": "cache lookup failed for type 1"})
+    bench = Bench()
+    await bench.run([(EXECUTE, stale), (EXECUTE, 42)], WRITE)
+    assert bench.expired == 1
+    bench = Bench(opened_at=0.0)
+    await bench.run([(EXECUTE, stale), (EXECUTE, 42)], WRITE)
+    assert bench.expired == 0
+
+
+@pytest.mark.parametrize(
+    ("why", "attempts"),
+    [(None, 2), (ReadOnly(in_recovery=True), 2), (ReadOnly(in_recovery=False), 1), (ReadOnly(asked=True), 1)],
+)
+async def test_a_refused_write_is_repeated_only_where_the_server_may_have_been_demoted(why, attempts):
+    """What the connection has learnt about the refusal decides."""
+    bench = Bench(read_only=why)
+    script = [(EXECUTE, asyncpg.ReadOnlySQLTransactionError("read-only")), (EXECUTE, 42)]
+    if attempts == 1:
+        with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+            await bench.run(script, WRITE)
+    else:
+        assert await bench.run(script, WRITE) == 42
+    assert (bench.attempts, bench.expired) == (attempts, attempts - 1)
