@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
 
@@ -22,7 +24,7 @@ from resilient_pool.config import PoolConfig
 from resilient_pool.core.clock import SystemClock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError, MigrationLockedError, ResilientPoolError
 from resilient_pool.migrate import CONNECT_TIMEOUT, DEADLINE, LOCK, MIGRATION_BACKOFF, count, run_migration, sealed_dsn
-from resilient_pool.migration.output import print_line
+from resilient_pool.migration.output import print_line, secrets_around
 from resilient_pool.observe.events import (
     Event,
     MigrationLockLost,
@@ -34,6 +36,7 @@ from resilient_pool.observe.events import (
 from resilient_pool.observe.redaction import Secret, scrub
 from resilient_pool.policy.backoff import RECONNECT_BACKOFF
 from resilient_pool.pool import ResilientPool
+from resilient_pool.usage import Parser, without_arguments
 
 if TYPE_CHECKING:
     from resilient_pool.doctor import Finding
@@ -68,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _settle_streams()
     try:
         return _main(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        _say(f"ended by {signal.SIGINT.name}")
+        return 128 + signal.SIGINT
     finally:
         _give_up_broken_streams()
 
@@ -78,7 +84,8 @@ def _main(given: list[str]) -> int:
 
         return demo(given[1:])
     before, separator, command = _split(given)
-    options = _parser().parse_args(before)
+    options, extras = _parser(given).parse_known_args(before)
+    options.parser.refuse_unknown(extras)
     if options.action == "migrate":
         _settle(options, command if separator else None)
     elif separator:
@@ -95,10 +102,12 @@ def _split(given: list[str]) -> tuple[list[str], bool, list[str]]:
     return given[:position], True, given[position + 1 :]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="resilient-pool", epilog=_EPILOG)
-    actions = parser.add_subparsers(dest="action", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+def _parser(given: Sequence[str]) -> Parser:
+    make = functools.partial(Parser, given=given)
+    parser = make(prog="resilient-pool", epilog=_EPILOG)
+    kind = cast("type[Parser]", make)  # it makes one, which is all that is asked of it
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=kind)
+    common = make(add_help=False)
     common.add_argument("--dsn", help="where the database is; a password in it can be seen in the process list")
     common.add_argument("--json", action="store_true", help="write the result to standard output as JSON")
     migrate = actions.add_parser(
@@ -115,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor = actions.add_parser("doctor", parents=[common], epilog=_EPILOG, help="look at the database, and advise")
     _add_seconds(doctor, "--timeout", WAIT_SECONDS, "how long to wait for the database")
     doctor.add_argument("--min-size", type=int, help="the application's min_size")
+    doctor.add_argument(
+        "--max-size",
+        type=int,
+        help="the application's max_size (default: the pool's own, or --min-size if that is more)",
+    )
     doctor.add_argument("--statement-cache-size", type=int, help="the application's statement_cache_size")
     doctor.add_argument(
         "--max-inactive-connection-lifetime", type=float, metavar="SECONDS", help="the application's own, likewise"
@@ -164,6 +178,8 @@ def _settle(options: argparse.Namespace, command: list[str] | None) -> None:
         refuse("no command behind --")
     if len(directory) > 1 or (directory and " " in directory[0] and not Path(directory[0]).exists()):
         refuse(f"a command stands behind --: migrate -- {' '.join(directory)}")
+    if directory and re.match(r"[A-Za-z][A-Za-z0-9+.\-]+:/", directory[0]):
+        refuse("migrate takes a directory of *.sql files, not a URL; the database is named by --dsn or DATABASE_URL")
     if directory == [""]:
         refuse("the directory's name is empty; the present one is '.'")
     options.migration = command or Path(directory[0])
@@ -216,7 +232,9 @@ def _report(options: argparse.Namespace, error: Exception) -> int:
     """Tell an error, and return the exit status that it means."""
     status, word = _meaning(error)
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-    text = scrub(f"{_told(error)}{notes}", _secrets(options.dsn))
+    text = scrub(f"{_told(error)}{notes}", _secrets(options))
+    if status == USAGE:
+        text = without_arguments(text, [word for word in (options.dsn, *getattr(options, "directory", ())) if word])
     _say(f"resilient-pool: {word}: {text}")
     if options.json:
         facts: dict[str, object] = {"status": word, "exit_status": status, "error": text}
@@ -244,11 +262,18 @@ def _told(error: Exception) -> str:
     return str(error) if own and str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
-def _secrets(dsn: str | None) -> tuple[Secret, ...]:
+def _secrets(options: argparse.Namespace) -> tuple[Secret, ...]:
+    given = [str(word) for word in (options.dsn, *_command_of(options)) if word]
     try:
-        return PoolConfig.from_arguments(sealed_dsn(dsn)).secrets()
+        known = PoolConfig.from_arguments(sealed_dsn(options.dsn)).secrets()
     except ConfigurationError:
-        return ()
+        known = ()
+    return (*known, *secrets_around(given))
+
+
+def _command_of(options: argparse.Namespace) -> Sequence[str]:
+    migration = getattr(options, "migration", None)
+    return migration if isinstance(migration, list) else ()
 
 
 # The actions
@@ -288,13 +313,16 @@ async def _wait(options: argparse.Namespace) -> int:
 async def _doctor(options: argparse.Namespace) -> int:
     from resilient_pool.doctor import examine  # noqa: PLC0415 - nobody else needs it
 
-    names = ("min_size", "statement_cache_size", "max_inactive_connection_lifetime")
+    names = ("min_size", "max_size", "statement_cache_size", "max_inactive_connection_lifetime")
+    arguments = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if "min_size" in arguments and "max_size" not in arguments:
+        arguments["max_size"] = max(arguments["min_size"], PoolConfig.__dataclass_fields__["max_size"].default)
     findings = await examine(
         sealed_dsn(options.dsn),
         deadline=options.timeout,
         backoff=WAIT_BACKOFF,
         observers=[_Narrator()],
-        arguments={name: value for name in names if (value := getattr(options, name)) is not None},
+        arguments=arguments,
     )
     status = FAILED if any(finding.level == "problem" for finding in findings) else DONE
     if options.json:

@@ -101,9 +101,10 @@ async def examine(
         arguments: Other arguments of the application's pool that are to be judged.
 
     Raises:
-        ConfigurationError: The DSN is wrong.
+        ConfigurationError: The DSN or an argument is wrong.
         Exception: The driver's own error, if the database never came.
     """
+    config = PoolConfig.from_arguments(dsn, **arguments)  # before the database is waited for
     poolers: list[Event] = []
 
     def notice(event: Event) -> None:
@@ -120,7 +121,7 @@ async def examine(
         after = datetime.now(UTC).timestamp()
     skew = row.pop("clock") - (before + after) / 2
     facts = Facts(**row, skew=skew, pooler=bool(poolers))
-    return diagnose(facts, PoolConfig.from_arguments(dsn, **arguments))
+    return diagnose(facts, config)
 
 
 def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:

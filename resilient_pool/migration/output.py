@@ -23,7 +23,10 @@ _KEPT_FOR_THE_RESULT = 40
 _PASSWORD_IN_URL = re.compile(r"://[^\s:/?#@]*:([^\s@]+)@")
 # In a DSN of words (quoted or not), and in a URL's query.
 _PASSWORD_IN_PAIRS = re.compile(r"\bpassword\s*=\s*(?:'((?:[^'\\]|\\.)*)'|([^\s&;'\"]+))", re.IGNORECASE)
-_NAMES_OF_PASSWORDS = ("PASSWORD", "PASSWD")
+_NAME_OF_PASSWORD = re.compile(r"(?:PASSWORD|PASSWD|PASSPHRASE|(?:^|_)(?:PASS|PW|PWD))\Z", re.IGNORECASE)
+# A URL, also one that lost a slash or its scheme, or words such as `password=...`.
+_TELLING = re.compile(r"[a-z]:/|@|(?:pass|pwd|secret|token)\w*['\"]?\s*[=:]", re.IGNORECASE)
+_DIRECTORIES = frozenset({"PWD", "OLDPWD"})
 
 
 def print_line(line: str) -> None:
@@ -58,14 +61,19 @@ def guarded(sink: LineSink) -> LineSink:
 def secrets_around(texts: Iterable[str], environment: Mapping[str, str] = os.environ) -> Iterator[Secret]:
     """Yield the passwords that a command is given.
 
-    They are the values of variables whose name ends in PASSWORD or PASSWD, and, in arguments and variables, what stands
-    in a URL as `user:password@` or anywhere as `password=...`.
+    They are the values of variables whose name ends in PASSWORD, PASSWD or PASSPHRASE, or as a word of its own in PASS, PW or
+    PWD, and, in arguments and variables, what stands in a URL as `user:password@` or anywhere as `password=...`.
     """
     for name, value in environment.items():
-        if value and name.upper().endswith(_NAMES_OF_PASSWORDS):
+        if value and name not in _DIRECTORIES and _NAME_OF_PASSWORD.search(name):
             yield Secret(value)
     for text in (*texts, *environment.values()):
         yield from map(Secret, _passwords_in(text))
+
+
+def may_hold_a_password(text: str) -> bool:
+    """Whether an argument looks like a DSN, or like a part of one, so that no error may quote it."""
+    return _TELLING.search(text) is not None
 
 
 def _passwords_in(text: str) -> Iterator[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import html
 import json
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 from urllib.parse import quote, quote_plus
@@ -88,7 +90,7 @@ class Secret:
 def scrub(text: str, secrets: Iterable[Secret] = ()) -> str:
     """Return `text` without secrets.
 
-    Taken out are the known `secrets`: whole, in part, URL-quoted, and escaped as by `repr` or JSON; and, known or not, the
+    Taken out are the known `secrets`: whole, in part, URL-quoted, escaped as by `repr`, JSON or HTML, and in base64 or hexadecimal digits; and, known or not, the
     password of every `scheme://user:password@host` and the value of every `password=...`. A part is a run of half the
     secret's length, of at least 4 and at most 8 characters. It rather takes out too much than too little.
 
@@ -149,7 +151,18 @@ def _forms(value: str) -> set[str]:
     doubled = value.replace("\\", "\\\\")
     escaped = {repr(value)[1:-1], ascii(value)[1:-1], doubled, doubled.replace("'", "\\'"), value.replace("'", "''")}
     escaped |= {json.dumps(value, ensure_ascii=plain)[1:-1] for plain in (True, False)}
-    return {value} | quoted | lower | escaped
+    raw = _bytes(value)
+    encoded = {raw.hex(), raw.hex().upper(), html.escape(value), *_in_base64(raw)}
+    return {value} | quoted | lower | escaped | encoded
+
+
+def _in_base64(value: bytes) -> Iterator[str]:
+    """Yield how base64 writes it, whatever stands before it, as `user:` does: without the characters that both share."""
+    for before, shared in enumerate((0, 2, 3)):
+        written = b64encode(bytes(before) + value).decode().rstrip("=")
+        whole = written if (before + len(value)) % 3 == 0 else written[:-1]
+        yield whole[shared:]
+        yield whole[shared:].replace("+", "-").replace("/", "_")
 
 
 def _bytes(value: str) -> bytes:
