@@ -276,9 +276,9 @@ def _check(files: Iterable[SqlFile], recorded: Mapping[str, asyncpg.Record]) -> 
         elif file.statements.any and file.checksum in gone:
             before = gone[file.checksum]
             raise MigrationFailedError(
-                f"{file.name} holds exactly what is recorded as {before}, which is no longer in the directory: it was renamed, "
-                f"and would be applied again. Give it its name back, or rename the record: {_renaming(before, file.name)}. If it "
-                "has to be applied once more, change a comment in it"
+                f"{file.name} holds exactly what is recorded as {before}, which is no longer in the directory: most "
+                f"likely it was renamed, and would be applied again. Give it its name back, or rename the record: "
+                f"{_renaming(before, file.name)}. If it has to be applied as well, change a comment in it"
             )
 
 
@@ -416,7 +416,7 @@ def _unknown(file: SqlFile) -> MigrationFailedError:
 
 def _failed(file: SqlFile, error: Exception, more: str = "") -> MigrationFailedError:
     said = str(error) if isinstance(error, asyncpg.PostgresError) else f"{type(error).__name__}: {error}".rstrip(": ")
-    if file.transactional and getattr(error, "sqlstate", None) == "25001":
+    if getattr(error, "server_source_function", None) == "PreventInTransactionBlock":
         more += f"\nPut it alone into a file that begins with {NO_TRANSACTION!r}"
     return MigrationFailedError(f"{file.name}{_place(file, error)}: {said}{more}")
 
