@@ -23,6 +23,7 @@ from resilient_pool.core.runner import Call
 from resilient_pool.core.wire import AnyConnection, Link
 from resilient_pool.inquiry import Inquiry
 from resilient_pool.policy.atomicity import ends_transaction
+from resilient_pool.policy.classifier import refuses_commit, tells_of_a_closed_connection
 from resilient_pool.policy.statements import StatementReader
 from resilient_pool.policy.verdict import Outcome, Phase
 
@@ -404,23 +405,20 @@ def _link(call: Call[None]) -> Link:
 
 
 def _is_the_drivers(error: BaseException, link: Link) -> bool:
-    """Whether an error that left the block, once it is unwrapped, can be this connection's."""
+    """Whether an error that left the block, once it is unwrapped, can be this connection's.
+
+    One that tells of a lost connection is another connection's while this one is open.
+    """
     if isinstance(error, OSError):
         return link.connection.is_closed() and not isinstance(error, TimeoutError)
+    if tells_of_a_closed_connection(error) and not link.connection.is_closed():
+        return False
     return isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError)
 
 
 def _is_refusal(error: Exception, link: Link) -> bool:
     """Whether a failed COMMIT is known to have been refused, or never sent."""
-    if wire.nothing_sent(error, link):
-        return True
-    # 08 and 40003 are what poolers and servers say when they do not know themselves.
-    return (
-        isinstance(error, asyncpg.PostgresError)
-        and not link.connection.is_closed()
-        and (error.sqlstate or "08")[:2] != "08"
-        and error.sqlstate != "40003"
-    )
+    return wire.nothing_sent(error, link) or (refuses_commit(error) and not link.connection.is_closed())
 
 
 def _refuse_to_call_it_committed() -> NoReturn:

@@ -774,6 +774,37 @@ def refuses_credentials(error: BaseException) -> bool:
     return _sqlstate(refusal) in _CODES_OF_REFUSALS and _REFUSED_CREDENTIALS.search(_text(refusal)) is not None
 
 
+def tells_of_a_closed_connection(error: BaseException) -> bool:
+    """Say whether the driver, and not a server, says that a connection is closed or was lost; it may be any connection.
+
+    Args:
+        error: What was raised, unwrapped.
+    """
+    if isinstance(error, driver.ConnectionDoesNotExistError):
+        return _severity(error) == ""
+    return isinstance(error, driver.InterfaceError) and _CLOSED.search(_text(error)) is not None
+
+
+# What servers and poolers say when they do not know themselves what became of a COMMIT: a lost connection (08), a server that
+# ends (57P), a pooler's or the system's trouble (58), an internal error (XX, also CockroachDB's XXA00: it has committed).
+_NO_WORD_ABOUT_A_COMMIT = ("08", "40003", "57P", "58", "XX")
+
+
+def refuses_commit(error: BaseException) -> bool:
+    """Say whether an answer to COMMIT is a refusal, so that the transaction is certain to be rolled back.
+
+    Args:
+        error: What the driver has raised for COMMIT.
+
+    Returns:
+        `True` for an ERROR of the server's own with a code that is no word about a lost connection. What ends the session
+        (a FATAL, also one after which a pooler keeps its client) and what a pooler says for its server are no refusals.
+    """
+    if not isinstance(error, driver.PostgresError) or _severity(error) != "ERROR":
+        return False
+    return _sqlstate(error) != "" and not _sqlstate(error).startswith(_NO_WORD_ABOUT_A_COMMIT)
+
+
 def _see(failure: Failure, error: BaseException) -> Sighting:
     """Find what speaks for a failure, once it is unwrapped, and whether the connection is gone."""
     last_word = error

@@ -14,11 +14,12 @@ from resilient_pool import ResilientPool
 from resilient_pool.testing import EmbeddedPostgres
 
 
-def last_word(sqlstate: str, message: str) -> bytes:
-    body = f"SFATAL\0VFATAL\0C{sqlstate}\0M{message}\0\0".encode()
+def last_word(sqlstate: str, message: str, severity: str = "FATAL") -> bytes:
+    body = f"S{severity}\0V{severity}\0C{sqlstate}\0M{message}\0\0".encode()
     return b"E" + struct.pack("!I", len(body) + 4) + body
 
 
+READY = b"Z" + struct.pack("!I", 5) + b"I"
 GOODBYE = last_word("57P01", "terminating connection due to administrator command")
 
 
@@ -29,6 +30,8 @@ class Relay:
         self._target = (postgres.host, postgres.port)
         self._writers: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._commits = 0
+        self.instead_of_commit: bytes | None = None
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -46,17 +49,30 @@ class Relay:
         self._writers.append(writer)
         up_reader, up_writer = await asyncio.open_connection(*self._target)
         try:
-            await asyncio.gather(self._pump(reader, up_writer), self._pump(up_reader, writer))
+            await asyncio.gather(
+                self._pump(reader, up_writer, self._asked), self._pump(up_reader, writer, self._answered)
+            )
         finally:
             up_writer.close()
             writer.close()
 
     @staticmethod
-    async def _pump(reader, writer):
+    async def _pump(reader, writer, see):
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
-                writer.write(data)
+                writer.write(see(data))
         writer.close()
+
+    def _asked(self, data: bytes) -> bytes:
+        self._commits += data.startswith(b"Q") and b"COMMIT" in data
+        return data
+
+    def _answered(self, data: bytes) -> bytes:
+        if not self._commits:
+            return data
+        self._commits = 0
+        words, self.instead_of_commit = self.instead_of_commit, None
+        return data if words is None else words
 
     def say(self, words: bytes) -> None:
         """Send something to every client that is connected now, and leave the connections as they are."""
@@ -170,3 +186,29 @@ async def test_a_refused_reset_says_nothing_about_the_statement_before_it(relay,
     ) as pool:
         await pool.execute(f"INSERT INTO {table} VALUES (1)")
         assert await pool.fetchval(f"SELECT count(*) FROM {table}") == 1
+
+
+NO_ANSWERS = {
+    "PgCat, which goes on": last_word("58000", "error receiving data from server") + READY,
+    "CockroachDB": last_word("XXA00", "transaction committed but schema change aborted with error: (23505)", "ERROR")
+    + READY,
+    "YugabyteDB": last_word("XX000", "Timed out: Perform RPC (request call id 1)", "ERROR") + READY,
+    "a server that shuts down": last_word("57P01", "server is shutting down", "ERROR") + READY,
+}
+
+
+@pytest.mark.parametrize("words", NO_ANSWERS.values(), ids=NO_ANSWERS)
+async def test_a_pooler_that_cannot_tell_what_became_of_a_commit_has_not_refused_it(pool, relay, table, words):
+    """The server has committed: it is asked, and the block is not run again."""
+    attempts = 0
+
+    async def work(connection):
+        nonlocal attempts
+        attempts += 1
+        await connection.execute(f"INSERT INTO {table} VALUES (1)")
+        relay.instead_of_commit = words
+
+    async with asyncio.timeout(10):
+        await pool.run_in_transaction(work)
+    assert attempts == 1
+    assert await pool.fetchval(f"SELECT count(*) FROM {table}") == 1

@@ -154,3 +154,23 @@ async def test_an_applications_wrapper_is_seen_through_where_the_classifier_is_t
         with contextlib.nullcontext() if knows else pytest.raises(Sealed):
             await pool.run_in_transaction(work)
     assert attempts == (2 if knows else 1)
+
+
+@pytest.mark.parametrize("when", ["in the middle", "before"])
+async def test_a_connection_to_another_database_that_is_lost_is_not_this_one(pool, postgres, table, when):
+    """The block is not run again for it: what it has done there could be done twice."""
+    attempts = 0
+    other = await asyncpg.connect(postgres.dsn())
+
+    async def work(connection):
+        nonlocal attempts
+        attempts += 1
+        await connection.execute(f"INSERT INTO {table} VALUES (1)")
+        if when == "before":
+            other.terminate()
+        asyncio.get_running_loop().call_later(0.05, other.terminate)
+        await other.execute("SELECT pg_sleep(10)")
+
+    with pytest.raises((asyncpg.ConnectionDoesNotExistError, asyncpg.InterfaceError)):
+        await pool.run_in_transaction(work)
+    assert attempts == 1

@@ -12,7 +12,13 @@ from asyncpg import exceptions as driver
 
 from resilient_pool.errors import AcquireTimeoutError, ConfigurationError, OutcomeUnknownError
 from resilient_pool.policy import classifier
-from resilient_pool.policy.classifier import RULES, PostgresClassifier, describe_rules, refuses_credentials
+from resilient_pool.policy.classifier import (
+    RULES,
+    PostgresClassifier,
+    describe_rules,
+    refuses_commit,
+    refuses_credentials,
+)
 from resilient_pool.policy.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
 
 KEEP, DISCARD, EXPIRE = Disposition.KEEP, Disposition.DISCARD, Disposition.EXPIRE
@@ -690,6 +696,35 @@ def test_the_servers_function_tells_a_refusal_in_any_language() -> None:
 def test_other_refusals_are_not_about_credentials() -> None:
     """A new password does not help against them."""
     assert [name for name, error in NOT_REFUSED.items() if refuses_credentials(error)] == []
+
+
+# COMMIT
+
+REFUSALS_OF_COMMIT = {
+    "a deferred constraint": server("23505"),
+    "a conflict": server("40001"),
+    "a trigger's own": server("P0001"),
+    "cancelled": server("57014"),
+}
+NO_REFUSALS_OF_COMMIT = {
+    "PgCat, on a connection that lives": fatal("58000", "error receiving data from server"),
+    "PgDog": server("58000", "query timeout"),
+    "Odyssey": server("08006", "odyssey: c1: remote server read/write error s2"),
+    "CockroachDB shuts down": server("57P01", "server is shutting down"),
+    "CockroachDB has committed": server("XXA00", "transaction committed but schema change aborted with error: (23505)"),
+    "YugabyteDB": server("XX000", "Timed out: Perform RPC"),
+    "completion unknown": server("40003"),
+    "resolution unknown": server("08007"),
+    "a FATAL": fatal("40001"),
+    "a loss": loss(server("23505")),
+    "the driver's own": driver.InternalClientError("not connected"),
+}
+
+
+def test_only_the_servers_own_error_refuses_a_commit() -> None:
+    """Everything else may have been said after the server had committed, or without asking it."""
+    assert [name for name, error in REFUSALS_OF_COMMIT.items() if not refuses_commit(error)] == []
+    assert [name for name, error in NO_REFUSALS_OF_COMMIT.items() if refuses_commit(error)] == []
 
 
 # Rules of one's own
