@@ -338,7 +338,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             self._require_loan(call.operation)
         link = await self._adopt(call)
         self._require_loan(call.operation)
-        return await call.run_on(link)
+        return await self._lender.runner.run_on(call, link)
 
     async def _adopt(self, call: Call[T]) -> Link:
         """Become the face of the connection in this loan's slot, set it up if it is new here, and return it."""

@@ -161,8 +161,8 @@ class ResilientPool(Queries):
         slot = await self._checkout.take(call.deadline, fail_fast=call.fail_fast)
         if self._sets_up:
             return await self._attempt_on_loan(await self._lender.lend_slot(slot, call), call)
-        call.reach(slot.resource)  # type: ignore[arg-type]
-        return await self._use(slot, call.sql, call.execute)
+        link = cast("Link", slot.resource)
+        return await self._use(slot, call.sql, lambda _: self._runner.run_on(call, link))
 
     async def _use(self, slot: Slot[Link], sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]]) -> T:
         answered, reset = False, None
@@ -183,7 +183,7 @@ class ResilientPool(Queries):
 
     async def _attempt_on_loan(self, lease: ResilientConnection, call: Call[T]) -> T:
         try:
-            result = await call.run_on(await self._lender.adopt(lease, call))
+            result = await self._runner.run_on(call, await self._lender.adopt(lease, call))
         finally:
             reset = self._lender.take_back(lease)
         if self._waits_for_reset:

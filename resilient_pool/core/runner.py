@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import asyncpg
@@ -34,6 +34,30 @@ _LIMITS = (
 _LOSSES = frozenset({Fault.STALE, Fault.DISCONNECTED, Fault.POISONED})
 
 
+_BEGIN_GUARD = "BEGIN READ ONLY, NOT DEFERRABLE"
+_SHORTEST_LIMIT = 1.0
+"""Of a guard's own statements, in seconds: what is left of a deadline can be nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """How an attempt ended whose outcome is unknown.
+
+    Attributes:
+        error: What was raised.
+        fault: What is known about it.
+        sqlstate: The server's code, if there was any.
+    """
+
+    error: Exception
+    fault: Fault
+    sqlstate: str | None
+
+
+class _RefusedError(Exception):
+    """A guard does not let a call be repeated: it may write."""
+
+
 class Call(Generic[T]):
     """One thing the application asked for, through all its attempts.
 
@@ -49,6 +73,10 @@ class Call(Generic[T]):
         phase: How far the present attempt has come.
         link: The connection of the present attempt, once there is one.
         telling: The last error that says more than that time ran out.
+        loss: How the first attempt ended whose outcome is unknown, if the call may be repeated only because it looks like a
+            read. Every later attempt is guarded then.
+        harmless: Whether the server's catalog said that it calls nothing that may write.
+        scheduled: The retry that is told once the guard allows it.
         settled: What is known of the present attempt's outcome from elsewhere; it overrules what the error alone tells.
         xid: The id of the present attempt's transaction, where it is known.
         read_only: Whether the caller asked for a read-only transaction.
@@ -61,13 +89,16 @@ class Call(Generic[T]):
         "deadline",
         "execute",
         "fail_fast",
+        "harmless",
         "idempotent",
         "link",
+        "loss",
         "operation",
         "outlasted",
         "phase",
         "read_only",
         "replayable",
+        "scheduled",
         "settled",
         "sql",
         "started",
@@ -98,6 +129,9 @@ class Call(Generic[T]):
         self.phase = Phase.CONNECT
         self.link: Link | None = None
         self.telling: Exception | None = None
+        self.loss: Loss | None = None
+        self.harmless = False
+        self.scheduled: RetryScheduled | None = None
         self.settled: Outcome | None = None
         self.xid: int | None = None
         self.read_only = False
@@ -121,15 +155,6 @@ class Call(Generic[T]):
     def reach(self, link: Link) -> None:
         """Remember that the present attempt has come to execute on a connection."""
         self.phase, self.link = Phase.EXECUTE, link
-
-    async def run_on(self, link: Link) -> T:
-        """Execute on a connection."""
-        self.reach(link)
-        try:
-            return await self.execute(link.connection)
-        except asyncpg.ReadOnlySQLTransactionError:
-            await link.learn_why_read_only()
-            raise
 
 
 class Runner:
@@ -214,6 +239,55 @@ class Runner:
             except Exception as failure:  # noqa: BLE001 - every error is classified, none is swallowed
                 error = failure
 
+    async def run_on(self, call: Call[T], link: Link) -> T:
+        """Execute a call on a connection; guarded, if an earlier attempt of it may have taken effect.
+
+        A guarded attempt runs in a read-only transaction, after the server's catalog has said that the text calls nothing
+        that may write. Whatever goes wrong in it, the connection is not used again: the transaction may be open.
+        """
+        call.reach(link)
+        if call.loss is not None and call.sql is not None:
+            return await self._run_guarded(call, call.sql, link)
+        try:
+            return await call.execute(link.connection)
+        except asyncpg.ReadOnlySQLTransactionError:
+            await link.learn_why_read_only()
+            raise
+
+    async def _run_guarded(self, call: Call[T], sql: str, link: Link) -> T:
+        call.phase = Phase.CHECKOUT  # what comes before the statement is part of getting the connection
+        if not await self._read_check.allows(link, (sql,), timeout=self._limit(call)):
+            raise _RefusedError
+        call.harmless = True
+        self._tell_scheduled(call)
+        ended = False
+        try:
+            await link.connection.execute(_BEGIN_GUARD, timeout=self._limit(call))
+            call.phase = Phase.EXECUTE
+            try:
+                result = await call.execute(link.connection)
+            except asyncpg.ReadOnlySQLTransactionError as error:
+                raise _RefusedError from error
+            ended = await self._end_guard(call, link)
+        finally:
+            if not ended:
+                link.doomed = True
+        return result
+
+    async def _end_guard(self, call: Call[T], link: Link) -> bool:
+        """Commit what only read, and say whether the connection can be used again."""
+        try:
+            await link.connection.execute("COMMIT", timeout=self._limit(call))
+        except Exception as error:
+            # A refusal says that a serializable transaction must not have read this. Without an answer, the result stands.
+            if isinstance(error, asyncpg.PostgresError) and not link.connection.is_closed():
+                raise
+            return False
+        return True
+
+    def _limit(self, call: Call[T]) -> float | None:
+        return None if call.deadline is None else max(call.deadline - self._clock.monotonic(), _SHORTEST_LIMIT)
+
     def next_delay(self, call: Call[T], state: RetryState, error: Exception, *, hindrance: str | None = None) -> float:
         """Say how long to wait before the next attempt.
 
@@ -231,10 +305,14 @@ class Runner:
             OutcomeUnknownError: The call may have taken effect, and may not be repeated.
             Exception: `error`, or the last one that told more, when no further attempt may be made.
         """
+        if isinstance(error, _RefusedError) and call.loss is not None:
+            raise self._unknown(call, state, call.loss)
         failure = self._see(call, error)
         verdict = self._heed_limits(call, failure, judge(self._config, failure))
         verdict = self._weigh(call, failure, verdict)
         self._take_measures(call, failure, verdict)
+        if call.loss is None and self._needs_guard(call, verdict):
+            call.loss = Loss(error=error, fault=verdict.fault, sqlstate=nearest_sqlstate(failure))
         now = self._clock.monotonic()
         if hindrance is None or verdict.fault is Fault.PERMANENT:
             decision = self._decide(call, state, failure, verdict, now)
@@ -248,20 +326,24 @@ class Runner:
         if isinstance(decision, GiveUp):
             raise self._farewell(call, state, failure, verdict, decision.reason)
         call.remember(error)
-        self._counters.retries[verdict.fault] += 1
-        if self._dispatcher:
-            self._dispatcher.tell(
-                RetryScheduled(
-                    operation=call.operation,
-                    fault=verdict.fault,
-                    outcome=verdict.outcome,
-                    sqlstate=nearest_sqlstate(failure),
-                    attempt=state.attempts,
-                    delay=decision.delay,
-                    elapsed=state.elapsed(now),
-                )
-            )
+        call.scheduled = RetryScheduled(
+            operation=call.operation,
+            fault=verdict.fault,
+            outcome=verdict.outcome,
+            sqlstate=nearest_sqlstate(failure),
+            attempt=state.attempts,
+            delay=decision.delay,
+            elapsed=state.elapsed(now),
+        )
+        if call.loss is None:
+            self._tell_scheduled(call)
         return decision.delay
+
+    def _tell_scheduled(self, call: Call[T]) -> None:
+        scheduled, call.scheduled = call.scheduled, None
+        if scheduled is not None:
+            self._counters.retries[scheduled.fault] += 1
+            self._dispatcher.tell(scheduled)
 
     def _decide(
         self, call: Call[T], state: RetryState, failure: Failure, verdict: Verdict, now: float
@@ -363,37 +445,38 @@ class Runner:
         # trouble.
         return verdict.fault is Fault.STATEMENT_CACHE and call.link is not None and call.link.opened_at >= call.started
 
+    def _needs_guard(self, call: Call[T], verdict: Verdict) -> bool:
+        lost = verdict.outcome is Outcome.UNKNOWN and verdict.fault is not Fault.PERMANENT
+        return lost and not self._may_run_twice(call) and self._is_repeatable(call)
+
+    def _may_run_twice(self, call: Call[T]) -> bool:
+        return call.idempotent or self._config.retry_unknown
+
     def _is_repeatable(self, call: Call[T]) -> bool:
-        return (
-            call.idempotent
-            or self._config.retry_unknown
-            or (call.sql is not None and self._reader.is_plain_read(call.sql))
-        )
+        return self._may_run_twice(call) or (call.sql is not None and self._reader.looks_like_read(call.sql))
 
     def _farewell(
         self, call: Call[T], state: RetryState, failure: Failure, verdict: Verdict, reason: GiveUpReason
     ) -> Exception:
         # What the statement itself met is told as it is, also that the time it was given has run out.
         error = failure.error if failure.phase is Phase.EXECUTE else call.most_telling(failure.error)
+        # And whatever ended the call later says nothing about an attempt that was lost.
+        doubt = None if call.harmless else call.loss
+        if doubt is not None:
+            error = doubt.error
         elapsed = state.elapsed(self._clock.monotonic())
         if state.attempts > 1:
             error.add_note(
                 f"resilient_pool: gave up after {state.attempts} attempts in {elapsed:.2f} s ({reason.value}); "
                 f"the last fault was {verdict.fault.value}"
             )
+        sqlstate = nearest_sqlstate(failure)
+        if reason is GiveUpReason.OUTCOME_UNKNOWN:
+            return self._unknown(call, state, Loss(error=error, fault=verdict.fault, sqlstate=sqlstate))
+        if doubt is not None and not (call.sql is not None and self._reader.is_plain_read(call.sql)):
+            return self._unknown(call, state, doubt)
         if reason is GiveUpReason.PERMANENT:
             return error
-        attempt, sqlstate = state.attempts, nearest_sqlstate(failure)
-        if reason is GiveUpReason.OUTCOME_UNKNOWN:
-            self._counters.outcomes_unknown += 1
-            self._dispatcher.tell(
-                OutcomeUnknown(
-                    operation=call.operation, fault=verdict.fault, sqlstate=sqlstate, attempt=attempt, elapsed=elapsed
-                )
-            )
-            unknown = OutcomeUnknownError(call.operation, xid=call.xid)
-            unknown.__cause__ = error
-            return unknown
         self._counters.exhausted += 1
         self._dispatcher.tell(
             RetryExhausted(
@@ -402,8 +485,23 @@ class Runner:
                 fault=verdict.fault,
                 outcome=verdict.outcome,
                 sqlstate=sqlstate,
-                attempt=attempt,
+                attempt=state.attempts,
                 elapsed=elapsed,
             )
         )
         return error
+
+    def _unknown(self, call: Call[T], state: RetryState, loss: Loss) -> Exception:
+        self._counters.outcomes_unknown += 1
+        self._dispatcher.tell(
+            OutcomeUnknown(
+                operation=call.operation,
+                fault=loss.fault,
+                sqlstate=loss.sqlstate,
+                attempt=state.attempts,
+                elapsed=state.elapsed(self._clock.monotonic()),
+            )
+        )
+        unknown = OutcomeUnknownError(call.operation, xid=call.xid)
+        unknown.__cause__ = loss.error
+        return unknown

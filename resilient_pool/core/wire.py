@@ -356,6 +356,11 @@ class Link:
             in_recovery = None
         self.read_only = ReadOnly(in_recovery=in_recovery, asked=asked)
 
+    async def fetchval_uncached(self, query: str, *args: object, timeout: float | None = None) -> Any:
+        """Ask for one value in a query that is safe behind any pooler."""
+        with self._uncached():
+            return await self.connection.fetchval(query, *args, timeout=timeout)
+
     @contextlib.contextmanager
     def _uncached(self) -> Iterator[None]:
         # Without its cache the driver prepares under no name and in the same message as it executes: all that a pooler

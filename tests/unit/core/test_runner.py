@@ -27,6 +27,26 @@ def exactly(value: float) -> float:
     return value
 
 
+class FakeLink:
+    """A connection that notes what it is sent, to a server on which every function is stable, or none is."""
+
+    def __init__(self, *, stable: bool = True, opened_at=None, read_only=None) -> None:
+        self.doomed, self.has_served, self.sent, self.asked = False, True, [], 0
+        self.opened_at, self.read_only = opened_at, read_only
+        self.connection = SimpleNamespace(is_closed=lambda: True, execute=self.execute)
+        self.stable = stable
+
+    async def execute(self, query, timeout=None):
+        self.sent.append(query)
+
+    async def learn_why_read_only(self):
+        pass
+
+    async def fetchval_uncached(self, query, *args, timeout=None):
+        self.asked += 1
+        return self.stable
+
+
 class Bench:
     """A runner whose attempts end as a script says, on a clock that moves by itself."""
 
@@ -61,27 +81,25 @@ class Bench:
     def condemn(self, asked_at: float, reason: DiscardReason) -> None:
         self.condemned.append((asked_at, reason))
 
-    async def run(self, script, sql=READ, *, deadline=60.0, idempotent=False, replayable=True):
+    async def run(self, script, sql=READ, *, deadline=60.0, idempotent=False, replayable=True, stable=True):
         self.attempts = 0
+        self.links = []
         outcomes = iter(script)
 
         async def attempt(call):
             self.attempts += 1
-            phase, outcome = next(outcomes)
-            call.phase = phase
-            call.link = SimpleNamespace(
-                doomed=False,
-                has_served=True,
-                opened_at=self.opened_at,
-                read_only=self.read_only,
-                connection=SimpleNamespace(is_closed=lambda: True),
-            )
+            phase, self.outcome = next(outcomes)
+            call.phase, call.link = phase, FakeLink(stable=stable, opened_at=self.opened_at, read_only=self.read_only)
             self.link = call.link
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
+            self.links.append(call.link)
+            return await (self.runner.run_on(call, call.link) if phase is Phase.EXECUTE else execute(None))
 
-        call = Call("execute", sql, None, 0.0, deadline, idempotent=idempotent, replayable=replayable)
+        async def execute(connection):
+            if isinstance(self.outcome, Exception):
+                raise self.outcome
+            return self.outcome
+
+        call = Call("execute", sql, execute, 0.0, deadline, idempotent=idempotent, replayable=replayable)
         return await self.runner.run(call, attempt)
 
     @property
@@ -217,7 +235,7 @@ async def test_each_fault_goes_by_its_own_policy():
     bench = Bench()
     old = asyncpg.ReadOnlySQLTransactionError("cannot execute INSERT in a read-only transaction")
     script = [(EXECUTE, lost()), (EXECUTE, old), (EXECUTE, old), (EXECUTE, 1)]
-    assert await bench.run(script) == 1
+    assert await bench.run(script, WRITE, idempotent=True) == 1
     assert bench.waits == [0.0, 0.25, 0.5]
 
 
@@ -307,3 +325,113 @@ async def test_a_refused_write_is_repeated_only_where_the_server_may_have_been_d
     else:
         assert await bench.run(script, WRITE) == 42
     assert (bench.attempts, bench.expired) == (attempts, attempts - 1)
+
+
+BEGIN = "BEGIN READ ONLY, NOT DEFERRABLE"
+LOOKING = "SELECT total(1)"
+
+
+async def test_what_looks_like_a_read_is_repeated_behind_a_guard_only():
+    """The server's catalog is asked once, and every later attempt runs in a read-only transaction."""
+    bench = Bench()
+    assert await bench.run([(EXECUTE, lost()), (EXECUTE, lost()), (EXECUTE, 1)], LOOKING) == 1
+    assert [link.sent for link in bench.links] == [[], [BEGIN], [BEGIN, "COMMIT"]]
+    assert [link.asked for link in bench.links] == [0, 1, 0]
+    assert [link.doomed for link in bench.links] == [True, True, False]
+    assert [type(event) for event in bench.events] == [RetryScheduled, RetryScheduled]
+
+
+async def test_what_calls_something_volatile_is_not_repeated_and_no_retry_is_told():
+    """The error is that of the attempt that was lost, and nothing of the statement was sent again."""
+    bench = Bench()
+    error = lost()
+    with pytest.raises(OutcomeUnknownError) as caught:
+        await bench.run([(EXECUTE, error), (EXECUTE, 1)], LOOKING, stable=False)
+    assert caught.value.__cause__ is error
+    assert bench.link.sent == []
+    assert [type(event) for event in bench.events] == [OutcomeUnknown]
+    assert (sum(bench.counters.retries.values()), bench.counters.outcomes_unknown) == (0, 1)
+    assert not bench.link.doomed
+
+
+async def test_a_write_that_the_guard_stops_is_unknown():
+    """25006 in the repeat says that the statement writes: the first attempt may have, and the old primary is no topic."""
+    bench = Bench()
+    error = lost()
+    stopped = asyncpg.ReadOnlySQLTransactionError("cannot execute INSERT in a read-only transaction")
+    with pytest.raises(OutcomeUnknownError) as caught:
+        await bench.run([(EXECUTE, error), (EXECUTE, stopped)], LOOKING)
+    assert caught.value.__cause__ is error
+    assert bench.expired == 0
+    assert bench.link.doomed
+
+
+@pytest.mark.parametrize("promise", ["idempotent", "retry_unknown"])
+async def test_a_promise_needs_no_guard(promise):
+    """What the application declared repeatable is repeated as it is."""
+    bench = Bench(**({"retry_unknown": True} if promise == "retry_unknown" else {}))
+    assert await bench.run([(EXECUTE, lost()), (EXECUTE, 1)], LOOKING, idempotent=promise == "idempotent") == 1
+    assert [link.sent for link in bench.links] == [[], []]
+
+
+async def test_a_failure_that_left_no_doubt_needs_no_guard():
+    """What the server rolled back was not done."""
+    bench = Bench()
+    conflict = asyncpg.SerializationError("could not serialize access")
+    assert await bench.run([(EXECUTE, conflict), (EXECUTE, 1)], LOOKING) == 1
+    assert bench.link.sent == []
+
+
+@pytest.mark.parametrize("last", [refused(), asyncpg.InvalidPasswordError("no"), AcquireTimeoutError("none free")])
+async def test_what_ends_a_call_later_does_not_hide_that_its_outcome_is_unknown(last):
+    """A server that cannot be reached says nothing about the attempt that was lost before."""
+    bench = Bench()
+    error = lost()
+    with pytest.raises(OutcomeUnknownError) as caught:
+        await bench.run([(EXECUTE, error), (CONNECT, last)], LOOKING)
+    assert caught.value.__cause__ is error
+    assert not any(isinstance(event, RetryScheduled) for event in bench.events)
+
+
+async def test_a_read_whose_own_error_comes_in_the_guard_ends_with_it():
+    """The repeat was allowed, so the lost attempt did nothing."""
+    bench = Bench()
+    error = asyncpg.UndefinedTableError("no such table")
+    with pytest.raises(asyncpg.UndefinedTableError) as caught:
+        await bench.run([(EXECUTE, lost()), (EXECUTE, error)], LOOKING)
+    assert caught.value is error
+    assert bench.link.doomed
+
+
+async def test_the_answer_to_the_guards_commit_is_not_needed(monkeypatch):
+    """The result is there; only the connection is given up."""
+    bench = Bench()
+
+    async def execute(self, query, timeout=None):
+        self.sent.append(query)
+        if query == "COMMIT":
+            raise lost()
+
+    monkeypatch.setattr(FakeLink, "execute", execute)
+    assert await bench.run([(EXECUTE, lost()), (EXECUTE, 7)], LOOKING) == 7
+    assert bench.link.doomed
+
+
+async def test_a_guard_whose_catalog_cannot_be_asked_does_not_repeat(monkeypatch):
+    """A database that only speaks the protocol has no such catalog."""
+    bench = Bench()
+
+    async def fetchval_uncached(self, query, *args, timeout=None):
+        self.connection.is_closed = lambda: False
+        raise asyncpg.UndefinedTableError("no pg_rewrite here")
+
+    monkeypatch.setattr(FakeLink, "fetchval_uncached", fetchval_uncached)
+    with pytest.raises(OutcomeUnknownError):
+        await bench.run([(EXECUTE, lost()), (EXECUTE, 7)], LOOKING)
+
+
+async def test_a_call_that_is_given_up_at_once_is_unknown_unless_it_is_a_plain_read():
+    """One attempt is all that was allowed: for a function of the user's that means that it may have run."""
+    for sql, expected in ((LOOKING, OutcomeUnknownError), (READ, asyncpg.ConnectionDoesNotExistError)):
+        with pytest.raises(expected):
+            await Bench(backoff=BackoffPolicy(max_attempts=1)).run([(EXECUTE, lost())], sql)
