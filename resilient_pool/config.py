@@ -27,7 +27,7 @@ from resilient_pool._dsn import (
 )
 from resilient_pool._passfile import PasswordFile, chosen_file
 from resilient_pool.errors import ConfigurationError
-from resilient_pool.observe.events import Observer
+from resilient_pool.observe.events import Observer, is_observer
 from resilient_pool.observe.redaction import MASK, Secret
 from resilient_pool.policy._checks import require_known
 from resilient_pool.policy.backoff import OPERATION_BACKOFF, RECONNECT_BACKOFF, BackoffPolicy
@@ -200,6 +200,18 @@ def _sequence(unit: str, accepted: str, fits: Callable[[object], bool], *, optio
     def check(name: str, value: object) -> None:
         if not (value is None and optional) and not (isinstance(value, tuple) and all(map(fits, value))):
             raise _refuse(name, accepted, value)
+
+    return unit, check
+
+
+def _observers() -> tuple[str, Check]:
+    unit, check_callables = _sequence("callables", "a sequence of callables", callable)
+
+    def check(name: str, value: object) -> None:
+        check_callables(name, value)
+        for observer in cast("tuple[object, ...]", value):
+            if not is_observer(observer):
+                raise _refuse(name, "plain functions, which need not be awaited", observer)
 
     return unit, check
 
@@ -519,9 +531,7 @@ class PoolConfig:
     )
     observers: tuple[Observer, ...] = field(
         default=(),
-        metadata=_about(
-            _sequence("callables", "a sequence of callables", callable), "Who is told of events.", quiet=True
-        ),
+        metadata=_about(_observers(), "Who is told of events.", quiet=True),
     )
     retry_budget: RetryBudget = field(
         default_factory=RetryBudget,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import warnings
 from collections.abc import Awaitable, Callable, Generator
 from enum import Enum
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast
+from weakref import WeakSet
 
 import asyncpg
 import backoff
@@ -46,10 +48,27 @@ class _State(Enum):
     OPEN = "is open"
     CLOSING = "is closing"
     CLOSED = "is closed"
+    FORKED = (
+        "was opened in the process that this one was forked from, and its connections belong there: "
+        "open a pool in each process"
+    )
 
 
 # Looking a member up in its enumeration takes as long as everything else that is asked before a call (Python 3.11).
 _OPEN = _State.OPEN
+
+
+# What is asked of the operating system once, for all pools: it keeps such callbacks for ever.
+_OPENED: WeakSet[ResilientPool] = WeakSet()
+
+
+def _disown_all() -> None:
+    for pool in _OPENED:
+        pool._disown()  # noqa: SLF001
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
 
 
 class ResilientPool(Queries):
@@ -353,18 +372,21 @@ class ResilientPool(Queries):
             raise asyncpg.InterfaceError("pool is being initialized in another task")
         if self._state is not _State.NEW:
             raise self._refusal()
-        self._loop = asyncio.get_running_loop()
+        self._loop = _running_loop()
+        _OPENED.add(self)
         self._state = _State.OPENING
         opened = False
         try:
             await self._open_connections(self._config.init_size)
-            opened = True
+            opened = self._state is _State.OPENING  # or terminate() was called meanwhile
         finally:
             if opened:
                 self._state = _State.OPEN
             else:
                 self._state = _State.CLOSED
                 self._hang_up()
+        if not opened:
+            raise self._refusal()
         if self._slots.wants:
             self._gate.maintain()
         return self
@@ -387,12 +409,25 @@ class ResilientPool(Queries):
         call: Call[Slot[Link]] = self._lender.call("open", None, _nothing, idempotent=True, deadline=None)
         return await self._runner.run(call, attempt)
 
-    async def close(self) -> None:
+    @names_nearest
+    async def close(self, *, timeout: float | None = None) -> None:
         """Wait until every connection is released, close them all, and with them the pool.
 
-        Whoever waits for a connection is refused at once. If closing is cancelled, the pool is terminated.
+        Callers who wait for a connection are refused at once. What the pool does itself (resets, attempts to connect,
+        goodbyes) is cut short after some seconds; only connections that the application holds can make it wait longer. If
+        closing is cancelled, the pool is terminated.
+
+        Args:
+            timeout: For how many seconds to wait for connections that the application holds. Then the pool is terminated: it
+                is closed in any case when this returns, and a warning in the log says how many were cut off. Default: no
+                limit, and a warning in the log after 60 s.
+
+        Raises:
+            asyncpg.InterfaceError: The pool was never opened, or is used from another event loop.
         """
-        if self._state is _State.CLOSED:
+        require_seconds("timeout", timeout)
+        if self._state in (_State.CLOSED, _State.FORKED):
+            self._state = _State.CLOSED
             return
         self._require_usable()
         self._require_loop()
@@ -403,8 +438,7 @@ class ResilientPool(Queries):
         warning = self._clock.call_later(_LONG_CLOSE, self._warn_of_long_close)
         closed = False
         try:
-            await self._upkeep.finish()
-            closed = True
+            closed = await self._upkeep.finish(timeout)
         finally:
             warning.cancel()
             if not closed:
@@ -412,11 +446,16 @@ class ResilientPool(Queries):
             self._state = _State.CLOSED
 
     def terminate(self) -> None:
-        """Close every connection without waiting, also those in use, and with them the pool."""
-        if self._state is _State.CLOSED:
+        """Close every connection without waiting, also those in use, and with them the pool.
+
+        It may be called in any state, and while no event loop runs: then, too, every connection is cut off.
+        """
+        state, self._state = self._state, _State.CLOSED
+        if state in (_State.NEW, _State.CLOSED, _State.FORKED):
             return
-        self._require_usable()
-        self._state = _State.CLOSED
+        if self._loop is not None and self._loop.is_closed():
+            self._upkeep.cut_off()  # what waited in that loop cannot be told any more
+            return
         self._slots.dismiss_waiters(self._refusal)
         self._hang_up()
 
@@ -430,6 +469,11 @@ class ResilientPool(Queries):
     def _refusal(self) -> Exception:
         return asyncpg.InterfaceError(f"pool {self._state.value}")
 
+    def _disown(self) -> None:
+        if self._state not in (_State.NEW, _State.CLOSED):
+            self._state = _State.FORKED
+            self._upkeep.disown()
+
     def _require_open(self) -> None:
         if self._state is not _OPEN:
             raise self._refusal()
@@ -441,7 +485,7 @@ class ResilientPool(Queries):
             raise self._refusal()
 
     def _require_loop(self) -> None:
-        if asyncio.get_running_loop() is not self._loop:
+        if _running_loop() is not self._loop:
             raise asyncpg.InterfaceError(
                 "pool is used from another event loop than the one it was opened in; make one pool for each loop"
             )
@@ -471,13 +515,18 @@ class ResilientPool(Queries):
         """Whether the pool is closing or closed."""
         return self._state in (_State.CLOSING, _State.CLOSED)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the pool is closed, by whatever way."""
+        return self._state is _State.CLOSED
+
     def get_size(self) -> int:
         """How many connections are open."""
         return len(self._upkeep.links())
 
     def get_idle_size(self) -> int:
-        """How many connections could be handed out at once."""
-        return self._slots.idle
+        """How many open connections could be handed out at once."""
+        return sum(not link.connection.is_closed() for link in self._slots.idle_resources())
 
     def get_min_size(self) -> int:
         """Return `min_size`."""
@@ -493,7 +542,7 @@ class ResilientPool(Queries):
 
     def stats(self) -> PoolStats:
         """Take a snapshot of the pool and of what it has done so far."""
-        size, idle, resetting = self.get_size(), self._slots.idle, self._upkeep.resetting
+        size, idle, resetting = self.get_size(), self.get_idle_size(), self._upkeep.resetting
         return self._counters.snapshot(
             size=size,
             idle=idle,
@@ -512,6 +561,15 @@ async def _end_of(reset: asyncio.Task[None] | None) -> BaseException | None:
         return None
     await asyncio.wait([reset])
     return None if reset.cancelled() else reset.exception()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise asyncpg.InterfaceError(
+            "resilient_pool is asyncio only: no asyncio event loop runs here (trio, for one, is not supported)"
+        ) from None
 
 
 class Acquisition:

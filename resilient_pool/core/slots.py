@@ -181,6 +181,10 @@ class Slots(Generic[R]):
         """Whether any slot is filled."""
         return any(slot.resource is not None for slot in self._all)
 
+    def idle_resources(self) -> Iterator[R]:
+        """Iterate over the resources of the idle slots."""
+        return (slot.resource for slot in self._idle if slot.resource is not None)
+
     @property
     def oldest_idle_since(self) -> float | None:
         """Since when the longest unused slot is idle, or `None` if none is."""
@@ -306,6 +310,10 @@ class Slots(Generic[R]):
                 del self._waiters[ticket]
                 if not ticket.done():
                     ticket.set_exception(error())
+
+    def drop(self, slot: Slot[R]) -> None:
+        """Count a slot no more that is not coming back."""
+        self._forget(slot)
 
     async def drained(self) -> None:
         """Wait until no slot is left, or until waiting for it has no more sense: see `abandon`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from resilient_pool.core.limits import TimeLimits
 from resilient_pool.core.slots import Slot, Slots
 from resilient_pool.core.wire import Link
 from resilient_pool.observe.events import ConnectionDiscarded, ConnectionOpened, DiscardReason, Dispatcher
+from resilient_pool.observe.redaction import scrub
 from resilient_pool.observe.stats import Counters
 
 T = TypeVar("T")
@@ -53,7 +55,6 @@ class Upkeep:
 
     Attributes:
         closing: Whether connections are no longer kept.
-        resetting: How many connections are being reset now.
         returning: How many of them are expected back within a round trip: those that have nothing to cancel before.
         forsaken: Whether a task of ours was cancelled, though not by us: the event loop is about to end.
     """
@@ -76,13 +77,16 @@ class Upkeep:
         self._counters = counters
         self._dispatcher = dispatcher
         self._background: set[asyncio.Task[object]] = set()
+        self._chores: set[asyncio.Task[object]] = set()
+        self._resets: set[Slot[Link]] = set()
+        self._is_reset_reported = False
         self._openings: set[asyncio.Timeout] = set()
         self._cut: set[asyncio.Task[object]] = set()
         self._watched: TimeLimits[asyncio.Task[None]] = TimeLimits(clock, lambda task, _: self._cut_short(task))
         self._reaper: Timer | None = None
         self._generation = 0
+        self._pid = os.getpid()
         self.closing = False
-        self.resetting = 0
         self.returning = 0
         self.forsaken = False
         slots.on_return = self.give_back
@@ -123,7 +127,8 @@ class Upkeep:
     def require_open(self) -> None:
         """Raise if no connection is opened any more."""
         if self.closing:
-            raise asyncpg.InterfaceError("pool is closing: no connection is opened any more")
+            where = "closing" if self._pid == os.getpid() else "used in a forked process"
+            raise asyncpg.InterfaceError(f"pool is {where}: no connection is opened any more")
 
     # Giving back
 
@@ -160,7 +165,7 @@ class Upkeep:
             return None
         slot.taken_at = self._clock.now()
         prompt = slot.resource is not None and not slot.resource.is_cancelling
-        self.resetting += 1
+        self._resets.add(slot)
         self.returning += prompt
         # Whoever waits for it is to learn that its time is up; if nobody does, a limit that costs less is enough.
         watched = seconds is None and self._config.session_reset != "on_release"
@@ -185,12 +190,26 @@ class Upkeep:
         if task.cancelled() and task not in self._cut:
             self.forsaken = True
         self._cut.discard(task)
-        self.resetting -= 1
+        self._resets.discard(slot)
         self.returning -= prompt
-        if task.cancelled() or task.exception() is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._discard_after(error, slot)
+        elif task.cancelled():
             self.discard(slot, DiscardReason.RESET_FAILED)
         else:
             self.give_back(slot)
+
+    def _discard_after(self, error: BaseException, slot: Slot[Link]) -> None:
+        reason = scrub(f"{type(error).__name__}: {error}", self._config.secrets())
+        link = slot.resource
+        # A loss is no news. What the application's own reset met has no caller who could see it.
+        is_ours = self._config.reset is not None and link is not None and not link.connection.is_closed()
+        if is_ours and not self._is_reset_reported:
+            self._is_reset_reported = True
+            _LOGGER.warning("reset= failed, so its connection was closed: %s (said once; stats() counts them)", reason)
+        self.close_connection(slot, DiscardReason.RESET_FAILED, error=reason)
+        self.give_back(slot)
 
     def _unfit(self, slot: Slot[Link]) -> DiscardReason | None:
         """Say why a slot's connection must not be kept, or `None`, and take note of what it has answered."""
@@ -212,6 +231,11 @@ class Upkeep:
             return DiscardReason.MAX_QUERIES
         return None
 
+    @property
+    def resetting(self) -> int:
+        """How many connections are being reset now."""
+        return len(self._resets)
+
     def links(self) -> list[Link]:
         """List the open connections, whatever they are doing."""
         links = (slot.resource for slot in self._slots)
@@ -223,7 +247,7 @@ class Upkeep:
         """Whether a slot is older than the last `expire()`."""
         return slot.generation != self._generation
 
-    def close_connection(self, slot: Slot[Link], reason: DiscardReason) -> None:
+    def close_connection(self, slot: Slot[Link], reason: DiscardReason, *, error: str | None = None) -> None:
         """Close a slot's connection without waiting, and keep the slot, now empty."""
         link = slot.empty()
         if link is None:
@@ -231,7 +255,9 @@ class Upkeep:
         self._counters.discarded[reason] += 1
         if self._dispatcher:
             self._dispatcher.tell(
-                ConnectionDiscarded(reason=reason, age=self._clock.now() - slot.opened_at, server_pid=link.pid)
+                ConnectionDiscarded(
+                    reason=reason, age=self._clock.now() - slot.opened_at, server_pid=link.pid, error=error
+                )
             )
         if reason in _HANG_UP or link.connection.is_closed():
             link.terminate()
@@ -300,15 +326,44 @@ class Upkeep:
         if self._reaper is not None:
             self._reaper.cancel()
             self._reaper = None
+        for chore in self._chores:
+            self._cut_short(chore)
         for slot in self._slots.withdraw(lambda _: True):
             self.discard(slot, DiscardReason.CLOSING)
 
-    async def finish(self) -> None:
-        """Wait until every connection is back and closed."""
-        await self._slots.drained()
-        while self._background:
-            await asyncio.wait(self._background)
+    async def finish(self, seconds: float | None) -> bool:
+        """Wait until every connection is back and closed.
+
+        Only what the application holds may take long: resets, attempts to connect and goodbyes have limits of their own,
+        and what does not even then end is waited for no more.
+
+        Returns:
+            Whether everything came back within `seconds`.
+        """
+        limit = self._clock.call_later(self._config.reset_timeout + _CLOSE_LIMIT, self._abandon_our_own)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._slots.drained()
+        except TimeoutError:
+            _LOGGER.warning(
+                "closing the pool: %d connections were not released within %g s, and are cut off",
+                self._slots.size,
+                seconds,
+            )
+            return False
+        finally:
+            limit.cancel()
+        ends = self._clock.monotonic() + 2 * _CLOSE_LIMIT
+        while self._background and self._clock.monotonic() < ends:
+            await asyncio.wait(self._background, timeout=2 * _CLOSE_LIMIT)
         self._watched.stop()
+        return not self._background
+
+    def _abandon_our_own(self) -> None:
+        for slot in self._slots:
+            if slot.resource is None or slot in self._resets:
+                self.close_connection(slot, DiscardReason.CLOSING)
+                self._slots.drop(slot)
 
     async def rest(self, seconds: float | None) -> None:
         """Wait until nothing is done in the background; what is not done after `seconds` is cut short."""
@@ -330,12 +385,23 @@ class Upkeep:
             "closing the pool takes over %g s: %d connections have not been released", seconds, self._slots.size
         )
 
-    def hang_up(self) -> None:
-        """Close every connection at once, also those in use. It needs no running event loop."""
+    def cut_off(self) -> None:
+        """Close every connection at once, also those in use, and do nothing that needs an event loop."""
+        self.closing = True
         for slot in self._slots:
             if slot.resource is not None:
                 slot.resource.doomed = True
                 slot.resource.terminate()
+
+    def disown(self) -> None:
+        """Touch nothing any more: in a forked process all connections are the parent's."""
+        self.closing = True
+        for link in self.links():
+            link.disown()
+
+    def hang_up(self) -> None:
+        """Close every connection at once, also those in use. It needs no running event loop."""
+        self.cut_off()
         self.begin_closing()
         for task in self._background:
             self._cut_short(task)
@@ -343,14 +409,17 @@ class Upkeep:
         self._slots.abandon()
 
     def run_in_background(self, work: Coroutine[object, object, object]) -> None:
-        """Do something that nobody waits for, except `finish()`."""
+        """Do something that nobody waits for, and that is given up when the pool is closed."""
         if self.closing:
             work.close()
         else:
-            self._background.add(begin(work, self._forget))
+            chore = begin(work, self._forget)
+            self._background.add(chore)
+            self._chores.add(chore)
 
     def _forget(self, task: asyncio.Task[object]) -> None:
         self._background.discard(task)
+        self._chores.discard(task)
         self._cut.discard(task)
 
     def _closed(self, link: Link, task: asyncio.Task[object]) -> None:

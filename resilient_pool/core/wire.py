@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import asyncio.trsock
 import contextlib
 import inspect
 import itertools
@@ -305,9 +306,23 @@ class Link:
             self.connection.terminate()
 
     def terminate(self) -> None:
-        """Hang up at once, unless the connection is closed already."""
-        if not self.connection.is_closed():
+        """Hang up at once, unless the connection is closed already. It needs no event loop."""
+        if self.connection.is_closed():
+            return
+        transport: Any = getattr(self.connection, "_transport", None)
+        try:
             self.connection.terminate()
+        except RuntimeError:
+            # Its event loop is closed. asyncio's own leaves sockets open then; uvloop's has closed them.
+            sock = transport.get_extra_info("socket")
+            if isinstance(sock, asyncio.trsock.TransportSocket):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def disown(self) -> None:
+        """Never touch the connection again: in a forked process it is the parent's, and so is what the loop polls."""
+        self.doomed = True
+        self.connection._aborted = True  # type: ignore[attr-defined] # noqa: SLF001
 
     async def inspect(self, seconds: float | None) -> ServerFacts:
         """Ask, in one query that is safe behind any pooler and within `seconds`, what stands at the other end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,12 +74,15 @@ class ConnectionDiscarded(Event):
         reason: Why.
         age: How long it had been open, in seconds.
         server_pid: The process id the server gave in its handshake.
+        error: What its reset raised, the application's own `reset=` for one: type and message, without secrets. `None` with
+            any other reason.
     """
 
     name: ClassVar[str] = "pool.connection.discarded"
     reason: DiscardReason
     age: float
     server_pid: int
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,11 +278,22 @@ class MigrationLockLost(Event):
 
 
 class Observer(Protocol):
-    """Whatever wants to be told. It is called in the event loop, between two steps of an operation: it must not block."""
+    """Whatever wants to be told. It is called in the event loop, between two steps of an operation: it must not block.
+
+    It is a plain function: a coroutine function is refused, since there is no one to await it.
+    """
 
     def __call__(self, event: Event, /) -> None:
         """Take note of `event`."""
         ...
+
+
+def is_observer(value: object) -> bool:
+    """Whether something can be called with an event, and need not be awaited."""
+    return callable(value) and not any(
+        inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call)
+        for call in (value, getattr(value, "__call__", None))  # noqa: B004 - what `callable` looks for may be asynchronous
+    )
 
 
 class Dispatcher:
@@ -303,7 +318,12 @@ class Dispatcher:
         """Hand `event` to every observer; an observer's exception is logged, once for each observer, and forgotten."""
         for position, observer in enumerate(self._observers):
             try:
-                observer(event)
+                returned: object = observer(event)  # type: ignore[func-returns-value]
+                if returned is not None and inspect.iscoroutine(returned):
+                    returned.close()
+                    self._report(
+                        position, event, TypeError("an observer must not return a coroutine: it is not awaited")
+                    )
             except Exception as error:  # noqa: BLE001 - whatever it is, it is not the caller's trouble
                 self._report(position, event, error)
 

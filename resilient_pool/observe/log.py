@@ -56,8 +56,8 @@ class StructlogObserver:
     """Logs every event under its dotted name, with its attributes as fields.
 
     Connections opened, and discarded as housekeeping, are logged at DEBUG; retries, and connections that had died, at
-    INFO; operations given up, unknown outcomes, a server that is away, poolers and a migration's lost lock at WARNING. SQL
-    text and arguments are never logged.
+    INFO; operations given up, unknown outcomes, a server that is away, poolers and a migration's lost
+    lock at WARNING. SQL text and arguments are never logged.
 
     Args:
         logger: A structlog logger. The default is structlog's logger `resilient_pool` as the application configured
@@ -102,7 +102,10 @@ def _level(event: Event) -> int:
 
 
 def _fields(event: Event) -> dict[str, object]:
-    return {field.name: _plain(getattr(event, field.name)) for field in fields(event)}
+    told = {field.name: _plain(getattr(event, field.name)) for field in fields(event)}
+    if told.get("error", "") is None:
+        del told["error"]  # most connections that are discarded met none
+    return told
 
 
 def _plain(value: object) -> object:
