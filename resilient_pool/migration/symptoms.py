@@ -105,8 +105,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
     Symptom(
         tool="knex and node-pg-migrate",
         line=re.compile(
-            r"(?:could not connect to postgres|Acquire connection error): Error: "
-            r"(?:connect E[A-Z]+ |getaddrinfo |timeout expired)"
+            r"(?:could not connect to postgres|Acquire connection error): "
+            rf"(?:Error: (?:connect E[A-Z]+ |getaddrinfo |timeout expired)|error: {_AWAY})"
         ),
     ),
     Symptom(
@@ -135,7 +135,7 @@ _EPILOGUE = re.compile(
     r"|Multiple connection attempts failed|- host: "
     r"|make(?:\[\d+\])?: \*\*\*|npm ERR!|npm error|error Command failed with exit code"
     r"| ?ELIFECYCLE| ?ERR_PNPM"
-    r"|\}$|Error: (?:connect E[A-Z]+|getaddrinfo) |Node\.js v\d"
+    rf"|\}}$|Error: (?:connect E[A-Z]+|getaddrinfo) |error: {_AWAY}|Node\.js v\d"
     r"|-+$|SQL State +: 08|Error Code +: 0|Message +: |Caused by:|\.\.\. \d+ more"
     r"|Tasks: TOP => |\(See full trace by running task with --trace\)|\S+\.rb:\d+:in "
 )

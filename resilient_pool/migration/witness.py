@@ -12,8 +12,7 @@ from resilient_pool.pool import ResilientPool
 # Whoever is connected is read first: a session that ends in between has been counted when its row disappears.
 _CONNECTED = "SELECT pg_catalog.array_agg(pid) FROM pg_catalog.pg_stat_activity WHERE usesysid IS NOT NULL"
 _COUNTED = """
-    SELECT (SELECT system_identifier FROM pg_catalog.pg_control_system()) AS system,
-           (SELECT stats_reset FROM pg_catalog.pg_stat_bgwriter) AS since,
+    SELECT (SELECT stats_reset FROM pg_catalog.pg_stat_bgwriter) AS since,
            (SELECT array_agg((datid, stats_reset)::text ORDER BY datid) FROM pg_catalog.pg_stat_database
             WHERE stats_reset IS NOT NULL) AS resets,
            (SELECT sum(sessions)::bigint FROM pg_catalog.pg_stat_database) AS sessions,
@@ -55,7 +54,7 @@ async def ask(pool: ResilientPool, deadline: float | None) -> Evidence | None:
     if told is None or told["sessions"] is None or told["xid"] is None:
         return None
     return Evidence(
-        server=(told["system"], told["since"], tuple(told["resets"] or ())),
+        server=(told["since"], tuple(told["resets"] or ())),
         connected=frozenset(connected or ()),
         sessions=told["sessions"],
         xid=told["xid"],

@@ -209,6 +209,20 @@ async def test_the_server_knows_whether_anything_happened_in_between(dsn):
     await other.close()
 
 
+async def test_a_role_without_privileges_sees_it_as_well(postgres, dsn):
+    """Sessions that are there, and those that have been."""
+    name = f"plain_{uuid.uuid4().hex[:8]}"
+    await postgres.create_role(name, "secret")
+    async with ResilientPool(postgres.dsn(dsn.rpartition("/")[2], name, "secret"), max_size=2) as pool:
+        before = await ask(pool, 5.0)
+        other = await asyncpg.connect(dsn)
+        assert before is not None
+        assert "1 other session(s)" in str(doubt(before, await ask(pool, 5.0)))
+        await other.close()
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP ROLE {name}")
+
+
 async def test_a_clean_restart_keeps_the_count_and_a_crash_ends_it():
     """After a crash there is no evidence, so that nothing is run again."""
     async with EmbeddedPostgres() as server, ResilientPool(server.dsn(), max_size=2, deadline=20.0) as pool:

@@ -130,6 +130,7 @@ AWAY = [
     "pg8000.exceptions.DatabaseError: {'S': 'FATAL', 'V': 'FATAL', 'C': '57P03', 'M': 'the database system is starting up'}",
     f"could not connect to postgres: {NODE}{NODE}",
     f"Acquire connection error: {NODE}",
+    "could not connect to postgres: error: the database system is starting up\n    at Parser.parse {\n  length: 1\n}\n",
     # libpq 13 and older.
     "psql: error: could not connect to server: Connection refused\n\tIs the server running on host ...\n",
     "psql: error: FATAL:  the database system is starting up\n",
