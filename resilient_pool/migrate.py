@@ -146,7 +146,13 @@ async def run_migration(
     await task.prepare(PoolConfig.from_arguments(sealed))
     told = tuple(observers)
     pool = ResilientPool(
-        sealed, max_size=_CONNECTIONS, reconnect=backoff, deadline=deadline, timeout=timeout, observers=told
+        sealed,
+        max_size=_CONNECTIONS,
+        reconnect=backoff,
+        deadline=deadline,
+        timeout=timeout,
+        observers=told,
+        session_reset="background",  # whatever a file has set: its text goes past what the pool knows of the session
     )
     async with pool:
         return await _Run(task, pool, backoff, deadline, Dispatcher(told)).run(lock)

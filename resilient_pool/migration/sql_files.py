@@ -15,7 +15,7 @@ from resilient_pool.connection import ResilientConnection
 from resilient_pool.core.clock import Clock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError, OutcomeUnknownError
 from resilient_pool.migration.output import LineSink
-from resilient_pool.migration.remains import look
+from resilient_pool.migration.remains import Remains, look
 from resilient_pool.policy.atomicity import ends_transaction
 from resilient_pool.policy.backoff import BackoffPolicy
 from resilient_pool.policy.lexer import Backslash, Kind, Token, tokens
@@ -231,7 +231,8 @@ class SqlDirectory:
                 stay applied.
         """
         recorded = await _recorded(pool)
-        _check(self._files, recorded)
+        unfinished = any(not row["finished"] for row in recorded.values())
+        _check(self._files, recorded, await look(pool) if unfinished else Remains())
         applied = []
         for file in self._files:
             if file.name not in recorded and await self._apply(pool, file):
@@ -267,12 +268,12 @@ async def _recorded(pool: ResilientPool) -> dict[str, asyncpg.Record]:
         ) from error
 
 
-def _check(files: Iterable[SqlFile], recorded: Mapping[str, asyncpg.Record]) -> None:
+def _check(files: Iterable[SqlFile], recorded: Mapping[str, asyncpg.Record], remains: Remains) -> None:
     present = {file.name for file in files}
     gone = {row["checksum"]: name for name, row in recorded.items() if name not in present}
     for file in files:
         if file.name in recorded:
-            _check_recorded(file, recorded[file.name])
+            _check_recorded(file, recorded[file.name], remains)
         elif file.statements.any and file.checksum in gone:
             before = gone[file.checksum]
             raise MigrationFailedError(
@@ -290,12 +291,13 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _check_recorded(file: SqlFile, recorded: asyncpg.Record) -> None:
+def _check_recorded(file: SqlFile, recorded: asyncpg.Record, remains: Remains) -> None:
     if not recorded["finished"]:
+        left = remains.named_in(file.sql)
         raise MigrationFailedError(
             f"{file.name}, which runs outside a transaction, was begun before and its end is not known: see whether its "
             f"statement has taken effect. If it has, set finished_at in its row of the table {TABLE}; if it has not, delete "
-            "that row"
+            f"that row{'. ' if left else ''}{left.described()}"
         )
     if recorded["checksum"] != file.checksum:
         raise MigrationFailedError(
@@ -382,7 +384,7 @@ async def _outside_transaction(pool: ResilientPool, file: SqlFile) -> bool:
             f"{file.name}: the statement was skipped, or did not do all of its work: {flawed.described()}"
         )
     left = after.without(before) or flawed
-    raise _failed(file, failure, f"\nIt left something behind: {left.described()}" if left else "") from failure
+    raise _failed(file, failure, f"\nSomething is left behind: {left.described()}" if left else "") from failure
 
 
 async def _run_alone(pool: ResilientPool, file: SqlFile) -> asyncpg.PostgresError | None:

@@ -471,6 +471,26 @@ async def test_an_index_over_values_that_are_not_unique_is_reported(dsn, tmp_pat
     assert await ask(dsn, APPLIED) == []
 
 
+async def test_an_index_whose_building_was_cut_off_is_reported_by_the_next_run(postgres, dsn, tmp_path):
+    """The first run does not know what became of it; the next one says that it is there, and invalid."""
+    await ask(dsn, "CREATE TABLE t (a int)")
+    write(tmp_path, _1=f"{NO_TRANSACTION}\nCREATE INDEX CONCURRENTLY i ON t (a)")
+    blocker = await asyncpg.connect(dsn)
+    await blocker.execute("BEGIN; INSERT INTO t VALUES (1)")
+    migration = asyncio.ensure_future(migrate(dsn, tmp_path))
+    waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    async with asyncio.timeout(20):
+        while not (pids := await ask(dsn, waiting)):
+            await asyncio.sleep(0.02)
+    await ask(dsn, f"SELECT pg_terminate_backend({pids[0]})")
+    with pytest.raises(MigrationFailedError, match=r"1\.sql: the connection was lost, and its end is not known"):
+        await migration
+    await blocker.close()
+    with pytest.raises(MigrationFailedError, match=r"its end is not known.* the index i is invalid"):
+        await migrate(dsn, tmp_path)
+    assert await ask(dsn, APPLIED) == []
+
+
 async def test_another_invalid_index_is_not_taken_for_one_that_was_left(dsn, tmp_path):
     """Of another table, or of a partitioned one, which is invalid until its partitions have one."""
     await ask(dsn, "CREATE TABLE p (a int) PARTITION BY LIST (a)")
