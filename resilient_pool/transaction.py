@@ -23,7 +23,7 @@ from resilient_pool.core.runner import Call
 from resilient_pool.core.wire import AnyConnection, Link
 from resilient_pool.inquiry import Inquiry
 from resilient_pool.policy.atomicity import ends_transaction
-from resilient_pool.policy.classifier import refuses_commit, tells_of_a_closed_connection
+from resilient_pool.policy.classifier import refuses_commit
 from resilient_pool.policy.statements import StatementReader
 from resilient_pool.policy.verdict import Outcome, Phase
 
@@ -405,15 +405,10 @@ def _link(call: Call[None]) -> Link:
 
 
 def _is_the_drivers(error: BaseException, link: Link) -> bool:
-    """Whether an error that left the block, once it is unwrapped, can be this connection's.
-
-    One that tells of a lost connection is another connection's while this one is open.
-    """
-    if isinstance(error, OSError):
-        return link.connection.is_closed() and not isinstance(error, TimeoutError)
-    if tells_of_a_closed_connection(error) and not link.connection.is_closed():
+    """Whether an error that left the block, once it is unwrapped, can be this connection's."""
+    if isinstance(error, TimeoutError) or wire.is_of_another_connection(error, link):
         return False
-    return isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError)
+    return isinstance(error, OSError | asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError)
 
 
 def _is_refusal(error: Exception, link: Link) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncpg
+
 from resilient_pool.config import PoolConfig
 from resilient_pool.observe.redaction import scrub
 from resilient_pool.policy.classifier import PostgresClassifier
@@ -31,5 +33,12 @@ def unwrap(config: PoolConfig, error: Exception) -> BaseException:
 
 
 def nearest_sqlstate(failure: Failure) -> str | None:
-    """Return the nearest SQLSTATE of a failure, or `None` if the server sent none."""
-    return next(iter(failure.sqlstates), None)
+    """Return the SQLSTATE of what was raised, or of its cause; `None` if the server sent none.
+
+    Not that of an error which the application was handling meanwhile, except behind the driver's `InterfaceError`: that masks a
+    loss.
+    """
+    inner = _DEFAULT.unwrap(failure.error)
+    masked = isinstance(inner, asyncpg.InterfaceError)
+    told = failure.sqlstates if masked else [getattr(error, "sqlstate", None) for error in (inner, inner.__cause__)]
+    return next((state for state in told if isinstance(state, str)), None)

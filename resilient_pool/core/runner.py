@@ -308,7 +308,7 @@ class Runner:
         if isinstance(error, _RefusedError) and call.loss is not None:
             raise self._unknown(call, state, call.loss)
         failure = self._see(call, error)
-        verdict = self._heed_limits(call, failure, judge(self._config, failure))
+        verdict = self._heed_limits(call, failure, self._judge(call, failure))
         verdict = self._weigh(call, failure, verdict)
         self._take_measures(call, failure, verdict)
         if call.loss is None and self._needs_guard(call, verdict):
@@ -381,6 +381,14 @@ class Runner:
             read_only_asked=call.read_only or (why is not None and why.asked),
             in_recovery=None if why is None else why.in_recovery,
         )
+
+    def _judge(self, call: Call[T], failure: Failure) -> Verdict:
+        inner = unwrap(self._config, failure.error)
+        executing = call.link is not None and call.phase is Phase.EXECUTE
+        if executing and call.link is not None and wire.is_of_another_connection(inner, call.link):
+            # The application's own affair, such as what a COPY's source reads from: another attempt here does not cure it.
+            return Verdict(fault=Fault.PERMANENT, outcome=Outcome.UNKNOWN)
+        return judge(self._config, failure)
 
     def _heed_limits(self, call: Call[T], failure: Failure, verdict: Verdict) -> Verdict:
         """Make final what the server's limits on a transaction have ended, or most likely have, and say so in a note.

@@ -21,6 +21,8 @@ import anyio
 import asyncpg
 from asyncpg.connection import _ConnectionProxy
 
+from resilient_pool.policy.classifier import tells_of_a_closed_connection
+
 ConnectionProxy = _ConnectionProxy
 """The base that makes `isinstance(lease, asyncpg.Connection)` true."""
 
@@ -532,6 +534,18 @@ def nothing_sent(error: BaseException, link: Link) -> bool:
     else:
         refused = type(error) is asyncpg.InternalClientError and _NOT_BEGUN.search(str(error)) is not None
     return refused and _comes_from_the_driver(error)
+
+
+def is_of_another_connection(error: BaseException, link: Link) -> bool:
+    """Whether `error` tells of a lost connection while this one is open: one that a COPY's source reads from, say.
+
+    Args:
+        error: What was raised while this connection was in use, unwrapped.
+        link: This connection.
+    """
+    if link.connection.is_closed() or isinstance(error, TimeoutError):
+        return False
+    return isinstance(error, OSError) or tells_of_a_closed_connection(error)
 
 
 def _comes_from_the_driver(error: BaseException) -> bool:

@@ -44,6 +44,15 @@ async def pool(postgres: EmbeddedPostgres, proxy: FaultProxy):
         yield pool
 
 
+@pytest.fixture
+async def other(postgres: EmbeddedPostgres):
+    """A connection of the application's own, which the pool knows nothing of."""
+    connection = await asyncpg.connect(postgres.dsn())
+    yield connection
+    connection.terminate()
+    await asyncio.sleep(0)
+
+
 class Inside:
     """A connection that SQLAlchemy must neither close nor end the transaction of."""
 
@@ -157,10 +166,9 @@ async def test_an_applications_wrapper_is_seen_through_where_the_classifier_is_t
 
 
 @pytest.mark.parametrize("when", ["in the middle", "before"])
-async def test_a_connection_to_another_database_that_is_lost_is_not_this_one(pool, postgres, table, when):
+async def test_a_connection_to_another_database_that_is_lost_is_not_this_one(pool, other, table, when):
     """The block is not run again for it: what it has done there could be done twice."""
     attempts = 0
-    other = await asyncpg.connect(postgres.dsn())
 
     async def work(connection):
         nonlocal attempts
@@ -174,3 +182,30 @@ async def test_a_connection_to_another_database_that_is_lost_is_not_this_one(poo
     with pytest.raises((asyncpg.ConnectionDoesNotExistError, asyncpg.InterfaceError)):
         await pool.run_in_transaction(work)
     assert attempts == 1
+
+
+def lost_in_the_middle(other):
+    asyncio.get_running_loop().call_later(0.05, other.terminate)
+    return other.execute("SELECT pg_sleep(10)")
+
+
+async def closed_before(other):
+    other.terminate()
+    await other.execute("SELECT 1")
+
+
+async def a_socket_of_the_applications(_other):
+    raise ConnectionResetError(104, "the application's own")
+
+
+@pytest.mark.parametrize("fail", [lost_in_the_middle, closed_before, a_socket_of_the_applications])
+async def test_what_a_copys_source_reads_from_may_be_lost_without_this_connection(pool, other, table, fail):
+    """The source's own error arrives as it is, and nothing was copied."""
+
+    async def source():
+        yield (1,)
+        await fail(other)
+
+    with pytest.raises((asyncpg.ConnectionDoesNotExistError, asyncpg.InterfaceError, ConnectionResetError)):
+        await pool.copy_records_to_table(table, records=source())
+    assert await pool.fetchval(f"SELECT count(*) FROM {table}") == 0

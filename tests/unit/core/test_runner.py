@@ -435,3 +435,14 @@ async def test_a_call_that_is_given_up_at_once_is_unknown_unless_it_is_a_plain_r
     for sql, expected in ((LOOKING, OutcomeUnknownError), (READ, asyncpg.ConnectionDoesNotExistError)):
         with pytest.raises(expected):
             await Bench(backoff=BackoffPolicy(max_attempts=1)).run([(EXECUTE, lost())], sql)
+
+
+async def test_an_error_that_was_being_handled_lends_no_sqlstate():
+    """What is told of a retry is about what failed."""
+    bench, failed = Bench(), lost()
+    failed.__context__ = asyncpg.UniqueViolationError("handled by the application")
+    reset = ConnectionResetError()
+    reset.__context__ = failed.__context__
+    await bench.run([(EXECUTE, failed), (EXECUTE, reset), (EXECUTE, 42)], idempotent=True)
+    told = [event.sqlstate for event in bench.events if isinstance(event, RetryScheduled)]
+    assert told == ["08003", None]
