@@ -51,7 +51,8 @@ class Queries(ABC):
     Every method takes what asyncpg's method of that name takes and returns what it returns, and these beside:
 
     `idempotent`: the statement may run twice without harm, so it is also repeated when nobody can tell whether it took
-    effect. Default `False`; a statement that is proven read-only needs no promise.
+    effect. Default `False`; one that only reads needs no promise: what looks like a read is repeated in a read-only
+    transaction if the server's catalog says that everything it calls is stable or immutable.
 
     `exactly_once` (of a pool's `execute`, `fetch`, `fetchrow` and `fetchval`): run a statement that may write as a
     transaction of its own, as `pool.transaction()` does: if the answer is lost the server is asked what became of it. The
@@ -226,7 +227,7 @@ class Queries(ABC):
         """Copy a table to a path, a file or a coroutine function. Only a path is written anew when the copy is cut."""
         return await self._run(
             "copy_from_table",
-            None,
+            _reading(table_name, schema_name),
             lambda connection: connection.copy_from_table(
                 table_name,
                 output=cast("Any", output),
@@ -235,7 +236,7 @@ class Queries(ABC):
                 timeout=timeout,
                 **options,
             ),
-            idempotent=_is_path(output),
+            idempotent=False,
             deadline=deadline,
             fail_fast=fail_fast,
             replayable=_is_path(output),
@@ -325,3 +326,8 @@ class Queries(ABC):
 
 def _is_path(place: object) -> bool:
     return isinstance(place, str | os.PathLike)
+
+
+def _reading(table: str, schema: str | None) -> str:
+    # What is read when a table is copied: also a table's policies may do more than that.
+    return "TABLE " + ".".join('"{}"'.format(name.replace('"', '""')) for name in (schema, table) if name is not None)
