@@ -84,7 +84,7 @@ _RECREATED_TYPE = re.compile(r"^type with OID \d+ does not exist$")
 # Limits of one session or one statement, by the name of the setting: the same statement meets them again.
 _LIMIT_OF_ITS_OWN = re.compile(r"\btemp_file_limit\b|^tuple decompression limit |\w+ = 0$")
 # Functions of PostgreSQL's that raise what another server has said to this one.
-_FOREIGN = frozenset({"pgfdw_report_error", "pgfdw_report_internal", "dblink_res_error"})
+_FOREIGN = frozenset({"pgfdw_report_error", "pgfdw_report", "pgfdw_report_internal", "dblink_res_error"})
 # Functions that read one argument's binary form, by the client's idea of its type.
 _READS_AN_ARGUMENT = frozenset(
     {"record_recv", "array_recv", "range_recv", "multirange_recv", "enum_recv", "domain_recv"}

@@ -322,7 +322,7 @@ async def test_statements_that_were_prepared_and_are_no_longer_valid_are_prepare
     await connection.execute(f"ALTER TABLE {table} ADD COLUMN more text")
     await connection.execute("BEGIN")
     outdated = await failure_of(connection.fetch(query, 1))
-    assert verdict(outdated) == "STATEMENT_CACHE NOT_EXECUTED DISCARD"
+    assert verdict(outdated) == "STATEMENT_CACHE NOT_EXECUTED DISCARD others EXPIRE"
 
 
 async def test_a_type_made_anew_makes_cached_types_stale(connect):
@@ -337,7 +337,7 @@ async def test_a_type_made_anew_makes_cached_types_stale(connect):
     finally:
         await connection.execute("DROP TYPE mood")
     assert isinstance(error, asyncpg.InternalServerError)
-    assert verdict(error) == "STATEMENT_CACHE ROLLED_BACK DISCARD"
+    assert verdict(error) == "STATEMENT_CACHE ROLLED_BACK DISCARD others EXPIRE"
 
 
 async def test_a_row_that_cannot_be_read_any_more_was_written_all_the_same(connect):
@@ -354,7 +354,7 @@ async def test_a_row_that_cannot_be_read_any_more_was_written_all_the_same(conne
         await observer.execute("DROP TABLE pairs; DROP TYPE pair")
     assert isinstance(error, asyncpg.OutdatedSchemaCacheError)
     assert rows == 2
-    assert verdict(error) == "STATEMENT_CACHE UNKNOWN DISCARD"
+    assert verdict(error) == "STATEMENT_CACHE UNKNOWN DISCARD others EXPIRE"
 
 
 async def test_a_servers_own_time_limits_are_the_applications_to_see(connect, table):
