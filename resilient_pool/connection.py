@@ -421,6 +421,9 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             self._begin, connection, limit, isolation=isolation, readonly=readonly, deferrable=deferrable
         )
 
+    def _transaction(self, made: Transaction) -> Transaction:
+        return LeaseTransaction.like(made, self._begin, self._lender.reset_timeout)
+
     async def add_listener(self, channel: str, callback: Callback) -> None:
         """Listen to a channel until the connection is released.
 
@@ -628,6 +631,7 @@ class Lender:
         reader: Knows what a text may do.
         read_check: What it remembers of the server's catalog ends with the driver's caches.
         clock: Counts deadlines.
+        lease_class: What is lent.
     """
 
     def __init__(
@@ -639,7 +643,9 @@ class Lender:
         reader: StatementReader,
         read_check: ReadCheck,
         clock: Clock,
+        lease_class: type[ResilientConnection],
     ) -> None:
+        self._lease_class = lease_class
         self._config = config
         self._checkout = checkout
         self._upkeep = upkeep
@@ -703,7 +709,7 @@ class Lender:
 
     async def lend_slot(self, slot: Slot[Link], call: Call[T]) -> ResilientConnection:
         """Lend the connection of a slot, set up for the application. If that fails the connection is closed."""
-        lease = ResilientConnection(self, slot)
+        lease = self._lease_class(self, slot)
         lent = False
         try:
             await lease._adopt(call)  # noqa: SLF001

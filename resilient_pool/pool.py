@@ -30,6 +30,7 @@ from resilient_pool.inquiry import Inquiry
 from resilient_pool.invocation import Invocation
 from resilient_pool.observe.events import Dispatcher
 from resilient_pool.observe.stats import Counters, PoolStats
+from resilient_pool.own_class import lease_class
 from resilient_pool.policy._checks import names_nearest, require_known, require_seconds
 from resilient_pool.policy.statements import StatementReader
 from resilient_pool.queries import Queries
@@ -110,7 +111,16 @@ class ResilientPool(Queries):
             config, self._reader, read_check, self._upkeep, self._connector, clock, self._counters, dispatcher
         )
         self._deposit = config.retry_budget.deposit
-        self._lender = Lender(config, self._checkout, self._upkeep, self._runner, self._reader, read_check, clock)
+        self._lender = Lender(
+            config,
+            self._checkout,
+            self._upkeep,
+            self._runner,
+            self._reader,
+            read_check,
+            clock,
+            lease_class(config.connection_class),
+        )
         inquiry = Inquiry(config, self._lender, clock, dispatcher)
         self._transactions = Transactions(config, self._lender, self._reader, inquiry, clock, self._require_open)
         self._sets_up = config.setup is not None

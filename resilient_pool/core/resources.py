@@ -58,6 +58,18 @@ class LeaseTransaction(Transaction):
         self._begin = begin
         self._limit = limit
 
+    @classmethod
+    def like(cls, made: Any, begin: Begin, limit: float) -> LeaseTransaction:
+        """Make one like the one that the driver made."""
+        return cls(
+            begin,
+            made._connection,  # noqa: SLF001
+            limit,
+            isolation=made._isolation,  # noqa: SLF001
+            readonly=made._readonly,  # noqa: SLF001
+            deferrable=made._deferrable,  # noqa: SLF001
+        )
+
     async def start(self) -> None:
         """Enter the transaction or savepoint block."""
         if self._state is not TransactionState.NEW:
