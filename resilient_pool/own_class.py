@@ -12,7 +12,7 @@ import asyncpg
 from asyncpg.transaction import Transaction
 
 from resilient_pool.connection import ResilientConnection
-from resilient_pool.core.wire import AnyConnection
+from resilient_pool.core.wire import AnyConnection, until_lost
 
 # What a lease adds to asyncpg's arguments.
 _OURS = ("idempotent", "exactly_once", "deadline", "fail_fast")
@@ -28,6 +28,7 @@ _READ_ONCE = frozenset(
         "copy_records_to_table",
     }
 )
+_SENDS_MUCH = frozenset({"fetchmany", "executemany", "copy_to_table", "copy_records_to_table"})
 _WITH_A_TEXT = _STATEMENTS | {"fetchmany", "executemany", "copy_from_query"}
 _FIRST = {"add_listener": "LISTEN", "remove_listener": "UNLISTEN", "reset": "ROLLBACK"}
 _CODECS = frozenset({"set_type_codec", "set_builtin_type_codec", "reset_type_codec"})
@@ -58,7 +59,7 @@ def _statement(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         return await self._run(
             name,
             _text(args, kwargs) if name in _WITH_A_TEXT else None,
-            _call(name, args, kwargs),
+            _call(name, args, kwargs) if name not in _SENDS_MUCH else _until_lost(_call(name, args, kwargs)),
             idempotent=own.get("idempotent", False),
             deadline=own.get("deadline"),
             fail_fast=own.get("fail_fast"),
@@ -123,6 +124,10 @@ _FORWARDED = {
 
 def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[AnyConnection], Any]:
     return lambda connection: getattr(connection, name)(*args, **kwargs)
+
+
+def _until_lost(call: Callable[[AnyConnection], Any]) -> Callable[[AnyConnection], Any]:
+    return lambda connection: until_lost(connection, call(connection))
 
 
 def _text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

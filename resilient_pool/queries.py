@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias, TypedDict, TypeVar, Unpack
 
 from asyncpg import Record
 
-from resilient_pool.core.wire import AnyConnection
+from resilient_pool.core.wire import AnyConnection, until_lost
 
 T = TypeVar("T")
 
@@ -163,7 +163,9 @@ class Queries(ABC):
         return await self._run(
             "fetchmany",
             query,
-            lambda connection: connection.fetchmany(query, args, timeout=timeout, record_class=record_class),
+            lambda connection: until_lost(
+                connection, connection.fetchmany(query, args, timeout=timeout, record_class=record_class)
+            ),
             idempotent=idempotent,
             deadline=deadline,
             fail_fast=fail_fast,
@@ -205,7 +207,7 @@ class Queries(ABC):
         await self._run(
             "executemany",
             command,
-            lambda connection: connection.executemany(command, args, timeout=timeout),
+            lambda connection: until_lost(connection, connection.executemany(command, args, timeout=timeout)),
             idempotent=idempotent,
             deadline=deadline,
             fail_fast=fail_fast,
@@ -283,13 +285,16 @@ class Queries(ABC):
         return await self._run(
             "copy_to_table",
             None,
-            lambda connection: connection.copy_to_table(
-                table_name,
-                source=cast("Any", source),
-                columns=columns,
-                schema_name=schema_name,
-                timeout=timeout,
-                **options,
+            lambda connection: until_lost(
+                connection,
+                connection.copy_to_table(
+                    table_name,
+                    source=cast("Any", source),
+                    columns=columns,
+                    schema_name=schema_name,
+                    timeout=timeout,
+                    **options,
+                ),
             ),
             idempotent=idempotent,
             deadline=deadline,
@@ -314,8 +319,11 @@ class Queries(ABC):
         return await self._run(
             "copy_records_to_table",
             None,
-            lambda connection: connection.copy_records_to_table(
-                table_name, records=records, columns=columns, schema_name=schema_name, timeout=timeout, where=where
+            lambda connection: until_lost(
+                connection,
+                connection.copy_records_to_table(
+                    table_name, records=records, columns=columns, schema_name=schema_name, timeout=timeout, where=where
+                ),
             ),
             idempotent=idempotent,
             deadline=deadline,

@@ -13,9 +13,10 @@ import select
 import socket
 import traceback
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import anyio
 import asyncpg
@@ -27,10 +28,13 @@ ConnectionProxy = _ConnectionProxy
 """The base that makes `isinstance(lease, asyncpg.Connection)` true."""
 
 AnyConnection: TypeAlias = "asyncpg.Connection[Any]"
+T = TypeVar("T")
 
 # Turns of the event loop granted to a socket that has something to read. At most 5 were needed to see a loss through
 # to its end (asyncio with TLS; 3 on uvloop).
 _TURNS = 32
+# How long an operation that was cancelled may take to end.
+_CUT = 0.5
 # macOS and Windows know no POLLRDHUP; there an orderly close shows as readable, and is found by letting the loop read.
 _RDHUP: int = getattr(select, "POLLRDHUP", 0)
 _DEAD = _RDHUP | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
@@ -154,9 +158,8 @@ class Link:
         if hasattr(connection, "_pool_holder"):
             # From asyncpg 0.32 on a connection that is closed reports it here; before, to what holds its proxy.
             inside._pool_holder = weakref.ref(self)  # noqa: SLF001
-        # The driver forgets those who wait until they may write, of whom it learns nothing more from a lost connection.
-        protocol: Any = inside._protocol  # noqa: SLF001
-        asyncpg.Connection.add_termination_listener(connection, lambda _: protocol.resume_writing())
+        resume = partial(_resume_writing, inside._protocol, inside._loop)  # noqa: SLF001
+        asyncpg.Connection.add_termination_listener(connection, resume)
         self._reset_roles = ""
         capabilities: Any = connection._server_caps  # type: ignore[attr-defined] # noqa: SLF001
         if capabilities.sql_reset and capabilities.plpgsql:  # Redshift, CockroachDB and CrateDB lack one of the two
@@ -514,6 +517,75 @@ def _quoted(name: str) -> str:
 # a state in which an operation begins. The other states are entered by an answer.
 _CLOSED = re.compile(r"connection is closed$")
 _NOT_BEGUN = re.compile(r"^(not connected$|cannot switch to state (1[1-8]|21); )")
+
+
+def _resume_writing(protocol: Any, loop: asyncio.AbstractEventLoop, _connection: object) -> None:
+    # The driver leaves those waiting for ever who wait until they may write: `executemany()` of a prepared statement, say.
+    # Later, for what can be cut short is better off: on asyncio's loop all that is left would be written to nowhere.
+    loop.call_later(_CUT, protocol.resume_writing)
+
+
+async def until_lost(connection: AnyConnection, work: Coroutine[Any, Any, T]) -> T:
+    """Run an operation that sends much, and end it when the connection ends or the caller is cancelled.
+
+    The driver itself may wait for ever until it may write to a connection that is lost, or for the next piece of data to send
+    to it; a cancellation does not end that wait either, and an error of uvloop's transport may hide it.
+
+    Args:
+        connection: Where it runs.
+        work: The operation.
+
+    Raises:
+        asyncpg.ConnectionDoesNotExistError: The connection was lost, and the driver did not notice.
+    """
+    lost = asyncio.get_running_loop().create_future()
+    task = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(
+        lambda task: task.cancelled() or task.exception()
+    )  # of one that is cut short nobody asks for it
+
+    def end(_: object) -> None:
+        if not lost.done():
+            lost.set_result(None)
+
+    asyncpg.Connection.add_termination_listener(connection, end)
+    try:
+        await asyncio.wait((task, lost), return_when=asyncio.FIRST_COMPLETED)
+        for _ in range(_TURNS):  # what the driver notices by itself, it knows the reason of
+            if not task.done():
+                await asyncio.sleep(0)
+    finally:
+        asyncpg.Connection.remove_termination_listener(connection, end)
+        cut_short = not task.done()
+        if cut_short:
+            await _cut_short(connection, task)
+    error = None if task.cancelled() else task.exception()
+    fell = error is not None and connection.is_closed() and _comes_from_the_transport(error)
+    if isinstance(error, asyncpg.PostgresError) or not (cut_short or fell):
+        return task.result()
+    raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation") from error
+
+
+def _comes_from_the_transport(error: BaseException) -> bool:
+    """Whether the driver fell over a connection that was closed under it: it has let go of the transport, or uvloop has."""
+    if not isinstance(error, RuntimeError | AttributeError):
+        return False
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return str(innermost.f_globals.get("__name__", "")).startswith(("asyncpg.", "uvloop."))
+
+
+async def _cut_short(connection: AnyConnection, task: asyncio.Task[Any]) -> None:
+    """Cancel an operation and wait for its end; when it does not come, the connection is closed."""
+    task.cancel()
+    ended = False
+    try:
+        await asyncio.wait((task,), timeout=_CUT)
+        ended = task.done() and not connection.is_closed()
+    finally:
+        if not ended:
+            connection.terminate()
+    if not task.done():
+        await asyncio.wait((task,), timeout=_CUT)
 
 
 def nothing_sent(error: BaseException, link: Link) -> bool:
