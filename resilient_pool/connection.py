@@ -267,7 +267,11 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         if self._state is _USED or self._state is _ADOPTING:
             if self._witness is not None:
                 self._witness(sql)
-            return await execute(self._linked.connection)  # type: ignore[union-attr]
+            try:
+                return await execute(self._linked.connection)  # type: ignore[union-attr]
+            except AttributeError as error:
+                self._explain(operation, error)
+                raise
         self._require_loan(operation)
         call = self._lender.call(
             operation,
@@ -317,11 +321,20 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             fresh = keeps
         except Exception as error:
             fresh = self._lender.is_untouched(call, error, harmless=harmless)
+            self._explain(call.operation, error)
             raise
         finally:
             if self._state is _TRYING:
                 self._settle(fresh=self._lender.is_untouched(call) if fresh is None else fresh)
         return result
+
+    def _explain(self, operation: str, error: Exception) -> None:
+        """Raise what stands behind an error of the driver, if it fell over a loan that was ended under it."""
+        if self.is_released and wire.comes_from_the_transport(error):
+            try:
+                self._require_loan(operation)
+            except asyncpg.InterfaceError as ended:
+                raise ended from error
 
     def _settle(self, *, fresh: bool) -> None:
         self._state = _FRESH if fresh else _USED

@@ -117,6 +117,10 @@ class RecoveryGate:
 
     def maintain(self) -> None:
         """Let the prober open what is missing, but not for an idle pool that was refused for good, or whose loop ends."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return  # a connection was terminated while no loop runs; the next caller sees to the rest
         if self._slots.is_awaited or not (self._is_final or self._upkeep.forsaken):
             self.call()
 

@@ -387,7 +387,7 @@ class Upkeep:
 
     def cut_off(self) -> None:
         """Close every connection at once, also those in use, and do nothing that needs an event loop."""
-        self.closing = True
+        self.closing = True  # first: a lease whose connection is closed gives its slot back
         for slot in self._slots:
             if slot.resource is not None:
                 slot.resource.doomed = True

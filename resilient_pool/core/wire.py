@@ -560,13 +560,13 @@ async def until_lost(connection: AnyConnection, work: Coroutine[Any, Any, T]) ->
         if cut_short:
             await _cut_short(connection, task)
     error = None if task.cancelled() else task.exception()
-    fell = error is not None and connection.is_closed() and _comes_from_the_transport(error)
+    fell = error is not None and connection.is_closed() and comes_from_the_transport(error)
     if isinstance(error, asyncpg.PostgresError) or not (cut_short or fell):
         return task.result()
     raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation") from error
 
 
-def _comes_from_the_transport(error: BaseException) -> bool:
+def comes_from_the_transport(error: BaseException) -> bool:
     """Whether the driver fell over a connection that was closed under it: it has let go of the transport, or uvloop has."""
     if not isinstance(error, RuntimeError | AttributeError):
         return False
