@@ -13,7 +13,7 @@ import asyncpg
 from resilient_pool.config import PoolConfig
 from resilient_pool.core import wire
 from resilient_pool.core.clock import Clock
-from resilient_pool.core.wire import AnyConnection, Link, ServerFacts
+from resilient_pool.core.wire import AnyConnection, Link, ReadOnly, ServerFacts
 from resilient_pool.observe.events import Dispatcher, PoolerDetected
 from resilient_pool.observe.redaction import Secret
 from resilient_pool.observe.stats import Counters
@@ -32,6 +32,7 @@ class Connector:
 
     Attributes:
         facts: What stands at the other end; `None` before the first connection.
+        read_only: Why the server has last refused a write of `init`, if it has.
     """
 
     def __init__(self, config: PoolConfig, clock: Clock, counters: Counters, dispatcher: Dispatcher) -> None:
@@ -41,6 +42,7 @@ class Connector:
         self._counters = counters
         self._dispatcher = dispatcher
         self.facts: ServerFacts | None = None
+        self.read_only: ReadOnly | None = None
 
     @property
     def expects_writes(self) -> bool:
@@ -123,7 +125,12 @@ class Connector:
         if facts.has_pooler and target.statement_cache_size is None:
             link.disable_statement_cache()
         if self._config.init is not None:
-            await self._config.init(link.connection)
+            try:
+                await self._config.init(link.connection)
+            except asyncpg.ReadOnlySQLTransactionError:
+                await link.learn_why_read_only()
+                self.read_only = link.read_only
+                raise
             await link.keep_roles()
 
     async def _learn(self, target: PoolConfig, link: Link) -> ServerFacts:

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import asyncpg
+
 from resilient_pool.config import PoolConfig
 from resilient_pool.core.background import begin
 from resilient_pool.core.clock import Clock
@@ -31,6 +33,9 @@ WAKE_WINDOW = 60.0
 # but so does an address from which the server has moved away.
 UNANSWERED = 5.0
 _AT_ONCE = 2
+# The server is there, but what the application's `init` has asked it for failed in a curable way.
+_ABOUT_SETTING_UP = frozenset({Fault.CONTENTION, Fault.STATEMENT_CACHE})
+_ABOUT_ONE_MORE_CONNECTION = _ABOUT_SETTING_UP | {Fault.OVERLOADED}
 
 
 class RecoveryGate:
@@ -364,16 +369,19 @@ class RecoveryGate:
             caller for whom this was the last attempt.
         """
         now = self._clock.monotonic()
+        why = self._connector.read_only if isinstance(error, asyncpg.ReadOnlySQLTransactionError) else None
         failure = Failure(
             error=error,
             phase=Phase.CONNECT,
             sent=False,
             waking=self._wake_window.covers(now),
             writable=self._connector.expects_writes,
+            read_only_asked=why is not None and why.asked,
+            in_recovery=None if why is None else why.in_recovery,
         )
         verdict = judge(self._config, failure)
         self._counters.connect_failures += 1
-        if verdict.fault is Fault.OVERLOADED and self._upkeep.links():
+        if verdict.fault in _ABOUT_ONE_MORE_CONNECTION and self._upkeep.links():
             self._be_content(error, failure, verdict, now)
             return None
         self._make_room()
@@ -385,7 +393,12 @@ class RecoveryGate:
         self._last_opened = None
         self._is_final = verdict.fault is Fault.PERMANENT
         if not (self._is_final or self._is_reported):
-            self._report(error, "the database server is away: callers wait, and one task tries to reach it")
+            away = (
+                "new connections cannot be set up"
+                if verdict.fault in _ABOUT_SETTING_UP
+                else "the database server is away"
+            )
+            self._report(error, f"{away}: callers wait, and one task tries to reach it")
         if self._is_final or self._is_exhausted(outage):
             self._outage = None
             if not self._is_final:

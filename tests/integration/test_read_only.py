@@ -143,6 +143,32 @@ async def test_a_standby_is_left_for_the_new_primary(work):
             assert await pool.fetchval("SELECT count(*) FROM t") == 1
 
 
+async def test_an_init_that_writes_waits_for_the_new_primary():
+    """What it meets on a standby is cured there, and on a server that is read-only by a setting it is final."""
+
+    async def init(connection):
+        await connection.execute("INSERT INTO t VALUES (1)")
+
+    async with EmbeddedPostgres(18) as primary, await primary.standby("s") as standby:
+        async with primary.admin() as admin:
+            await admin.execute("CREATE TABLE t (id int)")
+        async with standby.admin() as admin, asyncio.timeout(20):
+            while await admin.fetchval("SELECT to_regclass('t')") is None:
+                await asyncio.sleep(0.02)
+        async with ResilientPool(standby.dsn(), init=init, deadline=30.0) as pool:
+            reading = asyncio.ensure_future(pool.fetchval("SELECT count(*) FROM t"))
+            async with asyncio.timeout(20):
+                while not pool.stats().connect_failures:
+                    await asyncio.sleep(0.02)
+            await standby.promote()
+            assert await reading == 1
+        await primary.apply_settings({"default_transaction_read_only": "on"})
+        async with ResilientPool(primary.dsn(), init=init, deadline=30.0) as pool:
+            async with asyncio.timeout(5):
+                with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+                    await pool.fetchval("SELECT 1")
+
+
 async def test_read_only_asked_for_on_a_standby_is_the_callers_error():
     """A transaction that asked for it would be refused by the new primary as well."""
     async with EmbeddedPostgres(18) as primary, await primary.standby("s") as standby:

@@ -96,3 +96,26 @@ async def test_a_limit_of_the_statements_own_is_met_once(postgres: EmbeddedPostg
         with pytest.raises(asyncpg.ConfigurationLimitExceededError):
             await pool.fetch("SELECT g, repeat('y', 100) AS y FROM generate_series(1, 60000) g ORDER BY y, g DESC")
         assert not any(pool.stats().retries.values())
+
+
+async def test_an_init_that_meets_a_conflict_is_no_outage(postgres: EmbeddedPostgres, caplog):
+    """Connections that work go on serving, also those who do not wait, and the log does not call the server away."""
+    conflicting = False
+
+    async def init(connection):
+        if conflicting:
+            await connection.execute("DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '40P01'; END $$")
+
+    async with ResilientPool(postgres.dsn(), init=init, max_size=4, deadline=10.0) as pool:
+        async with pool.acquire() as connection:
+            await connection.fetchval("SELECT 1")
+            conflicting = True
+            waiting = asyncio.ensure_future(pool.fetchval("SELECT 42"))
+            async with asyncio.timeout(10):
+                while not pool.stats().connect_failures:
+                    await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            assert await waiting == 42
+            assert await pool.fetchval("SELECT 42", fail_fast=True) == 42
+        conflicting = False
+    assert "is away" not in caplog.text
