@@ -25,7 +25,7 @@ from resilient_pool.core.read_check import ReadCheck
 from resilient_pool.core.runner import Call, Runner
 from resilient_pool.core.slots import Slot, Slots
 from resilient_pool.core.upkeep import Upkeep
-from resilient_pool.core.wire import AnyConnection, Link
+from resilient_pool.core.wire import AnyConnection, Link, overrides_statements
 from resilient_pool.inquiry import Inquiry
 from resilient_pool.invocation import Invocation
 from resilient_pool.observe.events import Dispatcher
@@ -124,6 +124,8 @@ class ResilientPool(Queries):
         inquiry = Inquiry(config, self._lender, clock, dispatcher)
         self._transactions = Transactions(config, self._lender, self._reader, inquiry, clock, self._require_open)
         self._sets_up = config.setup is not None
+        # Of what an application's class makes of a statement a failure tells less, so its attempts are watched from the start.
+        self._watches = self._sets_up or overrides_statements(config.connection_class)
         self._waits_for_reset = config.session_reset == "on_release"
         self._never_resets = config.session_reset == "off"
         # The application's own callbacks may leave anything behind, so with them every use is followed by a reset.
@@ -159,7 +161,7 @@ class ResilientPool(Queries):
             return await self.run_in_transaction(_on_lease, execute, deadline=deadline, fail_fast=fail_fast)
         started = self._clock.monotonic()
         link = failure = None
-        if not self._sets_up:
+        if not self._watches:
             self._deposit()
             try:
                 slot = self._checkout.at_once()

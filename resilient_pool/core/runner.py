@@ -81,10 +81,12 @@ class Call(Generic[T]):
         xid: The id of the present attempt's transaction, where it is known.
         read_only: Whether the caller asked for a read-only transaction.
         began: When the present attempt's transaction began, on the line of `Clock.monotonic()`; `None` if there is none.
+        asked: How many queries had been sent on the connection before the present attempt.
         outlasted: How many attempts were lost when they had lasted longer than the server lets a transaction be idle.
     """
 
     __slots__ = (
+        "asked",
         "began",
         "deadline",
         "execute",
@@ -136,7 +138,7 @@ class Call(Generic[T]):
         self.xid: int | None = None
         self.read_only = False
         self.began: float | None = None
-        self.outlasted = 0
+        self.asked = self.outlasted = 0
 
     def begin_attempt(self) -> None:
         """Forget how far the attempt before came."""
@@ -154,7 +156,7 @@ class Call(Generic[T]):
 
     def reach(self, link: Link) -> None:
         """Remember that the present attempt has come to execute on a connection."""
-        self.phase, self.link = Phase.EXECUTE, link
+        self.phase, self.link, self.asked = Phase.EXECUTE, link, link.queries
 
 
 class Runner:
@@ -430,9 +432,17 @@ class Runner:
             return replace(verdict, outcome=call.settled, fault=Fault.DISCONNECTED if lost else verdict.fault)
         # The classifier sees no text, and so cannot see that a part of it may have been committed before the error.
         partly = call.sql is not None and not self._reader.read(call.sql).is_atomic
+        partly = partly or self._is_about_the_last_of_several(call, verdict)
         if failure.sent and partly and verdict.outcome is not Outcome.UNKNOWN:
             return replace(verdict, outcome=Outcome.UNKNOWN)
         return verdict
+
+    @staticmethod
+    def _is_about_the_last_of_several(call: Call[T], verdict: Verdict) -> bool:
+        # An application's class may send several statements for one: an error is about the last, and says nothing of others.
+        if call.link is None or not call.link.is_customized or call.phase is not Phase.EXECUTE:
+            return False
+        return call.link.queries - call.asked > (verdict.outcome is Outcome.ROLLED_BACK)
 
     def _take_measures(self, call: Call[T], failure: Failure, verdict: Verdict) -> None:
         # The connection is on its way back already; it is looked at again before anyone gets it.

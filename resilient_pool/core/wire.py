@@ -59,6 +59,20 @@ _READ_ONLY = """
            setting = 'on' AND source NOT IN ('default', 'environment variable', 'configuration file', 'command line')
     FROM pg_catalog.pg_settings WHERE name = 'default_transaction_read_only'
 """
+_STATEMENTS = (
+    "_execute",
+    "_executemany",
+    "copy_from_query",
+    "copy_from_table",
+    "copy_records_to_table",
+    "copy_to_table",
+    "execute",
+    "executemany",
+    "fetch",
+    "fetchmany",
+    "fetchrow",
+    "fetchval",
+)
 # For how many seconds a server that has refused a write is asked why.
 _ASK_LIMIT = 2.0
 
@@ -120,6 +134,7 @@ class Link:
     Attributes:
         connection: The driver's connection.
         doomed: Whether it must not be used again; it is closed when it is given back.
+        is_customized: Whether an application's class may send more than one statement where one is asked for.
         is_pooled: Whether a pooler may let another server answer from one query to the next.
         read_only: Why it has refused to write, if it was asked.
         has_served: Whether it has answered anything since it was opened, or was closed by the application itself.
@@ -132,11 +147,13 @@ class Link:
         "__weakref__",
         "_borrower",
         "_poll",
+        "_protocol",
         "_reset_roles",
         "connection",
         "doomed",
         "ended",
         "has_served",
+        "is_customized",
         "is_pooled",
         "opened_at",
         "pid",
@@ -152,6 +169,9 @@ class Link:
         self.is_pooled = False
         self.read_only: ReadOnly | None = None
         self.pid = connection.get_server_pid()
+        self.is_customized = overrides_statements(type(connection))
+        # Of a connection that is closed, too: the driver lets go of it.
+        self._protocol: Any = connection._protocol  # type: ignore[attr-defined] # noqa: SLF001
         self._poll = self._watch()
         self._borrower: Borrower | None = None
         inside: Any = connection
@@ -192,8 +212,7 @@ class Link:
     @property
     def queries(self) -> int:
         """How many queries were sent on this connection."""
-        protocol: Any = self.connection._protocol  # type: ignore[attr-defined] # noqa: SLF001
-        return 0 if protocol is None else int(protocol.queries_count)
+        return int(self._protocol.queries_count)
 
     @property
     def is_usable(self) -> bool:
@@ -586,6 +605,11 @@ async def _cut_short(connection: AnyConnection, task: asyncio.Task[Any]) -> None
             connection.terminate()
     if not task.done():
         await asyncio.wait((task,), timeout=_CUT)
+
+
+def overrides_statements(connection_class: type[AnyConnection]) -> bool:
+    """Whether a class makes something of its own of the methods that send statements."""
+    return any(getattr(connection_class, name) is not getattr(asyncpg.Connection, name) for name in _STATEMENTS)
 
 
 def nothing_sent(error: BaseException, link: Link) -> bool:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from resilient_pool import PostgresClassifier, ResilientPool
+from resilient_pool import OutcomeUnknownError, PostgresClassifier, ResilientPool
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 CONFLICT_ONCE = "DO $$ BEGIN IF nextval('{0}') = 1 THEN RAISE EXCEPTION 'x' USING ERRCODE = '{1}'; END IF; END $$"
@@ -209,3 +209,63 @@ async def test_what_a_copys_source_reads_from_may_be_lost_without_this_connectio
     with pytest.raises((asyncpg.ConnectionDoesNotExistError, asyncpg.InterfaceError, ConnectionResetError)):
         await pool.copy_records_to_table(table, records=source())
     assert await pool.fetchval(f"SELECT count(*) FROM {table}") == 0
+
+
+class Traced(asyncpg.Connection):
+    """An application's class that adds nothing that is sent."""
+
+    async def execute(self, query, *args, timeout=None):
+        return await super().execute(query, *args, timeout=timeout)
+
+
+class Audited(asyncpg.Connection):
+    """An application's class that sends two statements where one is asked for."""
+
+    between = staticmethod(lambda: None)
+
+    async def execute(self, query, *args, timeout=None):
+        result = await super().execute(query, *args, timeout=timeout)
+        if query.startswith("INSERT"):
+            await type(self).between(self)
+            await super().execute("SELECT 'audited'")
+        return result
+
+
+async def closed_in_between(connection):
+    connection.terminate()
+
+
+async def conflicting_in_between(connection):
+    await asyncpg.Connection.execute(connection, "DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '40001'; END $$")
+
+
+@pytest.mark.parametrize("between", [closed_in_between, conflicting_in_between])
+@pytest.mark.parametrize("on_lease", [False, True])
+async def test_the_second_statement_of_an_overridden_method_says_nothing_of_the_first(
+    postgres, table, monkeypatch, between, *, on_lease
+):
+    """What was inserted is not inserted again because something else failed after it."""
+    monkeypatch.setattr(Audited, "between", between)
+    async with ResilientPool(postgres.dsn(), connection_class=Audited) as pool:
+        await pool.fetchval("SELECT 1")
+        with pytest.raises(OutcomeUnknownError):
+            if on_lease:
+                async with pool.acquire() as lease:
+                    await lease.execute(f"INSERT INTO {table} VALUES ((SELECT count(*) FROM {table}))")
+            else:
+                await pool.execute(f"INSERT INTO {table} VALUES ((SELECT count(*) FROM {table}))")
+        assert await pool.fetchval(f"SELECT count(*) FROM {table}") == 1
+
+
+async def test_a_method_that_only_adds_tracing_costs_no_repeat(postgres, table):
+    """One statement was sent for one, so a conflict has left no effect."""
+    async with postgres.admin() as admin:
+        body = CONFLICT_ONCE.format(f"{table}s", "40001").removeprefix("DO $$ BEGIN").removesuffix("END $$")
+        await admin.execute(
+            f"CREATE FUNCTION {table}f() RETURNS int LANGUAGE plpgsql AS $$ BEGIN {body} RETURN 1; END $$"
+        )
+    async with ResilientPool(postgres.dsn(), connection_class=Traced) as pool:
+        await pool.execute(f"INSERT INTO {table} VALUES ({table}f())")
+        assert await pool.fetchval(f"SELECT last_value FROM {table}s") == 2
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP FUNCTION {table}f")

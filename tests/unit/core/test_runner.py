@@ -32,7 +32,7 @@ class FakeLink:
 
     def __init__(self, *, stable: bool = True, opened_at=None, read_only=None) -> None:
         self.doomed, self.has_served, self.sent, self.asked = False, True, [], 0
-        self.opened_at, self.read_only = opened_at, read_only
+        self.opened_at, self.read_only, self.queries, self.is_customized = opened_at, read_only, 0, False
         self.connection = SimpleNamespace(is_closed=lambda: True, execute=self.execute)
         self.stable = stable
 
