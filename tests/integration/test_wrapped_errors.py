@@ -269,3 +269,26 @@ async def test_a_method_that_only_adds_tracing_costs_no_repeat(postgres, table):
         assert await pool.fetchval(f"SELECT last_value FROM {table}s") == 2
     async with postgres.admin() as admin:
         await admin.execute(f"DROP FUNCTION {table}f")
+
+
+async def test_what_fails_after_a_commit_in_an_overridden_method_does_not_undo_it(postgres, table):
+    """COMMIT is sent by itself, so that its answer is about nothing else."""
+
+    class Grumbling(asyncpg.Connection):
+        async def execute(self, query, *args, timeout=None):
+            result = await super().execute(query, *args, timeout=timeout)
+            if query == "COMMIT":
+                await conflicting_in_between(self)
+            return result
+
+    attempts = 0
+
+    async def work(connection):
+        nonlocal attempts
+        attempts += 1
+        await connection.execute(f"INSERT INTO {table} VALUES ((SELECT count(*) FROM {table}))")
+
+    async with ResilientPool(postgres.dsn(), connection_class=Grumbling) as pool:
+        await pool.run_in_transaction(work)
+        assert await pool.fetchval(f"SELECT count(*) FROM {table}") == 1
+    assert attempts == 1
