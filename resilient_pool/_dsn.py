@@ -23,6 +23,9 @@ LONGEST_TIMEOUT = 86400.0
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
+SYSTEM_ROOTS = "system"
+"""The value of `sslrootcert` that stands for the authorities that the system trusts."""
+
 _FORM = "postgresql://user:password@host:port/database?option=value"
 _QUOTING = (
     "most likely the user name or the password holds a character that must be percent-encoded "
@@ -34,6 +37,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,62}")
 _BRACKETED = re.compile(r"\[(?P<address>[^\[\]]+)\](?::(?P<port>.*))?")
 _HIGHEST_PORT = 65535
+# SQLAlchemy's "postgresql+asyncpg", JDBC's "jdbc:postgresql", Django's "postgis" and the like.
+_FOREIGN_SCHEME = re.compile(r"(?:jdbc:)?(?:postgres|postgresql|postgis|pgsql|psql|ecto|timescale)(?:\+\w+)?")
 
 # The names by which DSNs and service files call what is an argument here.
 _ARGUMENTS: Mapping[str, str] = {
@@ -90,6 +95,7 @@ _UNSUPPORTED: Mapping[str, tuple[str, ...]] = {
 }
 
 _INSTEAD: Mapping[str, str] = {
+    "channel_binding": "; use sslmode=verify-full, with sslrootcert=system or a file, and remove it",
     "hostaddr": "; write the address as the host",
     "keepalives_count": "; use the argument tcp_user_timeout",
     "keepalives_idle": "; use the argument tcp_user_timeout",
@@ -97,6 +103,112 @@ _INSTEAD: Mapping[str, str] = {
     "sslaccept": "; write sslmode=require or sslmode=verify-full",
     "sslcrldir": "; write sslcrl",
 }
+
+
+_TIMES = "; use the arguments timeout, command_timeout and deadline"
+_SIZES = "; use the arguments max_size and min_size"
+_AGES = "; use the arguments max_lifetime and max_inactive_connection_lifetime"
+_STATEMENTS = "; use statement_cache_size, 0 for none"
+_REMOVE = "; remove it"
+
+# What other programs write into a DSN for themselves, in small letters, and what says the same here.
+_FOREIGN: Mapping[str, str] = {
+    # SQLAlchemy
+    "async_fallback": _REMOVE,
+    "max_overflow": _SIZES,
+    "pool_pre_ping": _REMOVE,
+    "pool_recycle": _AGES,
+    "pool_size": _SIZES,
+    "prepared_statement_cache_size": _STATEMENTS,
+    "prepared_statement_name_func": _REMOVE,
+    "ssl": "; write sslmode=require, or sslmode=verify-full",
+    # Rails, Ecto, Django, Laravel
+    "adapter": _REMOVE,
+    "advisory_locks": _REMOVE,
+    "charset": _REMOVE,
+    "checkout_timeout": "; use the argument deadline",
+    "conn_health_checks": _REMOVE,
+    "conn_max_age": _AGES,
+    "encoding": _REMOVE,
+    "idle_timeout": _AGES,
+    "insert_returning": _REMOVE,
+    "min_messages": "; write client_min_messages",
+    "pool": _SIZES,
+    "prepare": _STATEMENTS,
+    "prepared_statements": _STATEMENTS,
+    "reaping_frequency": _REMOVE,
+    "reconnect": "; it is a pool's argument",
+    "schema_search_path": "; write search_path",
+    "timeout": _TIMES,
+    "variables": "; write each setting as an option",
+    # JDBC, R2DBC
+    "applicationname": "; write application_name",
+    "binarytransfer": _REMOVE,
+    "connecttimeout": "; write connect_timeout",
+    "currentschema": "; write search_path",
+    "defaultrowfetchsize": _REMOVE,
+    "loadbalancehosts": _REMOVE,
+    "logintimeout": "; write connect_timeout",
+    "preferquerymode": _REMOVE,
+    "preparethreshold": _STATEMENTS,
+    "preparedstatementcachequeries": _STATEMENTS,
+    "rewritebatchedinserts": _REMOVE,
+    "sockettimeout": "; write socket_timeout",
+    "sslfactory": _REMOVE,
+    "stringtype": _REMOVE,
+    "targetservertype": "; write target_session_attrs",
+    "tcpkeepalive": "; write keepalives",
+    # Go: lib/pq, pgx, golang-migrate, sql-migrate
+    "binary_parameters": _REMOVE,
+    "default_query_exec_mode": _STATEMENTS,
+    "description_cache_capacity": _STATEMENTS,
+    "disable_prepared_binary_result": _REMOVE,
+    "pool_health_check_period": _REMOVE,
+    "pool_max_conn_idle_time": _AGES,
+    "pool_max_conn_lifetime": _AGES,
+    "pool_max_conn_lifetime_jitter": _AGES,
+    "pool_max_conns": _SIZES,
+    "pool_min_conns": _SIZES,
+    "pool_min_idle_conns": _SIZES,
+    "statement_cache_capacity": _STATEMENTS,
+    "statement_cache_mode": _STATEMENTS,
+    "x-migrations-table": _REMOVE,
+    "x-multi-statement": _REMOVE,
+    "x-statement-timeout": _REMOVE,
+    # node-postgres, postgres.js, Knex, Prisma, Neon, Supabase, Vercel
+    "connectiontimeoutmillis": "; write connect_timeout",
+    "endpoint": "; write options=endpoint%3D...",
+    "idletimeoutmillis": _AGES,
+    "max": _SIZES,
+    "max_idle_connection_lifetime": _AGES,
+    "max_connection_lifetime": _AGES,
+    "min": _SIZES,
+    "single_use_connections": _REMOVE,
+    "supa": _REMOVE,
+    "uselibpqcompat": _REMOVE,
+    "workaround": _REMOVE,
+}
+
+_SSL_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("1", "on", "t", "true", "yes", "no-verify"), "require"),
+    **dict.fromkeys(("0", "f", "false", "no", "off"), "disable"),
+}
+_SERVER_TYPES: Mapping[str, str] = {
+    **dict.fromkeys(("master", "primary"), "primary"),
+    **dict.fromkeys(("secondary", "slave"), "standby"),
+    **dict.fromkeys(("prefersecondary", "preferslave"), "prefer-standby"),
+    **dict.fromkeys(("any", "preferprimary"), "any"),
+}
+# What of them a single connection should heed: the option that says the same, and what its values mean.
+_HEEDED: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "applicationname": ("application_name", {}),
+    "currentschema": ("search_path", {}),
+    "hostaddr": ("host", {}),
+    "schema_search_path": ("search_path", {}),
+    "ssl": ("sslmode", _SSL_WORDS),
+    "targetservertype": ("target_session_attrs", _SERVER_TYPES),
+}
+_PREPARING = ("prepare", "prepared_statement_cache_size", "prepared_statements")
 
 
 class _Problem(Exception):  # noqa: N818 - it never leaves this module
@@ -107,14 +219,19 @@ class _Problem(Exception):  # noqa: N818 - it never leaves this module
         super().__init__(text)
 
 
-def arguments_of_dsn(dsn: Secret) -> dict[str, object]:
+def arguments_of_dsn(dsn: Secret, *, lenient: bool = False) -> dict[str, object]:
     """Return what a DSN says, by the names of this package's arguments, beside `tls` and `sslpassword`.
+
+    Args:
+        dsn: The DSN.
+        lenient: Whether to take what other programs write into a DSN for themselves. What a single connection should heed
+            is translated, the rest is ignored. An option that no program is known to use is refused all the same.
 
     Raises:
         ConfigurationError: The DSN is malformed or has an option that is unknown or cannot be honoured. Its text is part
             neither of the message nor of the traceback.
     """
-    return _told("the DSN", lambda: _read_dsn(dsn.reveal().strip()), hint=f"; {_QUOTING}")
+    return _told("the DSN", lambda: _read_dsn(dsn.reveal().strip(), lenient=lenient), hint=f"; {_QUOTING}")
 
 
 def arguments_of_service(service: str, servicefile: str | None) -> dict[str, object]:
@@ -158,11 +275,12 @@ def home_file(posix: str, windows: str) -> Path | None:
 # The DSN as a whole
 
 
-def _read_dsn(dsn: str) -> dict[str, object]:
+def _read_dsn(dsn: str, *, lenient: bool) -> dict[str, object]:
     scheme, separator, rest = dsn.partition("://")
     if not separator:
         raise _Problem(f"it must have the form {_FORM}")
-    _require_scheme(scheme.lower())
+    if not (lenient and _FOREIGN_SCHEME.fullmatch(scheme.lower())):
+        _require_scheme(scheme.lower())
     if _CONTROL.search(rest):
         raise _Problem("a control character, such as a line break or a tab, must be percent-encoded")
     if "#" in rest:
@@ -172,7 +290,7 @@ def _read_dsn(dsn: str) -> dict[str, object]:
     if "@" in path or "@" in query or authority.count("@") > 1:
         raise _Problem("an '@' that does not end the user's name and password must be written %40", misquoted=True)
     login, _, hosts = authority.rpartition("@")
-    return _read_parts(login, hosts, path, query)
+    return _read_parts(login, hosts, path, query, lenient=lenient)
 
 
 def _require_scheme(scheme: str) -> None:
@@ -190,7 +308,7 @@ def _cut(text: str, mark: str) -> tuple[str, str]:
     return head, tail
 
 
-def _read_parts(login: str, hosts: str, path: str, query: str) -> dict[str, object]:
+def _read_parts(login: str, hosts: str, path: str, query: str, *, lenient: bool) -> dict[str, object]:
     found: dict[str, object] = {}
     user, _, password = login.partition(":")
     if user:
@@ -204,6 +322,8 @@ def _read_parts(login: str, hosts: str, path: str, query: str) -> dict[str, obje
     if path:
         found["database"] = _decoded(path, "database name")
     pairs = _query_pairs(query)
+    if lenient:
+        pairs = _translated(pairs)
     # What stands before the '?' wins over the same said behind it, as in asyncpg.
     if hosts:
         pairs.pop("host", None)
@@ -229,6 +349,24 @@ def _query_pairs(query: str) -> dict[str, str]:
         # '+' is a blank here, and only here, as in asyncpg.
         pairs[_decoded(name, "option's name")] = _decoded(value.replace("+", " "), "option's value")
     return {name: value for name, value in pairs.items() if value}
+
+
+def _translated(pairs: Mapping[str, str]) -> dict[str, str]:
+    """Return the options without what is not meant for a connection; our own word wins over another program's."""
+    own = {name: value for name, value in pairs.items() if name.lower() not in _FOREIGN and name not in _UNSUPPORTED}
+    heeded: dict[str, str] = {}
+    for name, value in pairs.items():
+        if name.lower() in _HEEDED:
+            option, words = _HEEDED[name.lower()]
+            heeded[option] = words.get(value.lower(), value)
+        elif name in _PREPARING and value in ("0", "false"):
+            heeded["statement_cache_size"] = "0"
+    options = {**heeded, **own}
+    if "sslmode" in options:
+        options["sslmode"] = _SSL_WORDS.get(options["sslmode"].lower(), options["sslmode"].lower())
+    if options.get("sslrootcert") == SYSTEM_ROOTS:
+        options["sslmode"] = "verify-full"  # a lesser mode beside it is no reason not to migrate
+    return options
 
 
 # Hosts and ports
@@ -279,7 +417,7 @@ def _read_options(pairs: Mapping[str, str]) -> dict[str, object]:
             found |= _READERS[name](name, value)
         elif name in _ARGUMENTS:
             found.setdefault(_ARGUMENTS[name], value)
-        elif name in _UNSUPPORTED:
+        elif name in _UNSUPPORTED or name.lower() in _FOREIGN:
             _require_harmless(name, value)
         elif name.lower() in SETTINGS_NAMES or name in _STARTUP or "." in name.strip("."):
             settings[name] = value
@@ -299,6 +437,8 @@ def _mapping(value: object) -> Mapping[str, str]:
 
 def _require_harmless(name: str, value: str) -> None:
     """Raise `_Problem` unless the option asks for nothing that asyncpg does not do anyway."""
+    if name.lower() in _FOREIGN:
+        raise _Problem(f"the option {name!r} is meant for another program{_FOREIGN[name.lower()]}")
     if value.lower() not in _UNSUPPORTED[name]:
         raise _Problem(f"asyncpg cannot honour the option {name!r}{_INSTEAD.get(name, '; remove it')}")
 
@@ -306,7 +446,7 @@ def _require_harmless(name: str, value: str) -> None:
 def _unknown_option(name: str) -> _Problem:
     if not _IDENTIFIER.fullmatch(name):
         return _Problem("an unknown option", misquoted=True)
-    known = {*_ARGUMENTS, *_TLS, *_READERS, *_SETTINGS_ALIASES, *_UNSUPPORTED, *SETTINGS_NAMES}
+    known = {*_ARGUMENTS, *_TLS, *_READERS, *_SETTINGS_ALIASES, *_UNSUPPORTED, *_FOREIGN, *SETTINGS_NAMES}
     return _Problem(f"unknown option {name!r}{nearest(name, known)}")
 
 

@@ -10,7 +10,7 @@ from typing import TypedDict
 
 import asyncpg
 
-from resilient_pool.config import PasswordSource, SessionReset, TimeSource
+from resilient_pool.config import CredentialsSource, PasswordSource, SessionReset, TimeSource
 from resilient_pool.observe.events import Observer
 from resilient_pool.policy.backoff import BackoffPolicy
 from resilient_pool.policy.budget import RetryBudget
@@ -25,6 +25,7 @@ class ConnectArguments(TypedDict, total=False):
     port: int | Sequence[int] | None
     user: str | None
     password: str | PasswordSource | None
+    credentials: CredentialsSource | None
     passfile: str | os.PathLike[str] | None
     service: str | None
     servicefile: str | os.PathLike[str] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import getpass
 import math
@@ -12,7 +13,6 @@ import ssl as ssl_module
 from asyncio import AbstractEventLoop
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from types import MappingProxyType
 from typing import Any, Literal, Protocol, Self, cast
 from urllib.parse import urlencode
 
@@ -21,6 +21,7 @@ import asyncpg
 from resilient_pool._dsn import (
     LONGEST_TIMEOUT,
     SSL_MODES,
+    SYSTEM_ROOTS,
     arguments_of_dsn,
     arguments_of_service,
     arguments_of_variable,
@@ -28,7 +29,7 @@ from resilient_pool._dsn import (
 from resilient_pool._passfile import PasswordFile, chosen_file
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.observe.events import Observer, is_observer
-from resilient_pool.observe.redaction import MASK, Secret
+from resilient_pool.observe.redaction import MASK, Hidden, Secret, holds_secret
 from resilient_pool.policy._checks import require_known
 from resilient_pool.policy.backoff import OPERATION_BACKOFF, RECONNECT_BACKOFF, BackoffPolicy
 from resilient_pool.policy.budget import RetryBudget
@@ -37,6 +38,9 @@ from resilient_pool.policy.verdict import Classifier
 
 PasswordSource = Callable[[], "str | Secret | Awaitable[str | Secret | None] | None"]
 """Asked for the password at every connect."""
+
+CredentialsSource = Callable[[], "tuple[str, str | Secret] | Awaitable[tuple[str, str | Secret]]"]
+"""Asked for the user's name and the password at every connect."""
 
 SessionReset = Literal["auto", "background", "on_release", "off"]
 
@@ -47,7 +51,8 @@ _TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
 _HIGHEST_PORT = 65535
 _DEFAULT_PORT = 5432
 _PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
-_DSN_ONLY = ("tls", "sslpassword")
+_DSN_ONLY = ("tls", "sslpassword", "passed")
+_NO_SETTINGS = frozenset({"user", "password", "database"})
 _DRIVERS_OWN = (
     "user",
     "database",
@@ -65,7 +70,7 @@ _DRIVERS_OWN = (
 
 
 class _Unusable:
-    """Stands for a DSN or a password of a wrong type, so that nobody shows it."""
+    """Stands for a value that is wrong and must not be shown: a password of a wrong type, a URL where there is no place for one."""
 
     __slots__ = ("_kind",)
 
@@ -76,8 +81,36 @@ class _Unusable:
         return self._kind
 
 
-SealedDsn = Secret | _Unusable | None
+SealedDsn = Hidden[object] | _Unusable | None
 """A DSN as `seal` returns it."""
+
+
+class _LenientDsn(Secret):
+    """A DSN in which what other programs write for themselves is taken."""
+
+    __slots__ = ()
+
+
+class _Settings(Mapping[str, str]):
+    """Settings of the server's whose values, which may be secret, are not shown."""
+
+    __slots__ = ("_read",)
+
+    def __init__(self, settings: Mapping[str, str]) -> None:
+        held = dict(settings)
+        self._read: Callable[[], dict[str, str]] = lambda: held
+
+    def __getitem__(self, name: str) -> str:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"{name!r}: {MASK}" for name in self) + "}"
 
 
 class Cancellable(Protocol):
@@ -125,11 +158,35 @@ class Argument:
     meaning: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassedOn:
+    """What a `connect=` function of the application's is called with, as it was given.
+
+    Attributes:
+        dsn: The DSN, or whatever stood in its place.
+        arguments: The keywords.
+    """
+
+    dsn: object
+    arguments: Mapping[str, object]
+
+
+_VARIABLES = (("user", "PGUSER"), ("database", "PGDATABASE"), ("target_session_attrs", "PGTARGETSESSIONATTRS"))
+# What the pool itself must know of what is passed on to a `connect=` function.
+_HEEDED = ("timeout", "statement_cache_size", "server_settings", "target_session_attrs")
+
 Check = Callable[[str, object], None]
 
 
 def _refuse(name: str, accepted: str, value: object) -> ConfigurationError:
-    return ConfigurationError(f"{name} must be {accepted}, not {reprlib.repr(value)}")
+    return ConfigurationError(f"{name} must be {accepted}, not {reprlib.repr(_unrevealing(value))}")
+
+
+def _unrevealing(value: object) -> object:
+    """Return the value, or what stands for it if it is a text that holds the password of a URL."""
+    if isinstance(value, str | bytes | os.PathLike | list | tuple) and holds_secret(value):
+        return _Unusable(f"a {type(value).__name__} that holds a password")
+    return value
 
 
 def _numeric(
@@ -231,8 +288,10 @@ def _is_port(value: object) -> bool:
 def _settings_check() -> tuple[str, Check]:
     def check(name: str, value: object) -> None:
         if not isinstance(value, Mapping) or not all(map(_is_text, (*value.keys(), *value.values()))):
-            # The values may be anybody's secrets; the type is enough.
+            # The values may be secret; the type is enough.
             raise ConfigurationError(f"{name} must be a dict of str to str, or None")
+        for setting in _NO_SETTINGS.intersection(value):
+            raise ConfigurationError(f"{name} holds {setting!r}, which is no setting of the server's but an argument")
 
     return "dict of str", check
 
@@ -310,6 +369,14 @@ class PoolConfig:
     )
     passfile: str | os.PathLike[str] | None = field(
         default=None, metadata=_about(_PATH, "A password file to look in when no password is given.")
+    )
+    credentials: CredentialsSource | None = field(
+        default=None,
+        metadata=_about(
+            _function("(async) function"),
+            "Returns `(user, password)`; asked at every connect, in place of `user` and `password`.",
+            quiet=True,
+        ),
     )
     service: str | None = field(
         default=None, metadata=_about(_TEXT, "A section of the service file to take options from.")
@@ -566,6 +633,7 @@ class PoolConfig:
     )
     tls: Mapping[str, str] = field(default_factory=dict)
     sslpassword: Secret | None = field(default=None)
+    passed: Hidden[PassedOn] | None = field(default=None)
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -577,6 +645,11 @@ class PoolConfig:
             raise ConfigurationError(
                 f"min_size <= init_size <= max_size connections must hold, not {self.min_size!r} <= {self.init_size!r} "
                 f"<= {self.max_size!r}"
+            )
+        if self.tls.get("sslrootcert") == SYSTEM_ROOTS and isinstance(self.ssl, str) and self.ssl != "verify-full":
+            raise ConfigurationError(
+                f"sslrootcert=system needs sslmode=verify-full, not {self.ssl!r}: anybody can get a certificate from an "
+                "authority that the system trusts, but not for this host's name"
             )
         if self.host is not None and self.port is not None and len(self.host) != len(self.port):
             raise ConfigurationError(
@@ -594,16 +667,19 @@ class PoolConfig:
             if value is default or isinstance(value, Secret) or each.metadata.get("quiet"):
                 if value is not None and each.name in ("password", "sslpassword"):
                     yield f"{each.name}={MASK}"
-            elif value != default:
-                yield f"{each.name}={dict(value) if isinstance(value, Mapping) else value!r}"
+            elif each.name != "passed" and value != default:
+                yield f"{each.name}={value!r}"
 
     @classmethod
     def from_arguments(cls, dsn: str | SealedDsn = None, /, **arguments: object) -> Self:
         """Validate what the application says.
 
         Explicit arguments win over the DSN, the DSN over the service file, and that over the environment, which fills in
-        PGHOST, PGPORT, PGUSER, PGDATABASE, PGPASSWORD, PGPASSFILE and PGSERVICE. The rest of the environment is the
-        driver's to read.
+        PGHOST, PGPORT, PGUSER, PGDATABASE, PGPASSWORD, PGPASSFILE, PGSERVICE and PGTARGETSESSIONATTRS. The rest of the
+        environment is the driver's to read.
+
+        With `connect=`, the DSN and what is not an argument of the pool's are that function's business, as in
+        `asyncpg.create_pool`: they are kept as they are, and not even read.
 
         Args:
             dsn: `postgresql://user:password@host:port/database?option=value`. Options are those of asyncpg, the server's
@@ -617,10 +693,28 @@ class PoolConfig:
         """
         sealed, arguments = seal(dsn, arguments)
         del dsn
-        _require_known(arguments)
+        if arguments.get("connect") is not None:
+            return cls(**_shaped(_passed_on(sealed, arguments)))  # type: ignore[arg-type]
+        require_known(arguments, [argument.name for argument in ARGUMENTS])
         given = {name: value for name, value in arguments.items() if value is not None or not _means_absent(name)}
+        _require_one_source(given)
         given = _with_service(_merged(_read(sealed), given))
         return cls(**_shaped(_with_environment(given)))  # type: ignore[arg-type]
+
+    def redirected(self, dsn: SealedDsn, arguments: Mapping[str, object]) -> Self:
+        """Return what `set_connect_args` makes of this: other connection arguments, and none of the earlier ones.
+
+        Args:
+            dsn: A DSN as `seal` returns it, or what this pool's `connect=` function takes.
+            arguments: Likewise; those of `asyncpg.connect`, or any that the function takes.
+
+        Raises:
+            ConfigurationError: As for `from_arguments`.
+        """
+        if self.connect is not None:
+            return type(self).from_arguments(dsn, connect=self.connect, **arguments)
+        require_known(arguments, CONNECTION_ARGUMENTS)
+        return type(self).from_arguments(dsn, **arguments)
 
     def keeps_awake(self) -> Iterator[str]:
         """Yield why a database that pauses when nobody is connected never would."""
@@ -645,6 +739,8 @@ class PoolConfig:
         if self.server_settings:
             arguments["server_settings"] = dict(self.server_settings)
         options = dict(self.tls)
+        if options.get("sslrootcert") == SYSTEM_ROOTS and self.ssl in ("verify-full", True):
+            return {**arguments, "ssl": self._system_context()}
         if self.sslpassword is not None:
             options["sslpassword"] = self.sslpassword.reveal()
         if options:
@@ -652,10 +748,32 @@ class PoolConfig:
             arguments["dsn"] = f"postgresql://?{urlencode(options)}"
         return arguments
 
+    def _system_context(self) -> ssl_module.SSLContext:
+        """Return what asyncpg makes of the same options, but with the authorities that the system trusts."""
+        context = ssl_module.create_default_context()
+        context.minimum_version = _tls_version(self.tls.get("ssl_min_protocol_version", "TLSv1.2"))
+        if "ssl_max_protocol_version" in self.tls:
+            context.maximum_version = _tls_version(self.tls["ssl_max_protocol_version"])
+        if "sslcrl" in self.tls:
+            context.load_verify_locations(cafile=self.tls["sslcrl"])
+            context.verify_flags |= ssl_module.VERIFY_CRL_CHECK_CHAIN
+        if "sslcert" in self.tls:
+            password = "" if self.sslpassword is None else self.sslpassword.reveal
+            context.load_cert_chain(self.tls["sslcert"], self.tls.get("sslkey"), password=password)
+        if ssl_module.HAS_ALPN:
+            context.set_alpn_protocols(["postgresql"])  # PostgreSQL 17 asks for it when TLS begins unasked
+        return context
+
     def secrets(self) -> tuple[Secret, ...]:
         """Return every secret known now, for `scrub`. What a password function of the application's returns is not known."""
-        password = self.password.last if isinstance(self.password, PasswordFile) else self.password
+        password: object = self.password.last if isinstance(self.password, PasswordFile) else self.password
+        if self.passed is not None:
+            password = _sealed(self.passed.reveal().arguments.get("password"))
         return tuple(secret for secret in (password, self.sslpassword) if isinstance(secret, Secret))
+
+
+def _tls_version(name: str) -> ssl_module.TLSVersion:
+    return ssl_module.TLSVersion[name.replace(".", "_")]
 
 
 def _means_absent(name: str) -> bool:
@@ -664,23 +782,68 @@ def _means_absent(name: str) -> bool:
     return argument.default == "None" and name != "command_timeout"  # whose `None` is no limit
 
 
-def seal(dsn: object, arguments: Mapping[str, object]) -> tuple[SealedDsn, dict[str, object]]:
-    """Return the DSN and the arguments with everything that is secret in a `Secret`; a `dsn` among them is taken out.
+def seal(
+    dsn: object, arguments: Mapping[str, object], *, passes_on: bool = False
+) -> tuple[SealedDsn, dict[str, object]]:
+    """Return the DSN and the arguments with everything that may be secret hidden; a `dsn` among them is taken out.
 
-    Whoever takes these from the application puts what this returns in the place of what it was given, first of all: a
-    traceback with captured locals then has nothing to show. What is sealed already stays so. Nothing is raised here.
+    A function that takes these from the application puts what this returns in the place of what it was given, first of
+    all: a traceback with captured locals then has nothing to show. What is sealed already stays so. Nothing is raised here.
+
+    Args:
+        dsn: The DSN.
+        arguments: The keywords.
+        passes_on: Whether there is a `connect=` function that takes both as they are, also without one among `arguments`.
     """
-    sealed = {name: value for name, value in arguments.items() if name not in ("dsn", "password")}
-    if "password" in arguments:
-        password = arguments["password"]
-        sealed["password"] = password if callable(password) else _sealed(password)
-    return _sealed(arguments.get("dsn") if dsn is None else dsn), sealed
+    raw = passes_on or arguments.get("connect") is not None
+    sealed: dict[str, object] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Hidden | _Unusable) or (value is None and not raw):
+            sealed[name] = value
+        elif name not in _POOL_ARGUMENTS and (raw or name not in CONNECTION_ARGUMENTS):
+            sealed[name] = Hidden(value)  # under a misspelt name stands anything
+        elif name in ("password", "credentials"):
+            sealed[name] = value if callable(value) else _sealed(value)
+        elif name == "server_settings" and isinstance(value, Mapping):
+            sealed[name] = _Settings(value)
+        else:
+            sealed[name] = _unrevealing(value)
+    named = sealed.pop("dsn", None)
+    given = (named.reveal() if type(named) is Hidden else named) if dsn is None else dsn
+    if raw:
+        return given if isinstance(given, Hidden) else Hidden(given), sealed
+    return _sealed(given), sealed
 
 
-def _sealed(value: object) -> Secret | _Unusable | None:
-    if value is None or isinstance(value, Secret | _Unusable):
+def seal_leniently(dsn: object) -> SealedDsn:
+    """Return a DSN, sealed, in which what other programs write for themselves is taken, as `arguments_of_dsn` says."""
+    return _LenientDsn(dsn) if isinstance(dsn, str) else _sealed(dsn)
+
+
+def _sealed(value: object) -> Hidden[object] | _Unusable | None:
+    if value is None or isinstance(value, Hidden | _Unusable):
         return value
     return Secret(value) if isinstance(value, str) else _Unusable(type(value).__name__)
+
+
+def _passed_on(dsn: SealedDsn, arguments: Mapping[str, object]) -> dict[str, object]:
+    """Return the pool's own arguments, and what its `connect=` function is called with.
+
+    What the pool must know of the latter it reads there, if it can; the function may give these words another meaning.
+    """
+    own = {name: value for name, value in arguments.items() if name in _POOL_ARGUMENTS}
+    own = {name: value for name, value in own.items() if value is not None or not _means_absent(name)}
+    rest = {name: _revealed(value) for name, value in arguments.items() if name not in _POOL_ARGUMENTS}
+    shaped = _shaped({name: rest[name] for name in _HEEDED if rest.get(name) is not None})
+    for name, value in shaped.items():
+        with contextlib.suppress(ConfigurationError):
+            _check(name, value)
+            own[name] = value
+    return {**own, "passed": Hidden(PassedOn(dsn=_revealed(dsn), arguments=rest))}
+
+
+def _revealed(value: object) -> object:
+    return value.reveal() if isinstance(value, Hidden) else value
 
 
 def _check(name: str, value: object) -> None:
@@ -688,14 +851,18 @@ def _check(name: str, value: object) -> None:
     PoolConfig.__dataclass_fields__[name].metadata["check"](name, value)
 
 
-def _require_known(arguments: Mapping[str, object]) -> None:
-    require_known(arguments, [argument.name for argument in ARGUMENTS])
+def _require_one_source(given: Mapping[str, object]) -> None:
+    beside = [name for name in ("user", "password", "passfile") if name in given]
+    if "credentials" in given and beside:
+        raise ConfigurationError(f"credentials= gives the user and the password: leave {beside[0]} out")
 
 
 def _read(dsn: SealedDsn) -> dict[str, object]:
     if isinstance(dsn, _Unusable):
         raise ConfigurationError(f"dsn must be a str, not {dsn}")
-    return {} if dsn is None or dsn == Secret("") else arguments_of_dsn(dsn)
+    if not isinstance(dsn, Secret) or dsn == Secret(""):
+        return {}
+    return arguments_of_dsn(dsn, lenient=isinstance(dsn, _LenientDsn))
 
 
 def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
@@ -706,7 +873,7 @@ def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str,
     for name in ("server_settings", "tls"):
         below, above = base.get(name), over.get(name)
         if isinstance(below, Mapping) and isinstance(above, Mapping):
-            merged[name] = {**below, **above}
+            merged[name] = {**below, **above} if name == "tls" else _Settings({**below, **above})
     return merged
 
 
@@ -725,15 +892,25 @@ def _with_environment(given: dict[str, object]) -> dict[str, object]:
     """Fill in what libpq's environment variables say, and what the password file says."""
     if "host" not in given:
         given = _merged(arguments_of_variable("PGHOST", "host"), given)
-    for name, variable in (("user", "PGUSER"), ("database", "PGDATABASE")):
+    for name, variable in _VARIABLES:
         if name not in given and (value := os.environ.get(variable)):
             given[name] = value
-    if "password" not in given and (password := os.environ.get("PGPASSWORD")):
-        given["password"] = Secret(password)
     given = _with_ports(given, arguments_of_variable("PGPORT", "port").get("port"))
+    given = _with_system_roots(given)
+    if "credentials" in given:
+        return given | {"user": None, "password": None}
     if "password" not in given:
-        given["password"] = _from_password_file(given)
+        given["password"] = _sealed(os.environ.get("PGPASSWORD") or None) or _from_password_file(given)
     return given
+
+
+def _with_system_roots(given: dict[str, object]) -> dict[str, object]:
+    """Settle what `sslrootcert=system` means, as libpq has it: `verify-full`, with the authorities that the system trusts."""
+    tls = cast("Mapping[str, str]", given.get("tls", {}))
+    if (tls.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")) != SYSTEM_ROOTS:
+        return given
+    mode = given.get("ssl") or os.environ.get("PGSSLMODE") or "verify-full"
+    return {**given, "ssl": mode, "tls": {**tls, "sslrootcert": SYSTEM_ROOTS}}
 
 
 def _with_ports(given: dict[str, object], usual: object) -> dict[str, object]:
@@ -795,7 +972,7 @@ def _shaped(given: dict[str, object]) -> dict[str, object]:
             shaped[name] = tuple(value)
     settings = shaped.get("server_settings")
     if isinstance(settings, Mapping):
-        shaped["server_settings"] = MappingProxyType(dict(settings))
+        shaped["server_settings"] = _Settings(settings)
     # asyncpg's own enumerations may be given for these two.
     if isinstance(target := shaped.get("target_session_attrs"), enum.Enum):
         shaped["target_session_attrs"] = target.value
@@ -818,3 +995,10 @@ def _described() -> Iterator[Argument]:
 
 ARGUMENTS: tuple[Argument, ...] = tuple(_described())
 """Every constructor argument, in the order in which documentation shows them."""
+
+CONNECTION_ARGUMENTS = frozenset(
+    {*_DRIVERS_OWN, "host", "port", "password", "passfile", "credentials", "service", "servicefile", "server_settings"}
+)
+"""Those that say where and how to connect; with `connect=`, these and unknown ones are passed on to that function."""
+
+_POOL_ARGUMENTS = frozenset(argument.name for argument in ARGUMENTS) - CONNECTION_ARGUMENTS

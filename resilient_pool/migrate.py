@@ -19,7 +19,7 @@ from typing import Protocol
 
 import backoff as waiting
 
-from resilient_pool.config import PoolConfig, SealedDsn, seal
+from resilient_pool.config import PoolConfig, SealedDsn, seal_leniently
 from resilient_pool.core.clock import SystemClock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError
 from resilient_pool.migration.command import request_to_run, run_command, to_its_end
@@ -53,7 +53,6 @@ LOCK = "resilient_pool.migration"
 
 # One connection holds the lock, the other asks.
 _CONNECTIONS = 2
-_DRIVER_IN_SCHEME = re.compile(r"^(postgres(?:ql)?)\+\w+(?=://)")
 # A Path has one of the two slashes left.
 _URL = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]+:/")
 _LOGGER = logging.getLogger("resilient_pool")
@@ -159,9 +158,8 @@ async def run_migration(
 
 
 def sealed_dsn(dsn: str | None) -> SealedDsn:
-    """Return the DSN to use, sealed: the one given, else `DATABASE_URL`; without a driver's name as SQLAlchemy writes it."""
-    chosen = dsn if dsn is not None else os.environ.get("DATABASE_URL")
-    return seal(_DRIVER_IN_SCHEME.sub(r"\1", chosen) if isinstance(chosen, str) else chosen, {})[0]
+    """Return the DSN to use, sealed: the one given, else `DATABASE_URL`; with the words that other programs add."""
+    return seal_leniently(dsn if dsn is not None else os.environ.get("DATABASE_URL"))
 
 
 def count(attempts: int) -> str:

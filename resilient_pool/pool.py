@@ -513,14 +513,15 @@ class ResilientPool(Queries):
 
         Args:
             dsn: As in the constructor.
-            **connect_kwargs: What `asyncpg.connect` takes, as in the constructor.
+            **connect_kwargs: What `asyncpg.connect` takes, as in the constructor; what a `connect=` function takes, if the pool
+                was made with one.
 
         Raises:
             ConfigurationError: An argument is unknown or out of range.
         """
-        sealed, settled = seal(dsn, connect_kwargs)
+        sealed, settled = seal(dsn, connect_kwargs, passes_on=self._config.connect is not None)
         del dsn, connect_kwargs
-        self._connector.redirect(PoolConfig.from_arguments(sealed, **settled))
+        self._connector.redirect(self._config.redirected(sealed, settled))
         self._gate.restart()
 
     def is_closing(self) -> bool:

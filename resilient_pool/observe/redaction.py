@@ -8,7 +8,7 @@ import json
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn
+from typing import Generic, NoReturn, Self, TypeVar
 from urllib.parse import quote, quote_plus
 
 MASK = "****"
@@ -34,7 +34,46 @@ _PAIRS = (
 )
 
 
-class Secret:
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Hidden(Generic[T_co]):
+    """Holds something that may be secret, or hold secrets: masked by `repr`, `str` and `format`, not to be pickled or listed.
+
+    Args:
+        value: What to hold.
+    """
+
+    # A function, not the value: a list of an object's attributes shows nothing.
+    __slots__ = ("_read",)
+
+    def __init__(self, value: T_co) -> None:
+        self._read: Callable[[], T_co] = lambda: value
+
+    def reveal(self) -> T_co:
+        """Return what is held."""
+        return self._read()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({MASK!r})"
+
+    def __str__(self) -> str:
+        return MASK
+
+    def __format__(self, specification: str) -> str:
+        return MASK
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be pickled")
+
+
+class Secret(Hidden[str]):
     """A text that shows itself only when asked to: masked by `repr`, `str` and `format`, not to be pickled or listed.
 
     It is not a `str`, so that nothing which takes text can take it by mistake.
@@ -46,28 +85,14 @@ class Secret:
         TypeError: `value` is not a `str`. The message says its type only.
     """
 
-    # A function, not the text: whoever lists an object's attributes sees nothing.
-    __slots__ = ("_read",)
+    __slots__ = ()
 
     def __init__(self, value: str) -> None:
         if not isinstance(value, str):
             kind = type(value).__name__
             del value
             raise TypeError(f"a secret must be a str, not {kind}")
-        self._read: Callable[[], str] = lambda: value
-
-    def reveal(self) -> str:
-        """Return the secret text."""
-        return self._read()
-
-    def __repr__(self) -> str:
-        return f"Secret({MASK!r})"
-
-    def __str__(self) -> str:
-        return MASK
-
-    def __format__(self, specification: str) -> str:
-        return MASK
+        super().__init__(value)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Secret):
@@ -77,14 +102,11 @@ class Secret:
     def __hash__(self) -> int:
         return hash((Secret, self.reveal()))
 
-    def __copy__(self) -> Secret:
-        return self
 
-    def __deepcopy__(self, memo: object) -> Secret:
-        return self
-
-    def __getstate__(self) -> NoReturn:
-        raise TypeError("a Secret cannot be pickled")
+def holds_secret(value: object) -> bool:
+    """Return whether `repr` would show the password of a URL, or of a `password=...`, that stands in `value`."""
+    shown = repr(value)
+    return scrub(shown) != shown
 
 
 def scrub(text: str, secrets: Iterable[Secret] = ()) -> str:

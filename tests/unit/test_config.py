@@ -282,7 +282,7 @@ def test_a_password_function_is_kept_as_it_is():
 
 def test_repr_shows_what_was_chosen_and_no_secret():
     """Functions are left out too: they may be bound to secrets."""
-    config = read("postgresql://u:hunter2@h/d?sslpassword=hunter3", max_size=3, connect=print)
+    config = read("postgresql://u:hunter2@h/d?sslpassword=hunter3", max_size=3, init=print)
     assert repr(config) == (
         "PoolConfig(host=('h',), port=(5432,), user='u', password=****, database='d', max_size=3, sslpassword=****)"
     )

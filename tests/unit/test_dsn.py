@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import re
+import ssl
 import traceback
+from pathlib import Path
 from urllib.parse import quote, quote_plus
 
 import pytest
 
-from resilient_pool.config import PoolConfig
+from resilient_pool.config import PoolConfig, seal_leniently
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.observe.redaction import Secret
 
@@ -126,7 +128,10 @@ def test_an_option_becomes_the_argument_it_means(query, expected):
         ("aplication_name=3", "in the DSN: unknown option 'aplication_name'; did you mean 'application_name'?"),
         ("client_encoding=latin1", "in the DSN: asyncpg cannot honour the option 'client_encoding'; remove it"),
         ("xyzzy=3", "in the DSN: unknown option 'xyzzy'"),
-        ("channel_binding=require", "in the DSN: asyncpg cannot honour the option 'channel_binding'; remove it"),
+        (
+            "channel_binding=require",
+            "in the DSN: asyncpg cannot honour the option 'channel_binding'; use sslmode=verify-full, ",
+        ),
         ("gssencmode=require", "in the DSN: asyncpg cannot honour the option 'gssencmode'; remove it"),
         ("hostaddr=1.2.3.4", "in the DSN: asyncpg cannot honour the option 'hostaddr'; write the address as the host"),
         ("scram_client_key=x", "in the DSN: asyncpg cannot honour the option 'scram_client_key'; remove it"),
@@ -274,3 +279,131 @@ def test_the_error_about_a_service_shows_nothing_of_the_password(service_file, t
     """What holds for a DSN holds for the service file."""
     service_file(text)
     assert str(refused(None, service="mine")).startswith(message)
+
+
+FOREIGN = [
+    ("SQLAlchemy", "postgresql+asyncpg://u:p@h/db?ssl=require&prepared_statement_cache_size=0", {"ssl": "require", "statement_cache_size": 0}),
+    ("SQLAlchemy, psycopg", "postgres+psycopg2://u:p@h/db?sslmode=prefer&pool_size=5", {"ssl": "prefer"}),
+    ("Neon", "postgresql://u:p@h/db?sslmode=require&channel_binding=require", {"ssl": "require"}),
+    ("libpq", "postgresql://u:p@h/db?keepalives=1&keepalives_idle=30&keepalives_interval=5&keepalives_count=3", {"tcp_keepalive": True}),
+    ("libpq, an address alone", "postgresql:///db?hostaddr=1.2.3.4&user=u", {"host": ("1.2.3.4",)}),
+    ("libpq, an address beside a name", "postgresql://u:p@h/db?hostaddr=1.2.3.4", {"host": ("h",)}),
+    ("Rails", "postgres://u:p@h/db?pool=5&encoding=utf8&prepared_statements=false&timeout=5000", {"statement_cache_size": 0}),
+    ("Prisma", "postgresql://u:p@h/db?schema=public&connection_limit=5&pgbouncer=true&sslaccept=strict", {"max_size": 5, "statement_cache_size": 0}),
+    ("JDBC", "jdbc:postgresql://h:1/db?user=u&password=p&ssl=true&currentSchema=s&ApplicationName=a&targetServerType=primary", {"ssl": "require", "port": (1,), "target_session_attrs": "primary", "server_settings": {"search_path": "s", "application_name": "a"}}),
+    ("node-postgres", "postgres://u:p@h/db?ssl=false&max=3", {"ssl": "disable"}),
+    ("node-postgres, unverified", "postgres://u:p@h/db?sslmode=no-verify", {"ssl": "require"}),
+    ("pgx", "postgres://u:p@h/db?pool_max_conns=3&default_query_exec_mode=exec&sslmode=disable", {"ssl": "disable"}),
+    ("Django", "postgis://u:p@h/db?conn_max_age=60", {}),
+    ("our own word beside another's", "postgres://u:p@h/db?ssl=true&sslmode=disable", {"ssl": "disable"}),
+    ("the system's authorities", "postgres://u:p@h/db?sslmode=require&sslrootcert=system", {"ssl": "verify-full"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dsn", "expected"), [case[1:] for case in FOREIGN], ids=[case[0] for case in FOREIGN])
+def test_a_tool_takes_what_other_programs_write_into_a_dsn(dsn, expected):
+    """Migrations and waiting use the URL that the application has, whatever it is written in."""
+    config = PoolConfig.from_arguments(seal_leniently(dsn))
+    assert (config.user, config.database) == ("u", "db")
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_tool_refuses_an_option_that_no_program_is_known_to_use():
+    """A misspelt sslmode is not taken for another program's word."""
+    with pytest.raises(ConfigurationError, match="unknown option 'sslmod'; did you mean 'sslmode'"):
+        PoolConfig.from_arguments(seal_leniently("postgresql://u:p@h/db?pool=5&sslmod=require"))
+    with pytest.raises(ConfigurationError, match="the scheme must be postgresql or postgres"):
+        PoolConfig.from_arguments(seal_leniently("mysql://u:p@h/db"))
+    with pytest.raises(ConfigurationError, match="dsn must be a str, not bytes"):
+        PoolConfig.from_arguments(seal_leniently(b"postgresql://u:p@h/db"))
+
+
+@pytest.mark.parametrize(
+    ("query", "hint"),
+    [
+        ("pool=5", "'pool' is meant for another program; use the arguments max_size and min_size"),
+        ("ssl=require", "'ssl' is meant for another program; write sslmode=require, or sslmode=verify-full"),
+        (
+            "prepared_statement_cache_size=0",
+            "'prepared_statement_cache_size' is meant for another program; use statement_c",
+        ),
+        ("currentSchema=s", "'currentSchema' is meant for another program; write search_path"),
+        ("channel_binding=require", "'channel_binding'; use sslmode=verify-full"),
+        ("keepalives_idle=5", "'keepalives_idle'; use the argument tcp_user_timeout"),
+    ],
+)
+def test_a_pool_refuses_what_is_meant_for_another_program_and_says_what_to_write(query, hint):
+    """What would be ignored is not taken in silence where an application makes its pool."""
+    assert hint in str(refused(f"postgresql://u:p@h/db?{query}"))
+
+
+def test_the_systems_authorities_are_trusted_for_the_hosts_own_name_only(monkeypatch):
+    """`sslrootcert=system` means verify-full, as in libpq, wherever it is said; a lesser mode beside it is refused."""
+    for config in (
+        read("postgresql://u:p@h/db?sslrootcert=system"),
+        read("postgresql://u:p@h/db?sslrootcert=system&sslmode=verify-full"),
+        read("postgresql://u:p@h/db?sslrootcert=system", ssl=True),
+    ):
+        arguments = config.connect_arguments()
+        assert isinstance(arguments["ssl"], ssl.SSLContext)
+        assert arguments["ssl"].check_hostname
+        assert arguments["ssl"].verify_mode is ssl.CERT_REQUIRED
+        assert "dsn" not in arguments
+    assert "sslrootcert=system needs sslmode=verify-full, not 'require'" in str(
+        refused("postgresql://u:p@h/db?sslrootcert=system&sslmode=require")
+    )
+    own = ssl.create_default_context()
+    assert read("postgresql://u:p@h/db?sslrootcert=system", ssl=own).connect_arguments()["ssl"] is own
+    monkeypatch.setenv("PGSSLROOTCERT", "system")
+    assert isinstance(read("postgresql://u:p@h/db").connect_arguments()["ssl"], ssl.SSLContext)
+    monkeypatch.setenv("PGSSLMODE", "require")
+    with pytest.raises(ConfigurationError, match="sslrootcert=system needs sslmode=verify-full"):
+        read("postgresql://u:p@h/db")
+
+
+URL = f"postgresql://u:{QUOTED}@h/db"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"passwrod": CANARY},
+        {"passwrod": [CANARY]},
+        {"url": URL},
+        {"host": URL, "max_size": -1},
+        {"host": [URL], "max_size": -1},
+        {"database": URL},
+        {"user": URL},
+        {"ssl": URL},
+        {"port": URL},
+        {"deadline": URL},
+        {"max_size": URL},
+        {"passfile": Path(URL), "max_size": -1},
+        {"service": URL},
+        {"session_reset": f"password={CANARY}"},
+        {"pure_functions": [URL], "max_size": -1},
+        {"server_settings": {"my.token": CANARY}, "max_size": -1},
+        {"server_settings": {"password": CANARY}},
+        {"server_settings": {"my.token": CANARY}, "dsn": "postgresql://h/db?jit=off", "max_size": -1},
+        {"dsn": Path(URL)},
+        {"dsn": [URL]},
+        {"dsn": {"url": URL}},
+        {"connect": read, "passwrod": CANARY, "dsn": URL, "max_size": -1},
+        {"connect": read, "password": CANARY, "dsn": [URL], "max_size": -1},
+        {"credentials": CANARY, "max_size": -1},
+        {"credentials": f"u:{CANARY}"},
+        {"credentials": ("u", CANARY)},
+    ],
+)
+def test_the_error_about_any_argument_shows_nothing_of_a_password(arguments):
+    """Wherever it was put by mistake: under a misspelt name, as another argument, as a path, bytes or a list."""
+    refused(None, **arguments)
+
+
+def test_a_password_of_the_environment_is_not_shown_when_something_else_of_it_is_wrong(monkeypatch):
+    """The frames that read PGPASSWORD hold no text of it."""
+    monkeypatch.setenv("PGPASSWORD", CANARY)
+    monkeypatch.setenv("PGPORT", "none")
+    assert str(refused(None)) == "in PGPORT: a port must be a number from 1 to 65535"
+    monkeypatch.setenv("PGPORT", "1")
+    refused(None, max_size=-1)
