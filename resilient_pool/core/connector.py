@@ -1,22 +1,28 @@
-"""The only module that opens connections: the password, the driver's connect, `init`, and what the first one learns."""
+"""Opens connections: whom to connect as and where, the driver's connect, `init`, and what the first one learns."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any, cast
+import asyncio
+import math
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import cast
 
 import anyio
 import asyncpg
 
-from resilient_pool.config import PoolConfig
+from resilient_pool.config import PassedOn, PoolConfig
 from resilient_pool.core import wire
 from resilient_pool.core.clock import Clock
+from resilient_pool.core.credentials import Credentials, Login
+from resilient_pool.core.hosts import Candidate, PinnedLoop, Race, Silence, candidates
+from resilient_pool.core.judgement import judge
 from resilient_pool.core.wire import AnyConnection, Link, ReadOnly, ServerFacts
 from resilient_pool.observe.events import Dispatcher, PoolerDetected
-from resilient_pool.observe.redaction import Secret
 from resilient_pool.observe.stats import Counters
+from resilient_pool.policy.classifier import refuses_credentials
+from resilient_pool.policy.verdict import Failure, Fault, Phase
 
 _STANDBYS = frozenset({"standby", "read-only", "prefer-standby"})
 
@@ -38,6 +44,8 @@ class Connector:
     def __init__(self, config: PoolConfig, clock: Clock, counters: Counters, dispatcher: Dispatcher) -> None:
         self._config = config
         self._target = config
+        self._credentials = Credentials(config)
+        self._silence = Silence(clock)
         self._clock = clock
         self._counters = counters
         self._dispatcher = dispatcher
@@ -53,6 +61,7 @@ class Connector:
     def redirect(self, target: PoolConfig) -> None:
         """Use the connection arguments of `target` for every connection opened from now on."""
         self._target = target
+        self._credentials = Credentials(target)
         self.facts = None  # something else may stand there
 
     async def open(self, seconds: float | None) -> Link:
@@ -62,20 +71,18 @@ class Connector:
             seconds: How long it may take; the configured connect `timeout` if that is shorter.
 
         Raises:
-            Exception: Whatever the driver, the password's callable or `init` raises. No frame behind it holds a secret.
+            Exception: What the driver, a function of the application's or `init` raises. No frame behind it holds a secret.
         """
+        if self.facts is None:
+            wire.draw_statement_names()
         target = self._target  # `redirect` may change it meanwhile
         limits = [limit for limit in (target.timeout, seconds) if limit is not None]
         ends = self._clock.monotonic() + max(min(limits), 0.001)
-        try:
-            link = Link(await self._connect(target, ends))
-        except Exception as error:
-            wire.forget_locals(error)
-            raise
+        link = Link(await self._connect(target, ends))
         ready = False
         try:
             with anyio.fail_after(self._left(ends)):
-                await self._prepare(target, link)
+                await self._prepare(target, link, ends)
             ready = True
         finally:
             if not ready:
@@ -88,28 +95,23 @@ class Connector:
         return max(ends - self._clock.monotonic(), 0.001)
 
     async def _connect(self, target: PoolConfig, ends: float) -> AnyConnection:
+        connection = None
         try:
-            return await self._dial(target, self._left(ends))
-        except asyncpg.InvalidPasswordError:
-            # A password that is asked for may have been changed in the meantime.
-            if not callable(target.password):
-                raise
-        return await self._dial(target, self._left(ends))
+            with anyio.fail_after(self._left(ends)):
+                if target.passed is not None:
+                    connection = await self._call(target, target.passed.reveal())
+                else:
+                    connection = await self._log_in(target, self._credentials, ends)
+        finally:
+            if connection is None:
+                # Whatever it is, a cancellation too: the driver's frames hold the password while it connects.
+                wire.forget_locals(sys.exception())
+        return connection
 
-    async def _dial(self, target: PoolConfig, limit: float) -> AnyConnection:
-        arguments = target.connect_arguments()
-        arguments["timeout"] = limit
-        if target.password is not None:
-            arguments["password"] = partial(_reveal, target)
-        if self.facts is not None and self.facts.has_pooler and target.statement_cache_size is None:
-            arguments["statement_cache_size"] = 0
-        connect = cast("Callable[..., Awaitable[object]]", self._config.connect or asyncpg.connect)
-        connection = await connect(
-            **arguments,
-            loop=self._config.loop,
-            connection_class=self._config.connection_class,
-            record_class=self._config.record_class,
-        )
+    async def _call(self, target: PoolConfig, passed: PassedOn) -> AnyConnection:
+        """Let the application's `connect=` function connect."""
+        connect = cast("Callable[..., Awaitable[object]]", target.connect)
+        connection = await connect(passed.dsn, **passed.arguments, **self._classes())
         if not isinstance(connection, self._config.connection_class):
             raise asyncpg.InterfaceError(
                 f"connect= returned a {type(connection).__name__}, not an instance of connection_class="
@@ -117,10 +119,88 @@ class Connector:
             )
         return connection
 
-    async def _prepare(self, target: PoolConfig, link: Link) -> None:
+    def _classes(self) -> dict[str, object]:
+        return {
+            "loop": self._config.loop,
+            "connection_class": self._config.connection_class,
+            "record_class": self._config.record_class,
+        }
+
+    async def _log_in(self, target: PoolConfig, credentials: Credentials, ends: float) -> AnyConnection:
+        login = await credentials.get()
+        try:
+            return await self._reach(target, login, ends)
+        except Exception as error:
+            # A password that is asked for may have been changed in the meantime.
+            if not credentials.are_asked_for or not refuses_credentials(error):
+                raise
+        return await self._reach(target, await credentials.get(), ends)
+
+    async def _reach(self, target: PoolConfig, login: Login, ends: float) -> AnyConnection:
+        """Connect to the first of the hosts that answers and is of the wanted kind."""
+        hosts = candidates(target.host or (), target.port or ())
+        if not hosts or (len(hosts) == 1 and hosts[0].address is not None):
+            return await self._dial(target, login, ends, {})
+        if target.target_session_attrs != "prefer-standby":
+            return await self._race(target, login, ends, hosts, {})
+        try:
+            return await self._race(target, login, ends, hosts, {"target_session_attrs": "standby"})
+        except asyncpg.TargetServerAttributeNotMatched:
+            pass
+        return await self._race(target, login, ends, hosts, {"target_session_attrs": "any"})
+
+    async def _race(
+        self, target: PoolConfig, login: Login, ends: float, hosts: list[Candidate], wanted: dict[str, object]
+    ) -> AnyConnection:
+        async def dial(candidate: Candidate) -> AnyConnection:
+            where = {"host": candidate.host, "port": candidate.port, **wanted}
+            if candidate.address not in (None, candidate.host):
+                loop = self._config.loop or asyncio.get_running_loop()
+                where["loop"] = PinnedLoop(loop, candidate.address)
+            return await self._dial(target, login, ends, where)
+
+        share = min(self._left(ends), self._config.deadline or math.inf)
+        race = Race(hosts, dial, self._leaves_hope, self._silence, self._clock, share)
+        connection = await race.run()
+        if connection is None:
+            raise self._most_telling(race.errors)
+        return connection
+
+    def _leaves_hope(self, error: Exception) -> bool:
+        """Whether another host may let us in: after what the network says, and what waiting cures."""
+        return isinstance(error, OSError) or self._fault(error) is Fault.UNREACHABLE
+
+    def _fault(self, error: Exception) -> Fault:
+        failure = Failure(error=error, phase=Phase.CONNECT, sent=False, waking=False, writable=self.expects_writes)
+        return judge(self._config, failure).fault
+
+    def _most_telling(self, errors: Mapping[Candidate, Exception]) -> Exception:
+        """Choose from how each host failed: what waiting cures, since that host may be back."""
+        mismatched = asyncpg.TargetServerAttributeNotMatched
+        curable = [error for error in errors.values() if self._fault(error) is Fault.UNREACHABLE]
+        told = next((error for error in curable if isinstance(error, mismatched)), [*errors.values(), *curable][-1])
+        if len(errors) > 1:
+            each = ", ".join(f"{candidate} ({type(error).__name__})" for candidate, error in errors.items())
+            told.add_note(f"resilient_pool: tried {each}")
+        return told
+
+    async def _dial(self, target: PoolConfig, login: Login, ends: float, where: dict[str, object]) -> AnyConnection:
+        arguments = {**target.connect_arguments(), **self._classes(), **where, "timeout": self._left(ends)}
+        if login.user is not None:
+            arguments["user"] = login.user
+        if login.password is not None:
+            # A function: the driver keeps what it is given in its parameters.
+            arguments["password"] = login.password.reveal
+        if self.facts is not None and self.facts.has_pooler and target.statement_cache_size is None:
+            arguments["statement_cache_size"] = 0
+        return cast("AnyConnection", await asyncpg.connect(**arguments))  # type: ignore[call-overload]
+
+    async def _prepare(self, target: PoolConfig, link: Link, ends: float) -> None:
         link.tune(keepalive=self._config.tcp_keepalive, user_timeout=self._config.tcp_user_timeout)
         # Several first connections may have been dialled before the first of them had its answer.
-        facts = self.facts if target is self._target and self.facts is not None else await self._learn(target, link)
+        facts = (
+            self.facts if target is self._target and self.facts is not None else await self._learn(target, link, ends)
+        )
         link.is_pooled = facts.has_pooler
         if facts.has_pooler and target.statement_cache_size is None:
             link.disable_statement_cache()
@@ -133,14 +213,40 @@ class Connector:
                 raise
             await link.keep_roles()
 
-    async def _learn(self, target: PoolConfig, link: Link) -> ServerFacts:
+    async def _learn(self, target: PoolConfig, link: Link, ends: float) -> ServerFacts:
         facts = await link.inspect(None)
+        if facts.has_proxy and target.statement_cache_size is None:
+            facts = replace(facts, keeps_session=await self._keeps_session(target, link, facts, ends))
         if self.facts is None and target is self._target:
             self.facts = facts
             self._counters.pooler = facts.has_pooler
             if facts.has_pooler:
                 self._tell_of_pooler(target, facts)
         return facts
+
+    async def _keeps_session(self, target: PoolConfig, link: Link, facts: ServerFacts, ends: float) -> bool:
+        """Whether a proxy keeps a server session for each of its clients, as a second client beside this one finds.
+
+        A pooler that is idle gives the second client the session that the first one has just used; one that is busy, an
+        older session of its own; and the first one another session afterwards. A proxy that does none of this opened a
+        session for the second client: it began after that client. Of whatever goes wrong nothing follows.
+        """
+        began = self._clock.monotonic()
+        try:
+            second = Link(await self._connect(target, ends))
+        except Exception:  # noqa: BLE001 - there may be no room for a second one
+            return False
+        try:
+            other = await second.backend(self._left(ends))
+            took = self._clock.monotonic() - began
+            same = await link.backend(self._left(ends))
+        except Exception:  # noqa: BLE001
+            return False
+        finally:
+            second.terminate()
+        if other is None or same is None or second.pid == link.pid:
+            return False
+        return same[0] == facts.backend_pid != other[0] != second.pid and other[1] < took
 
     def _tell_of_pooler(self, target: PoolConfig, facts: ServerFacts) -> None:
         self._dispatcher.tell(
@@ -150,15 +256,3 @@ class Connector:
                 statement_cache_size=target.statement_cache_size or 0,
             )
         )
-
-
-async def _reveal(target: PoolConfig) -> str | None:
-    # The driver keeps this function in its parameters, and calls it. The password itself it holds only while it
-    # connects.
-    password: Any = target.password
-    if isinstance(password, Secret):
-        return password.reveal()
-    password = password()
-    if inspect.isawaitable(password):
-        password = await password
-    return password.reveal() if isinstance(password, Secret) else password

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import os
 import re
+import secrets
 import select
 import socket
 import traceback
@@ -76,6 +77,11 @@ _STATEMENTS = (
 # For how many seconds a server that has refused a write is asked why.
 _ASK_LIMIT = 2.0
 
+_BACKEND = """
+    SELECT pg_catalog.pg_backend_pid(), EXTRACT(epoch FROM pg_catalog.clock_timestamp() - backend_start)::float8
+    FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid())
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFacts:
@@ -89,6 +95,8 @@ class ServerFacts:
         transaction_timeout: After how many seconds it ends a transaction, and the session; `None` or 0 for never.
         handshake_pid: The process id given in the handshake.
         backend_pid: The process id of the process that answered.
+        keeps_session: Whether what made the handshake in the server's place was seen to keep one server session for each of
+            its clients, as Neon's proxy does.
     """
 
     version: int
@@ -98,11 +106,17 @@ class ServerFacts:
     transaction_timeout: float | None = None
     handshake_pid: int
     backend_pid: int
+    keeps_session: bool = False
+
+    @property
+    def has_proxy(self) -> bool:
+        """Whether something else than the backend made the handshake."""
+        return self.handshake_pid != self.backend_pid
 
     @property
     def has_pooler(self) -> bool:
-        """Whether somebody else than the backend made the handshake."""
-        return self.handshake_pid != self.backend_pid
+        """Whether the next transaction may be another server session's."""
+        return self.has_proxy and not self.keeps_session
 
 
 class Borrower(Protocol):
@@ -400,6 +414,15 @@ class Link:
         with self._uncached():
             return await self.connection.fetchval(query, *args, timeout=timeout)
 
+    async def backend(self, seconds: float) -> tuple[int, float] | None:
+        """Ask which server process answers now, and how many seconds ago it began; `None` if that cannot be known."""
+        try:
+            with self._uncached():
+                row = await self.connection.fetchrow(_BACKEND, timeout=seconds)
+        except asyncpg.PostgresError:
+            return None
+        return None if row is None or row[1] is None else (row[0], row[1])
+
     @contextlib.contextmanager
     def _uncached(self) -> Iterator[None]:
         # Without its cache the driver prepares under no name and in the same message as it executes: all that a pooler
@@ -612,6 +635,15 @@ def overrides_statements(connection_class: type[AnyConnection]) -> bool:
     return any(getattr(connection_class, name) is not getattr(asyncpg.Connection, name) for name in _STATEMENTS)
 
 
+def draw_statement_names() -> None:
+    """Let the driver count its names for statements on from a number that no other process has.
+
+    The driver of each process begins with 1. Behind a pooler, in a session that had prepared the same name for another
+    client, that client's statement would run; a name that nobody else has is an error before anything runs.
+    """
+    asyncpg.connection._uid = secrets.randbits(60)  # type: ignore[attr-defined] # noqa: SLF001
+
+
 def nothing_sent(error: BaseException, link: Link) -> bool:
     """Whether `error` proves that no byte of an operation left this process.
 
@@ -657,7 +689,7 @@ def _comes_from_the_driver(error: BaseException) -> bool:
     return all(module.startswith("asyncpg.") for module in within)
 
 
-def forget_locals(error: BaseException) -> None:
+def forget_locals(error: BaseException | None) -> None:
     """Clear the local variables of every finished frame behind `error`, along its whole chain.
 
     The driver's frames hold the password while a connection is being made; a report with captured locals would show it.

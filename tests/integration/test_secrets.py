@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
+import inspect
 import io
 import logging
+import pickle
 import traceback
 from urllib.parse import quote, quote_plus
 
@@ -163,3 +167,99 @@ def test_a_malformed_dsn_is_refused_without_its_secret(dsn: str, quoted: bool) -
         ).format()
     )
     assert_clean(text)
+
+
+async def give_it():
+    return CANARY
+
+
+def pool_by(source: str, server: EmbeddedPostgres, role: str, port: int, **others) -> ResilientPool:
+    """A pool that learns the password in one of the ways there are; the test's own frames do not hold it."""
+    where = {"host": server.host, "port": port, "database": "postgres"}
+    plain = f"postgresql://{role}@{server.host}:{port}/postgres"
+
+    async def connector(dsn, password, **options):
+        return await asyncpg.connect(dsn, password=password, **options)
+
+    match source:
+        case "DSN":
+            return ResilientPool(plain.replace("@", f":{quote(CANARY, safe='')}@"), **others)
+        case "argument":
+            return ResilientPool(user=role, password=CANARY, **where, **others)
+        case "function":
+            return ResilientPool(user=role, password=give_it, **where, **others)
+        case "credentials":
+            return ResilientPool(credentials=lambda: (role, CANARY), **where, **others)
+        case "several hosts":
+            hosts = {"host": [server.host, "localhost"], "port": [port, port], "database": "postgres"}
+            return ResilientPool(user=role, password=CANARY, **hosts, **others)
+    return ResilientPool(plain, password=CANARY, connect=connector, **others)
+
+
+SOURCES = ["DSN", "argument", "function", "credentials", "several hosts", "connector"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+async def test_a_connect_that_is_cancelled_tells_no_secret(postgres, role, log, source) -> None:
+    """At whatever moment: the driver's frames hold the password while it connects, and a cancellation goes through them."""
+    with FaultProxy(postgres.host, postgres.port) as proxy:
+        proxy.delay(0.02)
+        for turn in range(1, 9):
+            async with pool_by(source, postgres, role, proxy.port, max_size=2) as pool:
+                task = asyncio.create_task(pool._connector.open(None))
+                await asyncio.wait([task], timeout=turn * 0.013)
+                task.cancel()
+                await asyncio.wait([task])
+                if task.cancelled():
+                    try:
+                        task.result()
+                    except asyncio.CancelledError as error:
+                        assert_clean(report(error))
+                else:
+                    task.result().terminate()
+    assert_clean(log.getvalue())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("fault", ["hang", "reject", "wrong"])
+async def test_whichever_way_the_password_was_given_a_failure_tells_no_secret(
+    postgres, role, log, source, fault
+) -> None:
+    """Cut by the deadline, reset, or refused."""
+    with FaultProxy(postgres.host, postgres.port) as proxy:
+        getattr(proxy, fault, lambda: proxy.answer_with_error("28P01", "password authentication failed"))()
+        observed = {"deadline": 0.3, "observers": [StructlogObserver()]}
+        async with pool_by(source, postgres, role, proxy.port, **observed) as pool:
+            assert_clean(repr(pool) + repr(pool._config) + repr(vars(pool._connector)))
+            with pytest.raises((OSError, asyncpg.PostgresError)) as caught:
+                await pool.fetch("SELECT 1")
+            group = ExceptionGroup("several", [caught.value])
+    assert_clean(report(caught.value) + report(group))
+    assert_clean(log.getvalue())
+
+
+async def test_the_event_loops_debug_mode_logs_no_secret(postgres, role, log) -> None:
+    """It logs slow callbacks with their arguments, and tasks with what they run."""
+    loop = asyncio.get_running_loop()
+    loop.set_debug(True)
+    loop.slow_callback_duration = 0.0
+    try:
+        for source in SOURCES:
+            async with pool_by(source, postgres, role, postgres.port) as pool:
+                await pool.fetch("SELECT 1")
+    finally:
+        loop.set_debug(False)
+    assert log.getvalue()
+    assert_clean(log.getvalue())
+
+
+def test_a_configuration_cannot_be_pickled_with_its_secret() -> None:
+    """And a copy, or a list of its fields, shows none."""
+    for pool in (
+        ResilientPool(f"postgresql://u:{quote(CANARY, safe='')}@h"),
+        ResilientPool(password=CANARY, connect=print),
+    ):
+        config = pool._config
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(config)
+        assert_clean(repr(copy.copy(config)) + repr(dataclasses.asdict(config)) + repr(inspect.getmembers(config)))

@@ -7,7 +7,16 @@ import asyncio
 import asyncpg
 import pytest
 
-from resilient_pool import ResilientPool, create_pool
+from resilient_pool import (
+    BackoffPolicy,
+    Disposition,
+    Fault,
+    Outcome,
+    PostgresClassifier,
+    ResilientPool,
+    Verdict,
+    create_pool,
+)
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
@@ -159,6 +168,75 @@ async def test_the_application_may_connect_by_itself(make_pool, dsn):
             assert await connection.answer() == 42
     assert len(calls) == 1
     assert calls[0]["connection_class"] is Counting
+
+
+async def test_connect_is_called_as_asyncpgs_pool_calls_it(postgres, dsn):
+    """The DSN first and unread, the other words as they were given, unknown ones too: as Cloud SQL's connector needs it."""
+    calls = []
+
+    async def getconn(instance, **options):
+        calls.append((instance, options))
+        kept = {name: options[name] for name in ("loop", "connection_class", "record_class")}
+        return await asyncpg.connect(dsn, **kept)
+
+    words = {"ip_type": "private", "user": "u", "password": "p", "timeout": 7, "db": 5}
+    for create in (asyncpg.create_pool, create_pool):
+        async with create("project:region:instance", connect=getconn, min_size=1, max_size=1, **words) as pool:
+            assert await pool.fetchval("SELECT 42") == 42
+    (theirs, their_options), (ours, our_options) = calls
+    assert ours == theirs == "project:region:instance"
+    assert {**our_options, "loop": None} == {**their_options, "loop": None}
+
+
+async def test_connect_is_called_with_the_words_that_were_set_last(dsn):
+    """`set_connect_args` takes what the function takes, and nothing of what was given before is left."""
+    calls = []
+
+    async def getconn(instance, **options):
+        calls.append((instance, {name: options[name] for name in options if name.startswith("my_")}))
+        return await asyncpg.connect(dsn)
+
+    async with create_pool("first", connect=getconn, my_word=1, max_size=1) as pool:
+        await pool.fetchval("SELECT 1")
+        pool.set_connect_args(["second"], my_other=2)
+        await pool.expire_connections()
+        await pool.fetchval("SELECT 1")
+        pool.set_connect_args()
+        await pool.expire_connections()
+        await pool.fetchval("SELECT 1")
+    assert calls == [("first", {"my_word": 1}), (["second"], {"my_other": 2}), (None, {})]
+
+
+async def test_a_connector_that_hangs_is_cut_by_the_timeout(dsn):
+    """The pool's limits hold, whatever the function does with its own."""
+
+    async def getconn(_instance, **_options):
+        await asyncio.Event().wait()
+
+    async with create_pool("x", connect=getconn, timeout=0.2, deadline=0.5) as pool:
+        with pytest.raises(TimeoutError):
+            await pool.fetchval("SELECT 1")
+
+
+async def test_what_a_connector_raises_is_judged_as_any_failure_to_connect(dsn):
+    """What the network says is waited out; what only the application knows, its classifier may say."""
+
+    class QuotaError(Exception):
+        pass
+
+    failures = [ConnectionRefusedError("metadata server"), QuotaError("later"), OSError("no route")]
+
+    async def getconn(_instance, **_options):
+        if failures:
+            raise failures.pop()
+        return await asyncpg.connect(dsn)
+
+    later = Verdict(fault=Fault.UNREACHABLE, outcome=Outcome.NOT_EXECUTED, connection=Disposition.DISCARD)
+    classifier = PostgresClassifier().with_rule(lambda failure: isinstance(failure.error, QuotaError), later)
+    prompt = BackoffPolicy(base=0.01, max_attempts=None, max_elapsed=60.0)
+    async with create_pool("x", connect=getconn, classifier=classifier, reconnect=prompt) as pool:
+        assert await pool.fetchval("SELECT 42") == 42
+    assert failures == []
 
 
 async def test_what_connect_returns_must_be_a_connection(make_pool):
