@@ -13,8 +13,7 @@ from resilient_pool.testing._script import End, Point, Refusal, Script
 from resilient_pool.testing._stand_in import SPOILT, StandIn
 
 _CODE = struct.Struct("!i")
-_CONSENTS = frozenset({0, 12})
-"""AuthenticationOk, and the last word of SCRAM."""
+_AUTHENTICATION_OK = 0
 _ENDS_OF_ANSWERS = frozenset({_messages.COMPLETE, _messages.ERROR, _messages.EMPTY, _messages.SUSPENDED})
 _PASSED_ON = frozenset({_messages.READY, _messages.PARAMETER, _messages.COPY_IN, _messages.COPY_BOTH})
 
@@ -131,25 +130,30 @@ class Scene(Flow):
     # Answers
 
     def _deliver(self, message: _messages.Message) -> None:
-        if self._ends_the_login(message):
-            line = self._next(Point.AUTHENTICATION)
-        elif message.kind == _messages.READY:
-            line, self._farewell = self._farewell, None
-        else:
-            line = None
         if self._rounds_answered == self._overruled_round and message.kind not in _PASSED_ON:
             self._overrule(message)
-        elif line is None or message.kind == _messages.READY:
+            return
+        line = self._next_before_the_session(message)
+        if line is None:
             super()._deliver(message)
+            if message.kind == _messages.READY:
+                line, self._farewell = self._farewell, None
         if line is not None:
             self._pass_to_client(line.words)
             self.end(_ending(line), server_sees_close=True)
 
+    def _next_before_the_session(self, message: _messages.Message) -> Refusal | None:
+        if self.is_ready:
+            return None
+        if message.kind == _messages.READY:
+            return self._next(Point.LOGIN)
+        return self._next(Point.AUTHENTICATION) if self._ends_the_login(message) else None
+
     def _ends_the_login(self, message: _messages.Message) -> bool:
         if message.kind == _messages.AUTHENTICATION:
-            return _CODE.unpack_from(message.body)[0] in _CONSENTS
+            return bool(_CODE.unpack_from(message.body)[0] == _AUTHENTICATION_OK)
         # A stand-in must refuse every proof by SCRAM. A real server's refusal goes before the script.
-        return message.kind == _messages.ERROR and not self.is_ready and self._stand_in is not None
+        return message.kind == _messages.ERROR and self._stand_in is not None
 
     def _overrule(self, message: _messages.Message) -> None:
         # ReadyForQuery is the server's own: it knows whether there is a transaction.
@@ -168,8 +172,7 @@ def _ending(line: Refusal) -> Ending:
 def _spoilt(message: _messages.Message) -> bytes:
     """Compose what fails in place of a message: the same kind, of something that is not SQL or not there."""
     if message.kind == b"P":
-        name = message.body.partition(b"\0")[0]
-        return _messages.compose(b"P", name + b"\0" + SPOILT + b"\0" + b"\0\0")
+        return _messages.compose(b"P", b"\0" + SPOILT + b"\0\0\0")
     if message.kind == b"E":
         return _messages.compose(b"E", SPOILT + b"\0" + _CODE.pack(0))
     return _messages.compose(b"Q", SPOILT + b"\0")

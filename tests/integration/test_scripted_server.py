@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import struct
 import time
 
 import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool
-from resilient_pool.testing import EmbeddedPostgres, End, Point, Refusal, ScriptedServer, TlsCertificates
+from resilient_pool.testing import EmbeddedPostgres, End, Point, Refusal, ScriptedServer, TlsCertificates, _messages
 
 # From this version on asyncpg passes on what the server said before it closed a connection.
 TELLS_THE_REASON = tuple(int(part) for part in asyncpg.__version__.split(".")[:2]) >= (0, 32)
@@ -48,10 +50,21 @@ def seen(error: BaseException) -> BaseException:
     return error.__cause__ if isinstance(error, asyncpg.ConnectionDoesNotExistError) and error.__cause__ else error
 
 
+async def kinds_until_ready(reader: asyncio.StreamReader, until: bytes = b"Z") -> list[bytes]:
+    """Read whole messages, and return their types; for what asyncpg would not mind."""
+    kinds: list[bytes] = []
+    async with asyncio.timeout(LIMIT):
+        while kinds[-1:] != [until]:
+            kind, length = struct.unpack("!ci", await reader.readexactly(5))
+            await reader.readexactly(length - 4)
+            kinds.append(kind)
+    return kinds
+
+
 # Before there is a session
 
 
-@pytest.mark.parametrize("point", [Point.STARTUP, Point.AUTHENTICATION])
+@pytest.mark.parametrize("point", [Point.STARTUP, Point.AUTHENTICATION, Point.LOGIN])
 async def test_a_client_that_is_turned_away_gets_every_field(behind, postgres, point):
     """Severity, code, message, detail and hint, as they stand in the script."""
     line = Refusal(at=point, sqlstate="57P03", message="not yet", detail="asleep", hint="wait")
@@ -65,8 +78,8 @@ async def test_a_client_that_is_turned_away_gets_every_field(behind, postgres, p
 
 
 async def test_a_client_that_is_let_in_again_was_not_harmed(behind, postgres):
-    """The first two are refused at different points, the third is served."""
-    lines = refusal(Point.STARTUP, times=1), refusal(Point.AUTHENTICATION, times=1)
+    """The first three are refused at different points, the fourth is served."""
+    lines = [refusal(point, times=1) for point in (Point.STARTUP, Point.AUTHENTICATION, Point.LOGIN)]
     with ScriptedServer(*lines, **behind) as server:
         for line in lines:
             with pytest.raises(asyncpg.InternalServerError, match="as written"):
@@ -75,7 +88,7 @@ async def test_a_client_that_is_let_in_again_was_not_harmed(behind, postgres):
         connection = await connect(server, postgres, ssl=False)
         await connection.execute("SELECT 1")
         await connection.close()
-        assert server.attempts == len(server.attempted_at) == 3
+        assert server.attempts == len(server.attempted_at) == 4
 
 
 async def test_an_answer_to_the_request_for_tls_comes_before_everything_else(behind, postgres):
@@ -88,7 +101,7 @@ async def test_an_answer_to_the_request_for_tls_comes_before_everything_else(beh
 
 
 @pytest.mark.parametrize("then", [End.CLOSE, End.RESET, End.SILENCE])
-@pytest.mark.parametrize("point", [Point.STARTUP, Point.AUTHENTICATION])
+@pytest.mark.parametrize("point", [Point.STARTUP, Point.AUTHENTICATION, Point.LOGIN])
 async def test_a_connection_can_end_without_a_word(behind, postgres, point, then):
     """Closed and reset are losses; silence lasts until the client gives up."""
     with ScriptedServer(Refusal(at=point, then=then), **behind) as server:
@@ -243,6 +256,66 @@ async def test_a_copy_is_refused_when_its_data_has_been_sent(postgres, ledger):
             await connection.copy_records_to_table("scripted", records=[(1,), (2,)], columns=["entry"])
         assert await ledger() == [1, 2]
         await connection.close()
+
+
+async def test_an_answer_is_replaced_as_a_whole_and_once(postgres, ledger):
+    """However many results there were; but a client that is to send data is asked for it."""
+    lines = [refusal(Point.QUERY, then=End.READY, executed=True, matching=word) for word in ("SELECT", "COPY")]
+    with ScriptedServer(*lines, host=postgres.host, port=postgres.port) as server:
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        writer.write(struct.pack("!ii", 23, 196608) + b"user\0postgres\0\0")
+        await kinds_until_ready(reader)
+        writer.write(_messages.compose(b"Q", b"SELECT 1; SELECT 2\0"))
+        assert await kinds_until_ready(reader) == [b"E", b"Z"]
+        writer.write(_messages.compose(b"Q", b"COPY scripted FROM STDIN\0"))
+        assert await kinds_until_ready(reader, b"G") == [b"G"]
+        writer.write(_messages.compose(b"d", b"1\n") + _messages.compose(b"c"))
+        assert await kinds_until_ready(reader) == [b"E", b"Z"]
+        writer.close()
+        await writer.wait_closed()
+    assert await ledger() == [1]
+
+
+async def test_a_request_to_cancel_is_no_client_to_turn_away(postgres):
+    """It reaches the server, and the connection can be used again."""
+    with ScriptedServer(refusal(Point.STARTUP, nth=2), host=postgres.host, port=postgres.port) as server:
+        connection = await connect(server, postgres, ssl=False)
+        with pytest.raises(TimeoutError):
+            await connection.execute("SELECT pg_sleep(60)", timeout=0.2)
+        assert await connection.fetchval("SELECT 1", timeout=LIMIT) == 1
+        await connection.close()
+        assert server.attempts == 2
+        assert server.said == ()
+
+
+async def test_a_client_that_leaves_makes_room(behind, postgres):
+    """Only who is there counts."""
+    with ScriptedServer(refusal(Point.STARTUP, beyond=1), **behind) as server:
+        connection = await connect(server, postgres, ssl=False)
+        with pytest.raises(asyncpg.InternalServerError):
+            await connect(server, postgres, ssl=False)
+        await connection.close()
+        async with asyncio.timeout(LIMIT):
+            while True:
+                try:
+                    connection = await connect(server, postgres, ssl=False)
+                except asyncpg.InternalServerError:
+                    await asyncio.sleep(0.005)
+                else:
+                    break
+        await connection.close()
+
+
+async def test_a_server_that_is_closed_leaves_nothing_behind(behind, postgres, caplog):
+    """Not even with clients that wait for its answer."""
+    with ScriptedServer(refusal(Point.QUERY, then=End.SILENCE), **behind) as server:
+        connections = [await connect(server, postgres) for _ in range(3)]
+        with pytest.raises(TimeoutError):
+            await connections[0].execute("SELECT 1", timeout=0.1)
+    for connection in connections:
+        connection.terminate()
+    gc.collect()
+    assert not caplog.records
 
 
 async def test_what_clients_wanted_is_written_down():
