@@ -50,7 +50,8 @@ test: $(VENV)/.wheel $(ASYNCPG_BEFORE:%=$(VENV)/asyncpg-%)
 		PYTHONPATH=$(VENV)/asyncpg-$$version $(BIN)/python -P -c \
 			"import asyncpg; assert asyncpg.__version__ == '$$version', asyncpg.__file__" && \
 		PYTHONPATH=$(VENV)/asyncpg-$$version $(BIN)/pytest --quiet $(NO_HANGING) \
-			tests/unit/policy tests/integration/test_classifier_on_a_real_server.py || exit 1; \
+			tests/unit/policy tests/integration/test_classifier_on_a_real_server.py \
+			tests/integration/test_scripted_server.py tests/integration/test_services.py || exit 1; \
 	done
 	$(BIN)/pytest $(NO_HANGING)
 
