@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Literal
 
 from resilient_pool.config import PoolConfig, SealedDsn
+from resilient_pool.errors import ConfigurationError
 from resilient_pool.observe.events import Event, Observer, PoolerDetected
+from resilient_pool.observe.redaction import Secret
 from resilient_pool.policy.backoff import BackoffPolicy
 from resilient_pool.pool import ResilientPool
 
@@ -121,7 +123,19 @@ async def examine(
         after = datetime.now(UTC).timestamp()
     skew = row.pop("clock") - (before + after) / 2
     facts = Facts(**row, skew=skew, pooler=bool(poolers))
-    return diagnose(facts, config)
+    return (*_refusals(dsn), *diagnose(facts, config))
+
+
+def _refusals(dsn: SealedDsn) -> Iterator[Finding]:
+    """Yield what the pool itself, which takes no words of other programs, would say of the DSN."""
+    if not isinstance(dsn, Secret):
+        return
+    try:
+        PoolConfig.from_arguments(Secret(dsn.reveal()))
+    except ConfigurationError as error:
+        text = f"the pool refuses it, though it can be read: {error}"
+        change = "take these words out of the application's DSN, and give the arguments to the pool"
+        yield Finding(check="dsn", level="problem", text=text, change=change)
 
 
 def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
