@@ -418,7 +418,8 @@ class RecoveryGate:
         delay = next(self._delays)
         self._not_before = max(self._not_before, now + delay)
         self._last_opened, self._is_final = None, False
-        self._slots.restrict(len(self._upkeep.links()))
+        # With those that are being opened beside this one: they may be let in.
+        self._slots.restrict(len(self._upkeep.links()) + max(self._slots.opening - 1, 0))
         self._slots.admit(max(self._slots.admitted, 1))  # for those that replace one of them
         self._tell_retry(self._crowd, failure, verdict, delay, now)
 

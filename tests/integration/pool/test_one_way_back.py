@@ -99,23 +99,6 @@ async def test_an_answer_that_was_read_late_vouches_for_nothing(make_pool, event
     assert pool.stats().pings == 1
 
 
-async def test_a_lease_that_asked_nothing_vouches_for_nothing(make_pool, eventually):
-    """Being borrowed and given back again and again is no sign of life."""
-    clock = LateReader()
-    pool = await make_pool(max_size=1, clock=clock, reset=_nothing)
-    await pool.fetchval("SELECT 1")
-    for _ in range(3):
-        clock.frozen += 0.4
-        async with pool.acquire():
-            pass
-        await eventually(lambda: pool.get_idle_size() == 1)
-    assert pool.stats().pings == 1
-
-
-async def _nothing(connection):
-    """The application needs no reset."""
-
-
 async def test_a_call_whose_ping_is_not_answered_ends_with_its_own_deadline(dsn, proxy, make_pool):
     """And its error says what was waited for."""
     clock = LateReader()
