@@ -29,7 +29,7 @@ class ScriptedServer:
         self.hangs = False
         self.broken_rules: list[str] = []
 
-    async def connect(self, **_):
+    async def connect(self, *_, **__):
         await asyncio.sleep(0)
         if self.refusal is not None:
             raise self.refusal
