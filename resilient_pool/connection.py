@@ -102,7 +102,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
     transactions, cursors, prepared statements.
     """
 
-    __slots__ = ("_attached", "_lender", "_linked", "_slot", "_state", "_witness")
+    __slots__ = ("_attached", "_lender", "_linked", "_slot", "_state", "_tracker")
 
     def __init__(self, lender: Lender, slot: Slot[Link]) -> None:
         self._state = _FRESH
@@ -111,7 +111,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         # The connection of this moment, or, of a loan that lost it and may replace it, the last one: to look at.
         self._linked: Link | None = None
         self._attached: _Attachments | None = None
-        self._witness: Callable[[str | None], None] | None = None
+        self._tracker: Callable[[str | None], None] | None = None
 
     def __repr__(self) -> str:
         inner = f"[{self._state.name.lower()}]" if self.is_released else repr(self._linked)
@@ -168,7 +168,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         """The connection was closed, by whatever side: its place is free, except while a transaction's block needs it."""
         if self._linked is not None:
             self._linked.leave(self)
-        if self._witness is not None and self._state is _USED:
+        if self._tracker is not None and self._state is _USED:
             return
         if self._state is _USED or (self._state is _FRESH and self._hears_of_its_end) or self.is_released:
             self._end()
@@ -209,13 +209,13 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         self._require_loan(method)
         if self._state is _FRESH:
             self._state = _USED
-        if self._witness is not None:
-            self._witness(sql)
+        if self._tracker is not None:
+            self._tracker(sql)
         return self._present.connection
 
-    def _bind(self, witness: Callable[[str | None], None]) -> None:
+    def _bind(self, sent: Callable[[str | None], None]) -> None:
         self._state = _USED
-        self._witness = witness
+        self._tracker = sent
 
     def _detach(self) -> Slot[Link] | None:
         """End the loan and return what was lent; `None` if that came back before. The connection is still to be left."""
@@ -265,8 +265,8 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
                 "`async for attempt in pool.transaction()` around the block"
             )
         if self._state is _USED or self._state is _ADOPTING:
-            if self._witness is not None:
-                self._witness(sql)
+            if self._tracker is not None:
+                self._tracker("COPY" if sql is None else sql)
             try:
                 return await execute(self._linked.connection)  # type: ignore[union-attr]
             except AttributeError as error:
@@ -296,8 +296,8 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             keeps: Whether it leaves nothing behind when it succeeds either.
         """
         if self._state is _USED or self._state is _ADOPTING:
-            if self._witness is not None and sql is not None:
-                self._witness(sql)
+            if self._tracker is not None and sql is not None:
+                self._tracker(sql)
             return await execute(self._present.connection)
         self._require_loan(operation)
         call = self._lender.call(operation, None, execute, idempotent=True, deadline=None)
@@ -559,7 +559,9 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
 
     async def reset(self, *, timeout: float | None = None) -> None:
         """Reset the session: roll back, stop listening, release locks, and return to the role and settings of the login."""
-        await self._first("reset", "ROLLBACK", lambda connection: connection.reset(timeout=timeout))
+        if self._tracker is not None:
+            self._tracker(None)  # it rolls a transaction back
+        await self._first("reset", None, lambda connection: connection.reset(timeout=timeout))
 
     def get_reset_query(self) -> str:
         """Return what is sent to reset the session."""
@@ -775,14 +777,14 @@ class Lender:
         """Whether a connection was lent here."""
         return lease._lender is self  # noqa: SLF001
 
-    def bind(self, lease: ResilientConnection, witness: Callable[[str | None], None]) -> None:
+    def bind(self, lease: ResilientConnection, sent: Callable[[str | None], None]) -> None:
         """Keep the present connection of a lease to the end, and its place in the pool, also when the connection is lost.
 
         Args:
             lease: The lease.
-            witness: Called with the text of everything that is sent on it; `None` stands for what may be anything.
+            sent: Called with the text of everything that is sent on it; `None` stands for what may be anything.
         """
-        lease._bind(witness)  # noqa: SLF001
+        lease._bind(sent)  # noqa: SLF001
 
     def detach(self, lease: ResilientConnection) -> Slot[Link] | None:
         """End a loan and return its slot; `None` if that came back before. `take_back` is still to be called."""

@@ -158,7 +158,8 @@ class ResilientPool(Queries):
         if deadline is not None:
             require_seconds("deadline", deadline)
         if exactly_once and not idempotent and not self._is_plain_read(sql):
-            return await self.run_in_transaction(_on_lease, execute, deadline=deadline, fail_fast=fail_fast)
+            options = TransactionOptions(deadline=deadline, fail_fast=fail_fast)
+            return await run(self._transactions, _on_lease, (execute,), options, exactly_once=True)
         started = self._clock.monotonic()
         link = failure = None
         if not self._watches:

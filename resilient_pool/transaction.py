@@ -8,7 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from types import TracebackType
-from typing import Literal, NoReturn, Self, TypedDict, TypeVar
+from typing import Literal, Self, TypedDict, TypeVar
 
 import asyncpg
 
@@ -19,12 +19,12 @@ from resilient_pool.core.clock import Clock
 from resilient_pool.core.continuation import Place
 from resilient_pool.core.judgement import unwrap
 from resilient_pool.core.resolution import Answer, Mark
-from resilient_pool.core.runner import Call
+from resilient_pool.core.runner import Call, RefusedError
 from resilient_pool.core.wire import AnyConnection, Link
-from resilient_pool.inquiry import Inquiry
-from resilient_pool.policy.atomicity import ends_transaction
+from resilient_pool.inquiry import Inquiry, is_our_own_fault
 from resilient_pool.policy.classifier import refuses_commit
 from resilient_pool.policy.statements import StatementReader
+from resilient_pool.policy.tracking import StatementTracker
 from resilient_pool.policy.verdict import Outcome, Phase
 
 T = TypeVar("T")
@@ -41,30 +41,6 @@ class TransactionOptions(TypedDict, total=False):
     resolve_commit: bool
     deadline: float | None
     fail_fast: bool | None
-
-
-class Witness:
-    """Sees every text that is sent inside one transaction.
-
-    Attributes:
-        may_write: Whether anything was sent that is not proven read-only.
-        may_notify: Whether it may have an effect without having an id.
-        may_have_ended: Whether a statement of the application's may have ended the transaction.
-    """
-
-    __slots__ = ("_reader", "may_have_ended", "may_notify", "may_write")
-
-    def __init__(self, reader: StatementReader) -> None:
-        self._reader = reader
-        self.may_write = self.may_notify = self.may_have_ended = False
-
-    def __call__(self, sql: str | None) -> None:
-        """Take note of a text, or of something that has none."""
-        if sql is not None and self._reader.is_plain_read(sql):
-            return
-        self.may_write = True
-        self.may_notify = self.may_notify or sql is None or "notify" in sql.lower()
-        self.may_have_ended = self.may_have_ended or (sql is not None and ends_transaction(sql))
 
 
 _UNCERTAIN = (
@@ -86,7 +62,7 @@ class Transactions:
     Args:
         config: The pool's.
         lender: Lends their connections.
-        reader: Tells which statements are read-only.
+        reader: Knows which texts look like reads.
         inquiry: Asks what became of them.
         clock: Waits.
         require_open: Raises if the pool cannot be used.
@@ -120,11 +96,20 @@ class RetriedTransaction:
 
     The block may run more than once, so it should have no other effect than on the database. It commits when it ends, also
     by `return`, `break` or `continue`; it is rolled back when it is left by an exception. A curable fault is waited for and
-    the block is run again, provided that nothing follows it inside the loop and that it was not left by `return` or `break`:
-    the fault is raised then, after the transaction was rolled back. `run_in_transaction()` knows no such condition.
+    the block is run again, provided that the program is certain to go on with the loop: nothing follows the block inside the
+    loop, it was not left by `return` or `break`, nothing in the loop yields, and the loop's own `async with` entered the
+    attempt. Otherwise the fault is raised, after the transaction was rolled back. `run_in_transaction()` knows no such
+    condition.
     """
 
-    def __init__(self, shared: Transactions, options: TransactionOptions, *, always_goes_on: bool = False) -> None:
+    def __init__(
+        self,
+        shared: Transactions,
+        options: TransactionOptions,
+        *,
+        always_goes_on: bool = False,
+        exactly_once: bool = False,
+    ) -> None:
         self._shared = shared
         self._options = options
         self._always_goes_on = always_goes_on
@@ -136,13 +121,15 @@ class RetriedTransaction:
             deadline=options.get("deadline"),
             fail_fast=options.get("fail_fast"),
         )
-        self._runner = shared.lender.runner
+        self._call.exactly_once = exactly_once
         self._call.read_only = options.get("readonly", False)
+        self._runner = shared.lender.runner
         self._memory = self._runner.begin_transaction(self._call)
         self._state = _State.READY
         self._head: Place | None = None
         self._delay = 0.0
         self._number = 0
+        self._reads: tuple[str, ...] = ()
 
     def __aiter__(self) -> Self:
         return self
@@ -182,6 +169,16 @@ class RetriedTransaction:
         self._delay = delay
         self._state = _State.READY
 
+    def guard(self, reads: tuple[str, ...]) -> None:
+        """Let every further attempt be read-only: an attempt that sent nothing but `reads` may have taken effect."""
+        self._call.harmless = True
+        self._reads = tuple(dict.fromkeys((*self._reads, *reads)))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What was sent in attempts whose outcome is unknown."""
+        return self._reads
+
     def is_certain_to_go_on(self, place: Place, *, swallowing: bool) -> bool:
         """Whether the loop asks for the next attempt next, if `__aexit__`, awaited at `place`, ends without an error."""
         if self._always_goes_on:
@@ -210,8 +207,8 @@ class Attempt:
         self._options = options
         self._call = call
         self._lease: ResilientConnection | None = None
-        self._witness = Witness(shared.reader)
-        self._entered = False
+        self._sent = StatementTracker(shared.reader)
+        self._entered = self._asked_in_vain = False
 
     # Beginning
 
@@ -241,7 +238,7 @@ class Attempt:
         begun = False
         try:
             await self._begin_on(_link(self._call))
-            self._shared.lender.bind(lease, self._witness)
+            self._shared.lender.bind(lease, self._sent.sent)
             begun = True
         finally:
             if not begun:
@@ -250,19 +247,20 @@ class Attempt:
 
     async def _begin_on(self, link: Link) -> None:
         options = self._options
-        if self._asks:
-            await self._shared.inquiry.learn(link)
+        await self._shared.inquiry.learn(link)
+        if self._loop.reads and not await self._shared.lender.read_check.allows(link, self._loop.reads):
+            raise RefusedError
         self._call.phase, self._call.link = Phase.EXECUTE, link
         await link.begin(
             isolation=options.get("isolation"),
-            readonly=options.get("readonly", False),
+            readonly=self._is_read_only,
             deferrable=options.get("deferrable", False),
         )
         self._call.began = self._shared.clock.monotonic()
 
     @property
-    def _asks(self) -> bool:
-        return self._options.get("resolve_commit", True) and not self._options.get("readonly", False)
+    def _is_read_only(self) -> bool:
+        return self._call.read_only or bool(self._loop.reads)
 
     # Ending
 
@@ -271,13 +269,16 @@ class Attempt:
     ) -> bool:
         # Noted before anything else: a frame that is resumed by an error stands elsewhere.
         place = Place.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
-        decided = False
+        swallow = False
         try:
-            failure = await (self._commit() if error is None else self._roll_back(error))
+            failure = None
+            if not self._is_on_loan:
+                self._require_error(error)
+            else:
+                failure = await (self._commit() if error is None else self._roll_back(error))
             swallow = failure is not None and self._leave(failure, error, place)
-            decided = True
         finally:
-            if not decided or not swallow:
+            if not swallow:
                 self._loop.finish()
             await self._release()
         return swallow
@@ -286,7 +287,9 @@ class Attempt:
         """Decide whether another attempt follows `failure`; what was raised in the block, `error`, is then swallowed."""
         goes_on = self._loop.is_certain_to_go_on(place, swallowing=error is not None)
         try:
-            delay = self._loop.weigh(failure, hindrance=None if goes_on else _UNCERTAIN)
+            # What failed for the pool's own question alone is run again with a question that cannot fail so.
+            is_free = self._asked_in_vain and goes_on
+            delay = 0.0 if is_free else self._loop.weigh(failure, hindrance=None if goes_on else _UNCERTAIN)
         except Exception as farewell:
             if farewell is not error:
                 raise
@@ -296,13 +299,28 @@ class Attempt:
 
     async def _release(self) -> None:
         lease, self._lease = self._lease, None
-        if lease is None or lease.is_released:
+        if lease is None:
             return
         reset = self._shared.lender.take_back(lease)
         if reset is not None and self._shared.config.session_reset == "on_release":
             await asyncio.wait(
                 [reset]
             )  # not by shield: one that terminate() cuts short is no cancellation of this task
+
+    @property
+    def _is_on_loan(self) -> bool:
+        """Whether the connection is still this transaction's. When it is not, nothing may be sent on it."""
+        return self._lease is not None and not self._lease.is_released
+
+    @staticmethod
+    def _require_error(error: BaseException | None) -> None:
+        """Let no block end well in which the application gave the connection away."""
+        if error is not None:
+            return
+        raise asyncpg.InterfaceError(
+            "the connection of pool.transaction() was released or closed inside the block, so there was nothing left to "
+            "commit: what the block had not committed by itself was rolled back. Leave the connection to the transaction"
+        )
 
     # Rolling back
 
@@ -313,16 +331,23 @@ class Attempt:
             return None  # there is no time; the connection's reset, in the background, does it
         await self._undo(link)
         unwrapped = unwrap(self._shared.config, error)
-        if self._witness.may_have_ended or not _is_the_drivers(unwrapped, link):
+        if self._sent.may_have_ended or not _is_the_drivers(unwrapped, link):
             return None
-        if isinstance(unwrapped, asyncpg.ReadOnlySQLTransactionError):
-            await link.learn_why_read_only()
         self._call.settled = Outcome.ROLLED_BACK
+        if isinstance(unwrapped, asyncpg.ReadOnlySQLTransactionError):
+            if self._loop.reads:
+                # What a guard refuses is a write: then the attempt before, of which nothing is known, wrote as well.
+                return RefusedError()
+            await self._learn_why_read_only(link)
         return error
+
+    async def _learn_why_read_only(self, link: Link) -> None:
+        if self._is_on_loan:
+            await link.learn_why_read_only()
 
     async def _undo(self, link: Link) -> None:
         with contextlib.suppress(Exception):  # the connection's reset does it then, or the server, when it is closed
-            if not link.connection.is_closed():
+            if self._is_on_loan and not link.connection.is_closed():
                 await link.end_transaction("ROLLBACK", timeout=self._shared.config.reset_timeout)
 
     # Committing
@@ -331,56 +356,89 @@ class Attempt:
         """Commit, and return the error if it is certain, or said in the call, what became of it."""
         link = _link(self._call)
         self._call.settled = Outcome.ROLLED_BACK  # as long as COMMIT was not sent
+        if not link.connection.is_closed() and not link.connection.is_in_transaction():
+            self._require_ended_by_text()
+            return None
         try:
             mark = await self._mark(link)
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
-            await self._undo(link)
-            if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-                await link.learn_why_read_only()
-            return self._unless_ended(error)
+            return await self._give_up_before_commit(error, link)
+        if not self._is_on_loan:
+            self._require_error(None)
         self._call.xid = mark.xid
         self._call.phase = Phase.COMMIT
         try:
             done = await link.end_transaction("COMMIT")
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
             return None if await self._is_committed(error, link, mark) else self._unless_ended(error)
-        if done != "COMMIT" and not self._witness.may_have_ended:
-            _refuse_to_call_it_committed()
+        if done != "COMMIT":
+            if self._loop.reads:
+                return RefusedError()
+            raise asyncpg.InFailedSQLTransactionError(
+                "the transaction was rolled back at its end, because a statement in it had failed and the error was caught"
+            )
         if mark.token is not None:
             self._shared.inquiry.prune()
         return None
 
+    def _require_ended_by_text(self) -> None:
+        # The application's own COMMIT, ROLLBACK or PREPARE TRANSACTION is its own affair.
+        if not self._sent.ended_by_text or self._sent.may_be_anything:
+            raise asyncpg.InterfaceError(
+                "the transaction was ended inside its block, by a reset of the session or in another way that is not "
+                "visible: it is not known to be committed"
+            )
+
+    async def _give_up_before_commit(self, error: Exception, link: Link) -> Exception | None:
+        if not self._is_on_loan:
+            self._require_error(None)
+        await self._undo(link)
+        if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+            await self._learn_why_read_only(link)
+        self._asked_in_vain = is_our_own_fault(error, link)
+        return self._unless_ended(error)
+
     def _unless_ended(self, error: Exception) -> Exception:
         # What the application committed by itself must not be repeated, whatever became of the rest.
-        if self._witness.may_have_ended and self._call.settled is not Outcome.UNKNOWN:
+        if self._sent.may_have_ended and self._call.settled is not Outcome.UNKNOWN:
             raise error
         return error
 
     async def _mark(self, link: Link) -> Mark:
-        if not self._witness.may_write or self._options.get("readonly", False):
-            return Mark(nothing_written=True)
-        if not self._asks:
+        sent, readonly = self._sent, self._is_read_only
+        only_reads = not sent.may_write or (readonly and sent.reads is not None)
+        if only_reads or not self._options.get("resolve_commit", True):
             return Mark()
-        return await self._shared.inquiry.mark(link, notifies=self._witness.may_notify)
+        return await self._shared.inquiry.mark(link, readonly=readonly, may_change_session=sent.may_change_session)
 
     async def _is_committed(self, error: Exception, link: Link, mark: Mark) -> bool:
         """Say whether a COMMIT that failed took effect nevertheless; what else is known goes into the call."""
         if _is_refusal(error, link):
             return False
         if mark.nothing_written:
-            # Only a serializable transaction's COMMIT says something about what was read.
-            return not self._is_serializable
-        answer = Answer.UNKNOWN
-        if mark.epoch is not None or mark.token is not None:
-            slot = None if self._lease is None else self._shared.lender.detach(self._lease)
-            answer = await self._shared.inquiry.resolve(slot, mark, self._call.deadline)
-        self._call.settled = Outcome.ROLLED_BACK if answer is Answer.ABORTED else Outcome.UNKNOWN
+            return True
+        self._call.settled = Outcome.UNKNOWN
+        is_known, reads = mark.xid is not None or mark.token is not None, self._sent.reads
+        if self._lease is None or not (is_known or reads is not None):
+            return False
+        slot, inquiry, deadline = self._shared.lender.detach(self._lease), self._shared.inquiry, self._call.deadline
+        if is_known:
+            answer = await inquiry.resolve(slot, mark, deadline)
+            if answer is Answer.ABORTED:
+                self._call.settled = Outcome.ROLLED_BACK
+        else:
+            answer = await inquiry.vet(slot, reads or (), deadline, decides=self._commit_decides)
+            if answer is Answer.ABORTED:
+                self._loop.guard(reads or ())
         return answer is Answer.COMMITTED
 
     @property
-    def _is_serializable(self) -> bool:
-        default = self._shared.config.server_settings.get("default_transaction_isolation")
-        return (self._options.get("isolation") or default) == "serializable"
+    def _commit_decides(self) -> bool | None:
+        """Whether COMMIT can still refuse what was read; `None` if the server's default decides that."""
+        if not self._call.read_only:
+            return True  # that nothing was written is not certain, so it is to be run again in any case
+        isolation = self._options.get("isolation")
+        return isolation == "serializable" if isolation is not None else None
 
 
 async def run(
@@ -388,9 +446,19 @@ async def run(
     function: Callable[..., Awaitable[T]],
     args: tuple[object, ...],
     options: TransactionOptions,
+    *,
+    exactly_once: bool = False,
 ) -> T:
-    """Call `function(connection, *args)` in a retried transaction, and return what it returned when that committed."""
-    loop = RetriedTransaction(shared, options, always_goes_on=True)
+    """Call `function(connection, *args)` in a retried transaction, and return what it returned when that committed.
+
+    Args:
+        shared: What the pool's transactions have in common.
+        function: What to call.
+        args: What to call it with, after the connection.
+        options: What `pool.transaction()` takes.
+        exactly_once: Whether an unknown outcome is never a reason to repeat, whatever the pool was told of its statements.
+    """
+    loop = RetriedTransaction(shared, options, always_goes_on=True, exactly_once=exactly_once)
     while True:
         async with await loop.__anext__() as connection:
             result = await function(connection, *args)
@@ -414,12 +482,6 @@ def _is_the_drivers(error: BaseException, link: Link) -> bool:
 def _is_refusal(error: Exception, link: Link) -> bool:
     """Whether a failed COMMIT is known to have been refused, or never sent."""
     return wire.nothing_sent(error, link) or (refuses_commit(error) and not link.connection.is_closed())
-
-
-def _refuse_to_call_it_committed() -> NoReturn:
-    raise asyncpg.InFailedSQLTransactionError(
-        "the transaction was rolled back at its end, because a statement in it had failed and the error was caught"
-    )
 
 
 async def _nothing(_connection: AnyConnection) -> None:

@@ -1,9 +1,12 @@
-"""Decides what became of a COMMIT whose answer was lost, from what the server says. It asks nobody itself."""
+"""Decides what became of a COMMIT whose answer was lost, from what the server says. It asks nothing itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+
+RETENTION = 86_400.0
+"""For how many seconds the absence of a token proves anything. Rows of the commit log are kept for longer than that."""
 
 
 class Answer(Enum):
@@ -15,8 +18,10 @@ class Answer(Enum):
     """It left no effect, and cannot have one later."""
     IN_PROGRESS = "in_progress"
     """It is not decided yet: ask again."""
+    ELSEWHERE = "elsewhere"
+    """This server cannot tell, but another one may: ask again, on another connection."""
     UNKNOWN = "unknown"
-    """This server cannot tell, now or later."""
+    """No server can tell, now or later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +33,28 @@ class Epoch:
 
     Attributes:
         system: The system identifier.
-        timeline: The timeline.
+        timeline: The timeline that is written now, as eight hexadecimal digits.
         stats_reset: Since when its statistics count; every crash begins them anew, and a standby has its own.
     """
 
     system: str
-    timeline: int
+    timeline: str
     stats_reset: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A row in the commit log, written inside the transaction that it stands for.
+
+    Attributes:
+        value: Its key.
+        log: Which table it is in: another after the table was made anew, or emptied by TRUNCATE.
+        written_at: When it was written, by the server's clock, as seconds since 1970.
+    """
+
+    value: str
+    log: str
+    written_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,15 +62,15 @@ class Mark:
     """What is known of a transaction before its COMMIT is sent.
 
     Attributes:
-        xid: Its id; `None` if it had none, or if nobody could be asked.
+        xid: Its id; `None` if the server could not be asked.
         epoch: When the id was given; `None` if the server could not tell.
         token: Its row in the commit log; `None` without one.
-        nothing_written: Whether it is certain that it wrote nothing.
+        nothing_written: Whether it is certain that its COMMIT decides nothing: the server was in recovery.
     """
 
     xid: int | None = None
     epoch: Epoch | None = None
-    token: str | None = None
+    token: Token | None = None
     nothing_written: bool = False
 
 
@@ -76,20 +96,51 @@ def judge(mark: Mark, reply: Reply) -> Answer:
     """Say what a reply means for the transaction of `mark`.
 
     The status of an id means something only in the epoch that gave it: in any other it may be a stranger's. A standby's
-    word does not count: what it has not heard of yet looks to it like what never was.
+    word does not count, nor that of another database system or of one that was left behind by a failover: what such a
+    server has not heard of looks to it like what never was.
     """
-    if mark.xid is None or mark.epoch is None or reply.epoch != mark.epoch or reply.in_recovery:
+    if reply.in_recovery or _is_another_server(mark.epoch, reply.epoch):
+        return Answer.ELSEWHERE
+    if mark.xid is None or mark.epoch is None or reply.epoch != mark.epoch:
         return Answer.UNKNOWN
     return _ANSWERS.get(reply.status or "", Answer.UNKNOWN)
 
 
-def judge_token(*, fenced: bool | None) -> Answer:
+def _is_another_server(then: Epoch | None, now: Epoch | None) -> bool:
+    return then is not None and now is not None and (now.system != then.system or now.timeline < then.timeline)
+
+
+def judge_token(token: Token, *, fenced: bool | None, log: str, now: float) -> Answer:
     """Say what the row of a token means, after an attempt to insert it.
 
     Args:
-        fenced: Whether the row is the one of whoever asked; `None` if there is none.
+        token: What was inserted before COMMIT.
+        fenced: Whether the row is the one that the attempt inserted; `None` if there is none.
+        log: Which table was looked into.
+        now: The present time by the server's clock, as seconds since 1970.
     """
     if fenced is None:
         return Answer.IN_PROGRESS
-    # Whoever asks inserts the token himself. Only one can: if he did, the transaction's own row can never come.
-    return Answer.ABORTED if fenced else Answer.COMMITTED
+    if not fenced:
+        return Answer.COMMITTED
+    # Only one can insert it: the transaction's own row can never come now. That it was never there is certain only
+    # while no row of its age was deleted.
+    is_kept = log == token.log and now - token.written_at < RETENTION
+    return Answer.ABORTED if is_kept else Answer.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abilities:
+    """What one server, asked on one connection, can do about transactions.
+
+    Attributes:
+        ids: Whether it knows ids, and what became of them.
+        epoch: Whether the role may ask for the epoch.
+        epoch_for_all: Whether every role may.
+        log: Whether the role may write to the commit log, and there is one.
+    """
+
+    ids: bool = False
+    epoch: bool = False
+    epoch_for_all: bool = False
+    log: bool = False

@@ -54,7 +54,7 @@ class Loss:
     sqlstate: str | None
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """A guard does not let a call be repeated: it may write."""
 
 
@@ -79,6 +79,7 @@ class Call(Generic[T]):
         scheduled: The retry that is told once the guard allows it.
         settled: What is known of the present attempt's outcome from elsewhere; it overrules what the error alone tells.
         xid: The id of the present attempt's transaction, where it is known.
+        exactly_once: Whether an unknown outcome is no reason to repeat it, whatever the pool was told of its statements.
         read_only: Whether the caller asked for a read-only transaction.
         began: When the present attempt's transaction began, on the line of `Clock.monotonic()`; `None` if there is none.
         asked: How many queries had been sent on the connection before the present attempt.
@@ -89,6 +90,7 @@ class Call(Generic[T]):
         "asked",
         "began",
         "deadline",
+        "exactly_once",
         "execute",
         "fail_fast",
         "harmless",
@@ -136,6 +138,7 @@ class Call(Generic[T]):
         self.scheduled: RetryScheduled | None = None
         self.settled: Outcome | None = None
         self.xid: int | None = None
+        self.exactly_once = False
         self.read_only = False
         self.began: float | None = None
         self.asked = self.outlasted = 0
@@ -259,7 +262,7 @@ class Runner:
     async def _run_guarded(self, call: Call[T], sql: str, link: Link) -> T:
         call.phase = Phase.CHECKOUT  # what comes before the statement is part of getting the connection
         if not await self._read_check.allows(link, (sql,), timeout=self._limit(call)):
-            raise _RefusedError
+            raise RefusedError
         call.harmless = True
         self._tell_scheduled(call)
         ended = False
@@ -269,7 +272,7 @@ class Runner:
             try:
                 result = await call.execute(link.connection)
             except asyncpg.ReadOnlySQLTransactionError as error:
-                raise _RefusedError from error
+                raise RefusedError from error
             ended = await self._end_guard(call, link)
         finally:
             if not ended:
@@ -307,7 +310,7 @@ class Runner:
             OutcomeUnknownError: The call may have taken effect, and may not be repeated.
             Exception: `error`, or the last one that told more, when no further attempt may be made.
         """
-        if isinstance(error, _RefusedError) and call.loss is not None:
+        if isinstance(error, RefusedError) and call.loss is not None:
             raise self._unknown(call, state, call.loss)
         failure = self._see(call, error)
         verdict = self._heed_limits(call, failure, self._judge(call, failure))
@@ -337,7 +340,7 @@ class Runner:
             delay=decision.delay,
             elapsed=state.elapsed(now),
         )
-        if call.loss is None:
+        if call.loss is None or call.harmless:
             self._tell_scheduled(call)
         return decision.delay
 
@@ -468,10 +471,14 @@ class Runner:
         return lost and not self._may_run_twice(call) and self._is_repeatable(call)
 
     def _may_run_twice(self, call: Call[T]) -> bool:
-        return call.idempotent or self._config.retry_unknown
+        return call.idempotent or (self._config.retry_unknown and not call.exactly_once)
 
     def _is_repeatable(self, call: Call[T]) -> bool:
-        return self._may_run_twice(call) or (call.sql is not None and self._reader.looks_like_read(call.sql))
+        return (
+            self._may_run_twice(call)
+            or call.harmless
+            or (call.sql is not None and self._reader.looks_like_read(call.sql))
+        )
 
     def _farewell(
         self, call: Call[T], state: RetryState, failure: Failure, verdict: Verdict, reason: GiveUpReason

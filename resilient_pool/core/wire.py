@@ -23,6 +23,7 @@ import anyio
 import asyncpg
 from asyncpg.connection import _ConnectionProxy
 
+from resilient_pool.core.resolution import Abilities
 from resilient_pool.policy.classifier import tells_of_a_closed_connection
 
 ConnectionProxy = _ConnectionProxy
@@ -153,6 +154,7 @@ class Link:
         read_only: Why it has refused to write, if it was asked.
         has_served: Whether it has answered anything since it was opened, or was closed by the application itself.
         ended: Whether the application closed it itself.
+        abilities: What can be asked about transactions on it; `None` until that was found out.
         opened_at: When it was opened, on the line of `Clock.monotonic()`.
         pid: The process id the server gave in the handshake.
     """
@@ -163,6 +165,7 @@ class Link:
         "_poll",
         "_protocol",
         "_reset_roles",
+        "abilities",
         "connection",
         "doomed",
         "ended",
@@ -180,6 +183,7 @@ class Link:
         self.has_served = False
         self.ended = False
         self.opened_at = 0.0
+        self.abilities: Abilities | None = None
         self.is_pooled = False
         self.read_only: ReadOnly | None = None
         self.pid = connection.get_server_pid()
