@@ -242,7 +242,7 @@ async def test_a_transaction_cancelled_at_any_await_leaves_nothing_open(postgres
                 break
         assert ended is None
         assert (tuple(scene.answers), scene.retries) == (path.answers, path.retries)
-        assert at > 3 + 4 * (len(path.answers) + path.retries), "next to nothing was awaited"
+        assert at > 3 + 3 * (len(path.answers) + path.retries), "next to nothing was awaited"
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["as it begins", "as it ends"])
