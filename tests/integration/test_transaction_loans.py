@@ -139,23 +139,25 @@ async def test_a_failed_transaction_of_another_caller_is_not_committed_half_way(
     assert await rows(postgres, table) == []
 
 
+async def released_later(pool, connection, turns):
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    with contextlib.suppress(Exception):
+        await pool.release(connection)
+
+
 async def test_a_release_by_another_task_while_the_transaction_ends_is_no_success_by_chance(pool, postgres, table):
     """Whatever was asked when it came, what is said agrees with what is there."""
     for turns in range(12):
         async with postgres.admin() as admin:
             await admin.execute(f"TRUNCATE {table}")
 
-        async def disturb(connection, turns=turns):
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            with contextlib.suppress(Exception):
-                await pool.release(connection)
-
-        async def work(connection, disturb=disturb):
-            await connection.execute(f"INSERT INTO {table} VALUES ('mine')")
-            disturbing.append(asyncio.create_task(disturb(connection)))
-
         disturbing = []
+
+        async def work(connection, turns=turns, disturbing=disturbing):
+            await connection.execute(f"INSERT INTO {table} VALUES ('mine')")
+            disturbing.append(asyncio.create_task(released_later(pool, connection, turns)))
+
         try:
             async with asyncio.timeout(5):
                 await pool.run_in_transaction(work)
