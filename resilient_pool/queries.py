@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any, BinaryIO, Literal, TypeAlias, TypedDict, TypeVar, Unpack, cast
+from typing import Any, BinaryIO, Literal, Never, TypeAlias, TypedDict, TypeVar, Unpack, cast
 
 from asyncpg import Record
 
 from resilient_pool.core.wire import AnyConnection, until_lost
+from resilient_pool.policy._checks import require_call
 
 T = TypeVar("T")
 
@@ -92,8 +93,11 @@ class Queries(ABC):
         exactly_once: bool = False,
         deadline: float | None = None,
         fail_fast: bool | None = None,
+        **unknown: Never,
     ) -> list[Record]:
         """Run a query and return its rows."""
+        if unknown or timeout is not None:
+            require_call(Queries.fetch, timeout, unknown)
         return await self._run(
             "fetch",
             query,
@@ -114,8 +118,11 @@ class Queries(ABC):
         exactly_once: bool = False,
         deadline: float | None = None,
         fail_fast: bool | None = None,
+        **unknown: Never,
     ) -> Record | None:
         """Run a query and return its first row, or `None`."""
+        if unknown or timeout is not None:
+            require_call(Queries.fetchrow, timeout, unknown)
         return await self._run(
             "fetchrow",
             query,
@@ -136,8 +143,11 @@ class Queries(ABC):
         exactly_once: bool = False,
         deadline: float | None = None,
         fail_fast: bool | None = None,
+        **unknown: Never,
     ) -> Any:
         """Run a query and return one value of its first row, or `None`."""
+        if unknown or timeout is not None:
+            require_call(Queries.fetchval, timeout, unknown)
         return await self._run(
             "fetchval",
             query,
@@ -158,8 +168,11 @@ class Queries(ABC):
         idempotent: bool = False,
         deadline: float | None = None,
         fail_fast: bool | None = None,
+        **unknown: Never,
     ) -> list[Record]:
         """Run a query once for each of `args`, all or none, and return all rows."""
+        if unknown or timeout is not None:
+            require_call(Queries.fetchmany, timeout, unknown)
         return await self._run(
             "fetchmany",
             query,
@@ -181,8 +194,11 @@ class Queries(ABC):
         exactly_once: bool = False,
         deadline: float | None = None,
         fail_fast: bool | None = None,
+        **unknown: Never,
     ) -> str:
         """Run a command, or without arguments several, and return the status of the last."""
+        if unknown or timeout is not None:
+            require_call(Queries.execute, timeout, unknown)
         return await self._run(
             "execute",
             query,
@@ -202,8 +218,11 @@ class Queries(ABC):
         idempotent: bool = False,
         deadline: float | None = None,
         fail_fast: bool | None = None,
+        **unknown: Never,
     ) -> None:
         """Run a command once for each of `args`, all or none. A generator of arguments is not read twice."""
+        if unknown or timeout is not None:
+            require_call(Queries.executemany, timeout, unknown)
         await self._run(
             "executemany",
             command,
@@ -227,6 +246,8 @@ class Queries(ABC):
         **options: Unpack[CopyOptions],
     ) -> str:
         """Copy a table to a path, a file or a coroutine function. Only a path is written anew when the copy is cut."""
+        if options or timeout is not None:
+            require_call(Queries.copy_from_table, timeout, options, CopyOptions.__annotations__)
         return await self._run(
             "copy_from_table",
             _reading(table_name, schema_name),
@@ -256,6 +277,8 @@ class Queries(ABC):
         **options: Unpack[CopyOptions],
     ) -> str:
         """Copy a query's rows to a path, a file or a coroutine function. Only a path is written anew when it is cut."""
+        if options or timeout is not None:
+            require_call(Queries.copy_from_query, timeout, options, CopyOptions.__annotations__)
         return await self._run(
             "copy_from_query",
             query,
@@ -282,6 +305,8 @@ class Queries(ABC):
         **options: Unpack[CopyInOptions],
     ) -> str:
         """Copy a path, a file or an asynchronous iterator into a table. Only a path is read twice."""
+        if options or timeout is not None:
+            require_call(Queries.copy_to_table, timeout, options, CopyInOptions.__annotations__)
         return await self._run(
             "copy_to_table",
             None,
@@ -314,8 +339,11 @@ class Queries(ABC):
         idempotent: bool = False,
         deadline: float | None = None,
         fail_fast: bool | None = None,
+        **unknown: Never,
     ) -> str:
         """Copy records into a table. A list of them can be sent again when the copy is known to have failed."""
+        if unknown or timeout is not None:
+            require_call(Queries.copy_records_to_table, timeout, unknown)
         return await self._run(
             "copy_records_to_table",
             None,

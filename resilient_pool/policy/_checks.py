@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import ParamSpec, TypeVar
 
 from resilient_pool.errors import ConfigurationError, UnknownArgumentError
@@ -39,13 +39,34 @@ def require_known(names: Iterable[str], known: Iterable[str], *, of: str = "", b
             raise UnknownArgumentError(f"unknown argument {name!r}{owner}{nearest(name, known)}{instead}")
 
 
+def require_call(
+    function: Callable[..., object], timeout: object, names: Collection[str], more: Iterable[str] = ()
+) -> None:
+    """Check a call of a function whose unknown arguments are taken by its `**`.
+
+    Args:
+        function: Whose other arguments are known.
+        timeout: The time limit that it was given.
+        names: The names of what its `**` took.
+        more: What of that is known.
+
+    Raises:
+        UnknownArgumentError: A name is not known.
+        ConfigurationError: The time limit is no number of seconds.
+    """
+    if names:
+        require_known(names, [*_taken(function), *more], of=function.__name__)
+    require_seconds("timeout", timeout)
+
+
+def _taken(function: Callable[..., object]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [each.name for each in parameters if each.kind in _BY_NAME and each.name != "self"]
+
+
 def names_nearest(function: Callable[P, T], of: str | None = None) -> Callable[P, T]:
     """Make a function name the nearest known argument when it is given an unknown one."""
-    known = [
-        name
-        for name, each in inspect.signature(function).parameters.items()
-        if each.kind in _BY_NAME and name != "self"
-    ]
+    known = _taken(function)
     accepted = frozenset(known)
     kinds = [each.kind for each in inspect.signature(function).parameters.values()]
     many = inspect.Parameter.VAR_POSITIONAL in kinds

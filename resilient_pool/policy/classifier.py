@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from asyncpg import exceptions as driver
 
 from resilient_pool.errors import OutcomeUnknownError, ResilientPoolError
+from resilient_pool.policy._checks import constructor_names_nearest
 from resilient_pool.policy.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
 
 _EVERY_PHASE = frozenset(Phase)
@@ -673,6 +674,7 @@ VerdictSource = Verdict | Callable[[Failure], Verdict]
 Unwrap = Callable[[BaseException], BaseException | None]
 
 
+@constructor_names_nearest
 class PostgresClassifier:
     """Classifies what asyncpg (0.30 and up) raises when it talks to PostgreSQL, directly or through a pooler.
 

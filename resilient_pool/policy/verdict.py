@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from resilient_pool.policy._checks import constructor_names_nearest
+
 
 class Phase(Enum):
     """What the pool was doing when the failure was seen."""
@@ -65,6 +67,7 @@ class Disposition(Enum):
     """Every connection opened before the failure is replaced before its next use."""
 
 
+@constructor_names_nearest
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What is known about one failure.

@@ -43,3 +43,41 @@ def test_a_time_that_is_no_number_of_seconds_is_refused_wherever_one_is_taken(va
     pool = ResilientPool()
     with pytest.raises(ConfigurationError, match=r"^timeout must be a number of seconds or None, at least 0"):
         pool.acquire(timeout=value)
+
+
+CALLS = {
+    "fetch": ("SELECT 1",),
+    "fetchrow": ("SELECT 1",),
+    "fetchval": ("SELECT 1",),
+    "execute": ("SELECT 1",),
+    "executemany": ("SELECT 1", []),
+    "fetchmany": ("SELECT 1", []),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), CALLS.items(), ids=CALLS)
+async def test_a_misspelt_argument_of_a_query_names_the_nearest_known(name, arguments):
+    """Before anything is asked of the server."""
+    message = f"unknown argument 'deadlin' of {name}(); did you mean 'deadline'?"
+    with pytest.raises(TypeError) as caught:
+        await getattr(ResilientPool(), name)(*arguments, deadlin=1)
+    assert str(caught.value) == message
+    with pytest.raises(ConfigurationError, match=r"^timeout must be a number of seconds or None, at least 0, not nan$"):
+        await getattr(ResilientPool(), name)(*arguments, timeout=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("copy_from_table", {"table_name": "t", "output": "o"}),
+        ("copy_from_query", {"query": "SELECT 1", "output": "o"}),
+        ("copy_to_table", {"table_name": "t", "source": "s"}),
+        ("copy_records_to_table", {"table_name": "t", "records": []}),
+    ],
+)
+async def test_a_misspelt_option_of_a_copy_names_the_nearest_known(name, arguments):
+    """COPY's own options and those of the call."""
+    with pytest.raises(
+        TypeError, match=rf"unknown argument 'schema_nam' of {name}|unknown argument 'delimitr' of {name}"
+    ):
+        await getattr(ResilientPool(), name)(**arguments, **{"delimitr" if "query" in arguments else "schema_nam": 1})

@@ -4,7 +4,7 @@ import traceback
 
 import pytest
 
-from resilient_pool import StructlogObserver
+from resilient_pool import PostgresClassifier, StructlogObserver, Verdict
 from resilient_pool.errors import ConfigurationError, UnknownArgumentError
 from resilient_pool.policy._checks import names_nearest, require_seconds
 from resilient_pool.policy.backoff import BackoffPolicy
@@ -26,6 +26,8 @@ from resilient_pool.testing.clock import ScriptedClock
         (EmbeddedPostgres, "setting", "unknown argument 'setting' of EmbeddedPostgres(); did you mean 'settings'?"),
         (FaultProxy, "lsten_port", "unknown argument 'lsten_port' of FaultProxy(); did you mean 'listen_port'?"),
         (PausingServer, "pauseafter", "unknown argument 'pauseafter' of PausingServer(); did you mean 'pause_after'?"),
+        (PostgresClassifier, "unwrp", "unknown argument 'unwrp' of PostgresClassifier(); did you mean 'unwrap'?"),
+        (Verdict, "falt", "unknown argument 'falt' of Verdict(); did you mean 'fault'?"),
         (ScriptedClock, "zzz", "unknown argument 'zzz' of ScriptedClock()"),
     ],
 )
