@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,6 +25,10 @@ from resilient_pool.observe.stats import Counters
 from resilient_pool.policy.classifier import refuses_credentials
 from resilient_pool.policy.verdict import Failure, Fault, Phase
 
+_LOGGER = logging.getLogger("resilient_pool")
+
+# So long a second client may take that is opened to find out what a proxy does: a pooler may let it wait for the first one.
+_SECOND_CLIENT_LIMIT = 2.0
 _STANDBYS = frozenset({"standby", "read-only", "prefer-standby"})
 
 
@@ -215,40 +220,45 @@ class Connector:
 
     async def _learn(self, target: PoolConfig, link: Link, ends: float) -> ServerFacts:
         facts = await link.inspect(None)
+        seen = None
         if facts.has_proxy and target.statement_cache_size is None:
-            facts = replace(facts, keeps_session=await self._keeps_session(target, link, facts, ends))
+            seen = await self._sees_sharing(target, link, facts, ends)
+            facts = replace(facts, keeps_session=seen is None)
         if self.facts is None and target is self._target:
             self.facts = facts
             self._counters.pooler = facts.has_pooler
             if facts.has_pooler:
-                self._tell_of_pooler(target, facts)
+                self._tell_of_pooler(target, facts, seen)
         return facts
 
-    async def _keeps_session(self, target: PoolConfig, link: Link, facts: ServerFacts, ends: float) -> bool:
-        """Whether a proxy keeps a server session for each of its clients, as a second client beside this one finds.
+    async def _sees_sharing(self, target: PoolConfig, link: Link, facts: ServerFacts, ends: float) -> str | None:
+        """Return why what made the handshake in the server's place may share its sessions; `None` if it keeps one for each.
 
-        A pooler that is idle gives the second client the session that the first one has just used; one that is busy, an
-        older session of its own; and the first one another session afterwards. A proxy that does none of this opened a
-        session for the second client: it began after that client. Of whatever goes wrong nothing follows.
+        A second client beside this one finds out. An idle pooler gives it the session that the first one has just used; a
+        busy one an older session, or the first one another session afterwards. A proxy that does none of this opened a
+        session for the second client, after that client came.
         """
         began = self._clock.monotonic()
+        until = min(began + _SECOND_CLIENT_LIMIT, (began + ends) / 2)
         try:
-            second = Link(await self._connect(target, ends))
-        except Exception:  # noqa: BLE001 - there may be no room for a second one
-            return False
+            second = Link(await self._connect(target, until))
+        except Exception as error:  # noqa: BLE001 - there may be no room for a second one
+            return f"a second client was not let in ({type(error).__name__})"
         try:
-            other = await second.backend(self._left(ends))
+            other = await second.backend(self._left(until))
             took = self._clock.monotonic() - began
-            same = await link.backend(self._left(ends))
-        except Exception:  # noqa: BLE001
-            return False
+            same = await link.backend(self._left(until))
+        except Exception as error:  # noqa: BLE001 - it may have to wait for the first one's session
+            return f"a second client was not served ({type(error).__name__})"
         finally:
             second.terminate()
-        if other is None or same is None or second.pid == link.pid:
-            return False
-        return same[0] == facts.backend_pid != other[0] != second.pid and other[1] < took
+        if other is None or same is None or second.pid in (link.pid, other[0]):
+            return "what stands there cannot be asked"
+        if other[0] == facts.backend_pid or same[0] != facts.backend_pid:
+            return "another client was given the same session"
+        return None if other[1] < took else "another client was given a session that was there before it"
 
-    def _tell_of_pooler(self, target: PoolConfig, facts: ServerFacts) -> None:
+    def _tell_of_pooler(self, target: PoolConfig, facts: ServerFacts, seen: str | None) -> None:
         self._dispatcher.tell(
             PoolerDetected(
                 handshake_pid=facts.handshake_pid,
@@ -256,3 +266,10 @@ class Connector:
                 statement_cache_size=target.statement_cache_size or 0,
             )
         )
+        if seen is not None:
+            _LOGGER.warning(
+                "a pooler stands between the pool and the server (the handshake's process id is not the server process's, and "
+                "%s): statements are not kept prepared, and each query takes two round trips; if it keeps one session for "
+                "each client, or follows prepared statements (PgBouncer 1.21 and up), pass statement_cache_size=100",
+                seen,
+            )

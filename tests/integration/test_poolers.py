@@ -22,12 +22,14 @@ class Proxy:
         port: Likewise.
         sessions: How many server sessions it shares among all clients, one transaction at a time; 0 for one each.
         room: How many clients it has room for.
+        sticky: Whether a client keeps the session that it has been given.
     """
 
-    def __init__(self, host: str, port: int, *, sessions: int = 0, room: int = 100) -> None:
+    def __init__(self, host: str, port: int, *, sessions: int = 0, room: int = 100, sticky: bool = False) -> None:
         self._target = (host, port)
         self._shares = sessions
         self._room = room
+        self._sticky = sticky
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._opened = 0
         self._freed = asyncio.Condition()
@@ -71,7 +73,7 @@ class Proxy:
             greeting = self._greeting
             at = greeting.index(b"K\x00\x00\x00\x0c") + 5
             writer.write(greeting[:at] + struct.pack("!I", 900_000 + number) + greeting[at + 4 :])
-            if self._shares:
+            if self._shares and not self._sticky:
                 server = await self._give_back(server)
             while True:
                 request = await self._request(reader)
@@ -79,7 +81,7 @@ class Proxy:
                 server = server or await self._take(startup)
                 server[1].write(request)
                 last = await self._answer(server[0], writer, flushed=request[-5:] == b"H\x00\x00\x00\x04")
-                if self._shares and last == b"Z\x00\x00\x00\x05I":
+                if self._shares and not self._sticky and last == b"Z\x00\x00\x00\x05I":
                     server = await self._give_back(server)
         finally:
             if server is not None:
@@ -163,14 +165,17 @@ async def test_a_proxy_that_keeps_a_session_for_each_client_costs_one_round_trip
 
 
 @pytest.mark.parametrize("sessions", [1, 2, 5])
-async def test_a_pooler_in_transaction_mode_is_recognised(postgres, sessions):
-    """Also one that had no server session before: the second client is given the first one's."""
+async def test_a_pooler_in_transaction_mode_is_recognised(postgres, sessions, caplog):
+    """Also one that had no server session before: the second client is given the first one's. The log says what to do."""
     async with pool_through(postgres, sessions=sessions) as (_, pool, events):
         assert await asyncio.gather(*(pool.fetchval("SELECT $1::int", n) for n in range(20))) == list(range(20))
         async with pool.acquire() as connection:
             assert await connection.fetchval("SELECT count(*) FROM pg_prepared_statements") == 0
         assert len(poolers(events)) == 1
         assert pool.stats().pooler is True
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "resilient_pool"]
+    assert "another client was given the same session" in warning
+    assert "pass statement_cache_size=100" in warning
 
 
 async def test_a_pooler_that_is_busy_is_recognised_too(postgres):
@@ -202,6 +207,15 @@ async def test_a_proxy_without_room_for_a_second_client_is_taken_for_a_pooler(po
                     await connection.fetchval("SELECT $1::int", 1)
                     assert proxy.requests - before == requests
                 assert pool.stats().pooler is True
+
+
+async def test_a_second_client_that_has_to_wait_for_the_first_costs_two_seconds_and_no_connection(postgres):
+    """As behind a pooler in session mode that has one session left."""
+    async with Proxy(postgres.host, postgres.port, sessions=1, sticky=True) as proxy:
+        where = {"host": "127.0.0.1", "port": proxy.port, "user": "postgres", "database": "postgres", "ssl": False}
+        async with asyncio.timeout(10), ResilientPool(**where, max_size=1) as pool:
+            assert await pool.fetchval("SELECT 42") == 42
+            assert pool.stats().pooler is True
 
 
 async def test_no_statement_of_another_process_goes_by_the_same_name(postgres):
