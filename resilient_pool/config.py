@@ -852,6 +852,10 @@ def _check(name: str, value: object) -> None:
 
 
 def _require_one_source(given: Mapping[str, object]) -> None:
+    if callable(given.get("user")):
+        raise ConfigurationError(
+            "user must be a str; a function that returns user and password is given as credentials="
+        )
     beside = [name for name in ("user", "password", "passfile") if name in given]
     if "credentials" in given and beside:
         raise ConfigurationError(f"credentials= gives the user and the password: leave {beside[0]} out")

@@ -20,6 +20,8 @@ HEAD_START = 5.0
 SHORT_HEAD_START = 0.25
 # And for so long the others come before it.
 _SILENCE_COUNTS = 60.0
+# The addresses of a name may change for ever.
+_SILENCE_IS_KEPT = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,11 @@ class Silence:
 
     def note(self, candidate: Candidate, *, answered: bool) -> None:
         """Note whether a candidate answered, with whatever."""
-        if answered:
-            self._since.pop(candidate, None)
-        else:
-            self._since[candidate] = self._clock.monotonic()
+        self._since.pop(candidate, None)
+        if not answered:
+            now = self._clock.monotonic()
+            self._since = {silent: since for silent, since in self._since.items() if now - since < _SILENCE_IS_KEPT}
+            self._since[candidate] = now
 
     def __contains__(self, candidate: object) -> bool:
         return candidate in self._since

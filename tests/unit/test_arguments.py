@@ -7,6 +7,7 @@ import pytest
 from resilient_pool import ConfigurationError, ResilientPool, create_pool
 from resilient_pool.arguments import PoolArguments
 from resilient_pool.config import ARGUMENTS
+from resilient_pool.invocation import Invocation
 
 
 def test_the_typed_arguments_are_those_of_the_configuration():
@@ -43,6 +44,8 @@ def test_a_time_that_is_no_number_of_seconds_is_refused_wherever_one_is_taken(va
     pool = ResilientPool()
     with pytest.raises(ConfigurationError, match=r"^timeout must be a number of seconds or None, at least 0"):
         pool.acquire(timeout=value)
+    with pytest.raises(ConfigurationError, match=r"^deadline must be a number of seconds or None, at least 0"):
+        Invocation(pool._gate, pool._upkeep, pool._clock, value)
 
 
 CALLS = {

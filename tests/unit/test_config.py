@@ -102,6 +102,14 @@ REFUSED = [
     ("port", "x", "port must be a whole number from 1 to 65535, not ('x',)"),
     ("port", {}, "port must be a whole number from 1 to 65535, not {}"),
     ("user", 5, "user must be a str, not 5"),
+    ("user", str, "user must be a str; a function that returns user and password is given as credentials="),
+    ("host", "postgresql://u:p@h", "host must be a non-empty str or a sequence of them, not a str that holds"),
+    ("credentials", ("u", "p"), "credentials must be callable: (async) function, not tuple"),
+    (
+        "server_settings",
+        {"password": "p"},
+        "server_settings holds 'password', which is no setting of the server's but an",
+    ),
     ("database", b"d", "database must be a str, not b'd'"),
     ("password", 5, "password must be a str or an (async) function that returns one, not int"),
     ("passfile", 5, "passfile must be a str or a path, not 5"),
@@ -232,6 +240,8 @@ def test_the_environment_fills_in_what_nobody_said(monkeypatch):
     assert config.password == Secret("p")
     assert read("postgresql://x@h:1,i/y").port == (1, 6)
     assert (read(user="x").user, read(database="y").database, read(port=1).port) == ("x", "y", (1, 1))
+    monkeypatch.setenv("PGTARGETSESSIONATTRS", "standby")
+    assert (read().target_session_attrs, read(target_session_attrs="any").target_session_attrs) == ("standby", "any")
     monkeypatch.setenv("PGPORT", "none")
     with pytest.raises(ConfigurationError, match=r"^in PGPORT: a port must be a number from 1 to 65535$"):
         read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 
 import asyncpg
 import pytest
@@ -17,6 +18,7 @@ from resilient_pool import (
     Verdict,
     create_pool,
 )
+from resilient_pool.testing import FaultProxy, TlsCertificates
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
@@ -312,6 +314,25 @@ async def test_a_call_may_have_its_own_record_class(make_pool):
         assert type(await pool.fetchrow("SELECT 1 AS one")) is asyncpg.Record
         async with pool.acquire() as connection:
             assert (await connection.fetchrow("SELECT 1 AS one", record_class=ByName)).one == 1
+
+
+async def test_the_systems_authorities_are_trusted_when_it_is_asked_for(postgres, tmp_path, monkeypatch):
+    """`sslrootcert=system` checks the certificate against the system's store, and the name in it."""
+    certificates = TlsCertificates("localhost")
+    with FaultProxy(postgres.host, postgres.port, tls=certificates) as proxy:
+        dsn = f"postgresql://postgres@localhost:{proxy.port}/postgres?sslrootcert=system"
+        async with ResilientPool(dsn, deadline=2) as pool:
+            with pytest.raises(
+                ssl.SSLCertVerificationError, match=r"self-signed certificate|unable to get local issuer"
+            ):
+                await pool.fetchval("SELECT 1")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates.write_ca(tmp_path / "ca.pem")))
+        async with ResilientPool(dsn) as pool, pool.acquire() as connection:
+            assert await connection.fetchval("SELECT 42") == 42
+            assert connection._con._transport.get_extra_info("ssl_object").version().startswith("TLS")
+        async with ResilientPool(dsn.replace("localhost", "127.0.0.1"), deadline=2) as pool:
+            with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
+                await pool.fetchval("SELECT 1")
 
 
 async def test_an_unknown_argument_is_named(make_pool):
