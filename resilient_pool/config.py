@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import enum
 import getpass
-import math
 import os
-import re
-import reprlib
 import ssl as ssl_module
 from asyncio import AbstractEventLoop
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, Protocol, Self, cast
 from urllib.parse import urlencode
 
 import asyncpg
 
+from resilient_pool import _field
 from resilient_pool._dsn import (
     LONGEST_TIMEOUT,
-    SSL_MODES,
     SYSTEM_ROOTS,
     arguments_of_dsn,
     arguments_of_service,
@@ -28,8 +25,8 @@ from resilient_pool._dsn import (
 )
 from resilient_pool._passfile import PasswordFile, chosen_file
 from resilient_pool.errors import ConfigurationError
-from resilient_pool.observe.events import Observer, is_observer
-from resilient_pool.observe.redaction import MASK, Hidden, Secret, holds_secret
+from resilient_pool.observe.events import Observer
+from resilient_pool.observe.redaction import MASK, Hidden, Secret
 from resilient_pool.policy._checks import require_known
 from resilient_pool.policy.backoff import OPERATION_BACKOFF, RECONNECT_BACKOFF, BackoffPolicy
 from resilient_pool.policy.budget import RetryBudget
@@ -48,11 +45,8 @@ _SESSION_RESETS = ("auto", "background", "on_release", "off")
 _TARGETS = ("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
 _GSS_LIBRARIES = ("gssapi", "sspi")
 _TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
-_HIGHEST_PORT = 65535
 _DEFAULT_PORT = 5432
-_PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _DSN_ONLY = ("tls", "sslpassword", "passed")
-_NO_SETTINGS = frozenset({"user", "password", "database"})
 _DRIVERS_OWN = (
     "user",
     "database",
@@ -69,19 +63,7 @@ _DRIVERS_OWN = (
 )
 
 
-class _Unusable:
-    """Stands for a value that is wrong and must not be shown: a password of a wrong type, a URL where there is no place for one."""
-
-    __slots__ = ("_kind",)
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-
-    def __repr__(self) -> str:
-        return self._kind
-
-
-SealedDsn = Hidden[object] | _Unusable | None
+SealedDsn = Hidden[object] | _field.Unusable | None
 """A DSN as `seal` returns it."""
 
 
@@ -175,164 +157,6 @@ _VARIABLES = (("user", "PGUSER"), ("database", "PGDATABASE"), ("target_session_a
 # What the pool itself must know of what is passed on to a `connect=` function.
 _HEEDED = ("timeout", "statement_cache_size", "server_settings", "target_session_attrs")
 
-Check = Callable[[str, object], None]
-
-
-def _refuse(name: str, accepted: str, value: object) -> ConfigurationError:
-    return ConfigurationError(f"{name} must be {accepted}, not {reprlib.repr(_unrevealing(value))}")
-
-
-def _unrevealing(value: object) -> object:
-    """Return the value, or what stands for it if it is a text that holds the password of a URL."""
-    if isinstance(value, str | bytes | os.PathLike | list | tuple) and holds_secret(value):
-        return _Unusable(f"a {type(value).__name__} that holds a password")
-    return value
-
-
-def _numeric(
-    unit: str, *, least: float, above: bool = False, whole: bool = False, optional: bool = False
-) -> tuple[str, Check]:
-    kind = int if whole else int | float
-    accepted = (
-        f"{'a whole number' if whole else 'a number'} of {unit}, {'more than' if above else 'at least'} {least:g}"
-    )
-    accepted += ", or None" if optional else ""
-
-    def check(name: str, value: object) -> None:
-        if value is None and optional:
-            return
-        if isinstance(value, kind) and not isinstance(value, bool):
-            number = cast("float", value)
-            if math.isfinite(number) and (number > least if above else number >= least):
-                return
-        raise _refuse(name, accepted, value)
-
-    return unit, check
-
-
-def _one_of(words: Sequence[str], *, optional: bool = False) -> tuple[str, Check]:
-    accepted = "one of " + ", ".join(map(repr, words))
-
-    def check(name: str, value: object) -> None:
-        if not (value is None and optional) and (not isinstance(value, str) or value not in words):
-            raise _refuse(name, accepted, value)
-
-    return " / ".join(words), check
-
-
-def _kind(unit: str, accepted: str, *kinds: type, optional: bool = True) -> tuple[str, Check]:
-    def check(name: str, value: object) -> None:
-        if not (value is None and optional) and not isinstance(value, kinds):
-            raise _refuse(name, accepted, value)
-
-    return unit, check
-
-
-def _function(unit: str, *, optional: bool = True) -> tuple[str, Check]:
-    def check(name: str, value: object) -> None:
-        if not (value is None and optional) and not callable(value):
-            raise _refuse(name, f"callable: {unit}", value)
-
-    return unit, check
-
-
-def _class_of(base: type) -> tuple[str, Check]:
-    def check(name: str, value: object) -> None:
-        if not (isinstance(value, type) and issubclass(value, base)):
-            raise _refuse(name, f"a subclass of asyncpg.{base.__name__}", value)
-
-    return "class", check
-
-
-def _having(unit: str, *methods: str, optional: bool = False) -> tuple[str, Check]:
-    def check(name: str, value: object) -> None:
-        missing = [method for method in methods if not callable(getattr(value, method, None))]
-        if missing and not (value is None and optional):
-            raise _refuse(name, f"{unit} with the method {missing[0]}()", value)
-
-    return unit, check
-
-
-def _sequence(unit: str, accepted: str, fits: Callable[[object], bool], *, optional: bool = False) -> tuple[str, Check]:
-    def check(name: str, value: object) -> None:
-        if not (value is None and optional) and not (isinstance(value, tuple) and all(map(fits, value))):
-            raise _refuse(name, accepted, value)
-
-    return unit, check
-
-
-def _observers() -> tuple[str, Check]:
-    unit, check_callables = _sequence("callables", "a sequence of callables", callable)
-
-    def check(name: str, value: object) -> None:
-        check_callables(name, value)
-        for observer in cast("tuple[object, ...]", value):
-            if not is_observer(observer):
-                raise _refuse(name, "plain functions, which need not be awaited", observer)
-
-    return unit, check
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_filled(value: object) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_port(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _HIGHEST_PORT
-
-
-def _settings_check() -> tuple[str, Check]:
-    def check(name: str, value: object) -> None:
-        if not isinstance(value, Mapping) or not all(map(_is_text, (*value.keys(), *value.values()))):
-            # The values may be secret; the type is enough.
-            raise ConfigurationError(f"{name} must be a dict of str to str, or None")
-        for setting in _NO_SETTINGS.intersection(value):
-            raise ConfigurationError(f"{name} holds {setting!r}, which is no setting of the server's but an argument")
-
-    return "dict of str", check
-
-
-def _table_check() -> tuple[str, Check]:
-    def check(name: str, value: object) -> None:
-        parts = value.split(".") if isinstance(value, str) else ()
-        if value is not None and (len(parts) != 2 or not all(map(_PLAIN_NAME.fullmatch, parts))):  # noqa: PLR2004
-            raise _refuse(name, "'schema.table', both of small letters, digits and _, or None", value)
-
-    return "'schema.table'", check
-
-
-def _password_check() -> tuple[str, Check]:
-    def check(name: str, value: object) -> None:
-        if not (value is None or isinstance(value, Secret) or callable(value)):
-            raise ConfigurationError(f"{name} must be a str or an (async) function that returns one, not {value}")
-
-    return "str or (async) function", check
-
-
-def _ssl_check() -> tuple[str, Check]:
-    accepted = f"one of {', '.join(map(repr, SSL_MODES))}, True, False or an ssl.SSLContext"
-
-    def check(name: str, value: object) -> None:
-        if value is not None and not isinstance(value, bool | ssl_module.SSLContext) and value not in SSL_MODES:
-            raise _refuse(name, accepted, value)
-
-    return "sslmode, bool or SSLContext", check
-
-
-def _about(
-    kind: tuple[str, Check], meaning: str, *, default: str | None = None, quiet: bool = False
-) -> dict[str, object]:
-    """Return a field's metadata: what documentation says, what checks its value, whether `repr` leaves it out."""
-    return {"unit": kind[0], "check": kind[1], "meaning": meaning, "default": default, "quiet": quiet}
-
-
-_TEXT = _kind("str", "a str", str)
-_PATH = _kind("path", "a str or a path", str, os.PathLike)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PoolConfig:
@@ -345,160 +169,186 @@ class PoolConfig:
 
     host: tuple[str, ...] | None = field(
         default=None,
-        metadata=_about(
-            _sequence("str or sequence of str", "a non-empty str or a sequence of them", _is_filled, optional=True),
+        metadata=_field.about(
+            _field.sequence(
+                "str or sequence of str", "a non-empty str or a sequence of them", _field.is_filled, optional=True
+            ),
             "Host names, addresses or socket directories, tried in turn.",
         ),
     )
     port: tuple[int, ...] | None = field(
         default=None,
-        metadata=_about(
-            _sequence(
+        metadata=_field.about(
+            _field.sequence(
                 "port number, or one for each host",
-                f"a whole number from 1 to {_HIGHEST_PORT}",
-                _is_port,
+                f"a whole number from 1 to {_field.HIGHEST_PORT}",
+                _field.is_port,
                 optional=True,
             ),
             "Where the server listens; 5432 unless PGPORT says otherwise.",
         ),
     )
-    user: str | None = field(default=None, metadata=_about(_TEXT, "Whom to connect as."))
+    user: str | None = field(default=None, metadata=_field.about(_field.TEXT, "Whom to connect as."))
     password: Secret | PasswordSource | None = field(
         default=None,
-        metadata=_about(_password_check(), "The password, or whom to ask for it at every connect.", quiet=True),
+        metadata=_field.about(
+            _field.password_check(), "The password, or whom to ask for it at every connect.", quiet=True
+        ),
     )
     passfile: str | os.PathLike[str] | None = field(
-        default=None, metadata=_about(_PATH, "A password file to look in when no password is given.")
+        default=None, metadata=_field.about(_field.PATH, "A password file to look in when no password is given.")
     )
     credentials: CredentialsSource | None = field(
         default=None,
-        metadata=_about(
-            _function("(async) function"),
+        metadata=_field.about(
+            _field.function("(async) function"),
             "Returns `(user, password)`; asked at every connect, in place of `user` and `password`.",
             quiet=True,
         ),
     )
     service: str | None = field(
-        default=None, metadata=_about(_TEXT, "A section of the service file to take options from.")
+        default=None, metadata=_field.about(_field.TEXT, "A section of the service file to take options from.")
     )
-    servicefile: str | os.PathLike[str] | None = field(default=None, metadata=_about(_PATH, "The service file."))
-    database: str | None = field(default=None, metadata=_about(_TEXT, "The database's name."))
+    servicefile: str | os.PathLike[str] | None = field(
+        default=None, metadata=_field.about(_field.PATH, "The service file.")
+    )
+    database: str | None = field(default=None, metadata=_field.about(_field.TEXT, "The database's name."))
     timeout: float = field(
         default=60.0,
-        metadata=_about(
-            _numeric("seconds", least=0, above=True), "How long one attempt to connect may take; None is a day."
+        metadata=_field.about(
+            _field.numeric("seconds", least=0, above=True), "How long one attempt to connect may take; None is a day."
         ),
     )
     statement_cache_size: int | None = field(
         default=None,
-        metadata=_about(
-            _numeric("statements", least=0, whole=True, optional=True),
+        metadata=_field.about(
+            _field.numeric("statements", least=0, whole=True, optional=True),
             "How many prepared statements a connection keeps; None is asyncpg's 100, and 0 behind a pooler.",
         ),
     )
     max_cached_statement_lifetime: float = field(
         default=300,
-        metadata=_about(_numeric("seconds", least=0), "How long a prepared statement is kept; 0 is for ever."),
+        metadata=_field.about(
+            _field.numeric("seconds", least=0), "How long a prepared statement is kept; 0 is for ever."
+        ),
     )
     max_cacheable_statement_size: int = field(
         default=15360,
-        metadata=_about(_numeric("bytes", least=0, whole=True), "The longest statement that is kept; 0 is any."),
+        metadata=_field.about(
+            _field.numeric("bytes", least=0, whole=True), "The longest statement that is kept; 0 is any."
+        ),
     )
     command_timeout: float | None = field(
         default=None,
-        metadata=_about(
-            _numeric("seconds", least=0, above=True, optional=True), "How long one statement may run; None is no limit."
+        metadata=_field.about(
+            _field.numeric("seconds", least=0, above=True, optional=True),
+            "How long one statement may run; None is no limit.",
         ),
     )
     ssl: str | bool | ssl_module.SSLContext | None = field(
         default=None,
-        metadata=_about(_ssl_check(), "Whether and how to use TLS; None is 'prefer' unless PGSSLMODE is set."),
+        metadata=_field.about(
+            _field.ssl_check(), "Whether and how to use TLS; None is 'prefer' unless PGSSLMODE is set."
+        ),
     )
     direct_tls: bool | None = field(
         default=None,
-        metadata=_about(_kind("bool", "True or False", bool), "Whether to begin with TLS at once, unasked."),
+        metadata=_field.about(
+            _field.kind("bool", "True or False", bool), "Whether to begin with TLS at once, unasked."
+        ),
     )
     server_settings: Mapping[str, str] = field(
         default_factory=dict,
-        metadata=_about(_settings_check(), "Settings of the server's for every session.", default="None"),
+        metadata=_field.about(_field.settings_check(), "Settings of the server's for every session.", default="None"),
     )
     target_session_attrs: str | None = field(
         default=None,
-        metadata=_about(_one_of(_TARGETS, optional=True), "What kind of server to look for among the hosts."),
+        metadata=_field.about(
+            _field.one_of(_TARGETS, optional=True), "What kind of server to look for among the hosts."
+        ),
     )
-    krbsrvname: str | None = field(default=None, metadata=_about(_TEXT, "Kerberos' name of the service."))
+    krbsrvname: str | None = field(default=None, metadata=_field.about(_field.TEXT, "Kerberos' name of the service."))
     gsslib: str | None = field(
-        default=None, metadata=_about(_one_of(_GSS_LIBRARIES, optional=True), "Which library GSSAPI uses.")
+        default=None, metadata=_field.about(_field.one_of(_GSS_LIBRARIES, optional=True), "Which library GSSAPI uses.")
     )
     min_size: int = field(
         default=0,
-        metadata=_about(_numeric("connections", least=0, whole=True), "How many connections are kept open when idle."),
+        metadata=_field.about(
+            _field.numeric("connections", least=0, whole=True), "How many connections are kept open when idle."
+        ),
     )
     max_size: int = field(
         default=10,
-        metadata=_about(_numeric("connections", least=1, whole=True), "How many connections may be open."),
+        metadata=_field.about(_field.numeric("connections", least=1, whole=True), "How many connections may be open."),
     )
     init_size: int = field(
         default=0,
-        metadata=_about(
-            _numeric("connections", least=0, whole=True),
+        metadata=_field.about(
+            _field.numeric("connections", least=0, whole=True),
             "How many connections are opened at the start; None is min_size.",
             default="None",
         ),
     )
     max_queries: int = field(
         default=50000,
-        metadata=_about(
-            _numeric("operations", least=1, whole=True), "After how many operations a connection is replaced."
+        metadata=_field.about(
+            _field.numeric("operations", least=1, whole=True), "After how many operations a connection is replaced."
         ),
     )
     max_inactive_connection_lifetime: float = field(
         default=50.0,
-        metadata=_about(
-            _numeric("seconds", least=0), "How long a connection may be idle before it is closed; 0 is for ever."
+        metadata=_field.about(
+            _field.numeric("seconds", least=0), "How long a connection may be idle before it is closed; 0 is for ever."
         ),
     )
     connect: Callable[..., Awaitable[object]] | None = field(
-        default=None, metadata=_about(_function("async function"), "Called instead of asyncpg.connect.", quiet=True)
+        default=None,
+        metadata=_field.about(_field.function("async function"), "Called instead of asyncpg.connect.", quiet=True),
     )
     setup: Callable[..., Awaitable[object]] | None = field(
         default=None,
-        metadata=_about(
-            _function("async function"), "Called with a connection each time before it is used.", quiet=True
+        metadata=_field.about(
+            _field.function("async function"), "Called with a connection each time before it is used.", quiet=True
         ),
     )
     init: Callable[..., Awaitable[object]] | None = field(
         default=None,
-        metadata=_about(_function("async function"), "Called with a connection when it was opened.", quiet=True),
+        metadata=_field.about(
+            _field.function("async function"), "Called with a connection when it was opened.", quiet=True
+        ),
     )
     reset: Callable[..., Awaitable[None]] | None = field(
         default=None,
-        metadata=_about(
-            _function("async function"), "Called with a connection instead of its own reset after use.", quiet=True
+        metadata=_field.about(
+            _field.function("async function"),
+            "Called with a connection instead of its own reset after use.",
+            quiet=True,
         ),
     )
     loop: AbstractEventLoop | None = field(
         default=None,
-        metadata=_about(
-            _kind("event loop", "an asyncio event loop", AbstractEventLoop),
+        metadata=_field.about(
+            _field.kind("event loop", "an asyncio event loop", AbstractEventLoop),
             "The event loop; None is the running one.",
             quiet=True,
         ),
     )
     connection_class: type[asyncpg.Connection[Any]] = field(
         default=asyncpg.Connection,
-        metadata=_about(
-            _class_of(asyncpg.Connection), "The class of the driver's connections.", default="asyncpg.Connection"
+        metadata=_field.about(
+            _field.class_of(asyncpg.Connection), "The class of the driver's connections.", default="asyncpg.Connection"
         ),
     )
     record_class: type[asyncpg.Record] = field(
         default=asyncpg.Record,
-        metadata=_about(_class_of(asyncpg.Record), "The class of the records returned.", default="asyncpg.Record"),
+        metadata=_field.about(
+            _field.class_of(asyncpg.Record), "The class of the records returned.", default="asyncpg.Record"
+        ),
     )
     classifier: Classifier = field(
         default_factory=PostgresClassifier,
-        metadata=_about(
-            _having("a classifier", "classify"),
+        metadata=_field.about(
+            _field.having("a classifier", "classify"),
             "Tells from a failure what is known about it.",
             default="PostgresClassifier()",
             quiet=True,
@@ -506,8 +356,8 @@ class PoolConfig:
     )
     backoff: BackoffPolicy = field(
         default=OPERATION_BACKOFF,
-        metadata=_about(
-            _kind("BackoffPolicy", "a BackoffPolicy", BackoffPolicy, optional=False),
+        metadata=_field.about(
+            _field.kind("BackoffPolicy", "a BackoffPolicy", BackoffPolicy, optional=False),
             "When to run a failed operation again, and how often.",
             default="0.05 s, x2, up to 2 s; 5 attempts",
             quiet=True,
@@ -515,8 +365,8 @@ class PoolConfig:
     )
     reconnect: BackoffPolicy = field(
         default=RECONNECT_BACKOFF,
-        metadata=_about(
-            _kind("BackoffPolicy", "a BackoffPolicy", BackoffPolicy, optional=False),
+        metadata=_field.about(
+            _field.kind("BackoffPolicy", "a BackoffPolicy", BackoffPolicy, optional=False),
             "When to try again to reach a server that is away.",
             default="0.25 s, x2, up to 1 s; for 60 s",
             quiet=True,
@@ -524,86 +374,89 @@ class PoolConfig:
     )
     deadline: float | None = field(
         default=60.0,
-        metadata=_about(
-            _numeric("seconds", least=0, above=True, optional=True),
+        metadata=_field.about(
+            _field.numeric("seconds", least=0, above=True, optional=True),
             "How long a call may wait for a healthy connection and begin further attempts; it never cuts a running "
             "statement. None is no limit.",
         ),
     )
     may_pause: bool = field(
         default=False,
-        metadata=_about(
-            _kind("bool", "True or False", bool, optional=False),
+        metadata=_field.about(
+            _field.kind("bool", "True or False", bool, optional=False),
             "Whether the database pauses when nobody is connected: then the pool warns of what would keep it awake.",
         ),
     )
     fail_fast: bool = field(
         default=False,
-        metadata=_about(
-            _kind("bool", "True or False", bool, optional=False),
+        metadata=_field.about(
+            _field.kind("bool", "True or False", bool, optional=False),
             "Whether calls fail at once while the server is known to be away, instead of waiting for it.",
         ),
     )
     ping_after: float = field(
         default=1.0,
-        metadata=_about(
-            _numeric("seconds", least=0), "How long a connection may be idle and still be used without a ping."
+        metadata=_field.about(
+            _field.numeric("seconds", least=0), "How long a connection may be idle and still be used without a ping."
         ),
     )
     ping_timeout: float = field(
         default=1.0,
-        metadata=_about(
-            _numeric("seconds", least=0, above=True), "How long a ping may take before the connection is given up."
+        metadata=_field.about(
+            _field.numeric("seconds", least=0, above=True),
+            "How long a ping may take before the connection is given up.",
         ),
     )
     max_lifetime: float = field(
         default=1800.0,
-        metadata=_about(
-            _numeric("seconds", least=0),
+        metadata=_field.about(
+            _field.numeric("seconds", least=0),
             "At what age a connection is replaced, less up to a tenth by chance; 0 is never.",
         ),
     )
     session_reset: SessionReset = field(
         default="auto",
-        metadata=_about(_one_of(_SESSION_RESETS), "When a session's state is reset after use, and whether."),
+        metadata=_field.about(
+            _field.one_of(_SESSION_RESETS), "When a session's state is reset after use, and whether."
+        ),
     )
     reset_timeout: float = field(
         default=5.0,
-        metadata=_about(
-            _numeric("seconds", least=0, above=True),
+        metadata=_field.about(
+            _field.numeric("seconds", least=0, above=True),
             "How long making a used connection fit again may take before it is closed.",
         ),
     )
     retry_unknown: bool = field(
         default=False,
-        metadata=_about(
-            _kind("bool", "True or False", bool, optional=False),
+        metadata=_field.about(
+            _field.kind("bool", "True or False", bool, optional=False),
             "Whether to repeat also what may already have taken effect: at least once instead of at most once.",
         ),
     )
     commit_log: str | None = field(
         default=None,
-        metadata=_about(
-            _table_check(),
+        metadata=_field.about(
+            _field.table_check(),
             "A table of the pool's own, in which every retried transaction that writes leaves a row, so that a COMMIT "
             "whose answer was lost is known for certain also after a crash or a failover. The pool makes it and prunes it.",
         ),
     )
     pure_functions: tuple[str, ...] = field(
         default=(),
-        metadata=_about(
-            _sequence("names", "a sequence of function names", _is_filled),
+        metadata=_field.about(
+            _field.sequence("names", "a sequence of function names", _field.is_filled),
             "Functions of the database's that write nothing.",
         ),
     )
     observers: tuple[Observer, ...] = field(
         default=(),
-        metadata=_about(_observers(), "Who is told of events.", quiet=True),
+        metadata=_field.about(_field.observers(), "Who is told of events.", quiet=True),
     )
     retry_budget: RetryBudget = field(
         default_factory=RetryBudget,
-        metadata=_about(
-            _kind("RetryBudget", "a RetryBudget", RetryBudget, optional=False),
+        metadata=_field.about(
+            _field.kind("RetryBudget", "a RetryBudget", RetryBudget, optional=False),
             "What retries may add to the load of a server that is up but failing.",
             default="RetryBudget()",
             quiet=True,
@@ -611,23 +464,23 @@ class PoolConfig:
     )
     clock: TimeSource | None = field(
         default=None,
-        metadata=_about(
-            _having("a clock", "now", "monotonic", "sleep", "call_later", optional=True),
+        metadata=_field.about(
+            _field.having("a clock", "now", "monotonic", "sleep", "call_later", optional=True),
             "Where the time comes from; None is the machine.",
             quiet=True,
         ),
     )
     tcp_keepalive: bool = field(
         default=True,
-        metadata=_about(
-            _kind("bool", "True or False", bool, optional=False),
+        metadata=_field.about(
+            _field.kind("bool", "True or False", bool, optional=False),
             "Whether the kernel probes idle connections of a TCP server.",
         ),
     )
     tcp_user_timeout: float | None = field(
         default=30.0,
-        metadata=_about(
-            _numeric("seconds", least=0, above=True, optional=True),
+        metadata=_field.about(
+            _field.numeric("seconds", least=0, above=True, optional=True),
             "After how long without an answer the kernel gives a TCP connection up; None is its own limit.",
         ),
     )
@@ -640,7 +493,7 @@ class PoolConfig:
             if "check" in each.metadata:
                 each.metadata["check"](each.name, getattr(self, each.name))
         for name in ("ssl_min_protocol_version", "ssl_max_protocol_version"):
-            _one_of(_TLS_VERSIONS, optional=True)[1](name, self.tls.get(name))
+            _field.one_of(_TLS_VERSIONS, optional=True)[1](name, self.tls.get(name))
         if not self.min_size <= self.init_size <= self.max_size:
             raise ConfigurationError(
                 f"min_size <= init_size <= max_size connections must hold, not {self.min_size!r} <= {self.init_size!r} "
@@ -798,7 +651,7 @@ def seal(
     raw = passes_on or arguments.get("connect") is not None
     sealed: dict[str, object] = {}
     for name, value in arguments.items():
-        if isinstance(value, Hidden | _Unusable) or (value is None and not raw):
+        if isinstance(value, Hidden | _field.Unusable) or (value is None and not raw):
             sealed[name] = value
         elif name not in _POOL_ARGUMENTS and (raw or name not in CONNECTION_ARGUMENTS):
             sealed[name] = Hidden(value)  # under a misspelt name stands anything
@@ -807,7 +660,7 @@ def seal(
         elif name == "server_settings" and isinstance(value, Mapping):
             sealed[name] = _Settings(value)
         else:
-            sealed[name] = _unrevealing(value)
+            sealed[name] = _field.unrevealing(value)
     named = sealed.pop("dsn", None)
     given = (named.reveal() if type(named) is Hidden else named) if dsn is None else dsn
     if raw:
@@ -820,10 +673,10 @@ def seal_leniently(dsn: object) -> SealedDsn:
     return _LenientDsn(dsn) if isinstance(dsn, str) else _sealed(dsn)
 
 
-def _sealed(value: object) -> Hidden[object] | _Unusable | None:
-    if value is None or isinstance(value, Hidden | _Unusable):
+def _sealed(value: object) -> Hidden[object] | _field.Unusable | None:
+    if value is None or isinstance(value, Hidden | _field.Unusable):
         return value
-    return Secret(value) if isinstance(value, str) else _Unusable(type(value).__name__)
+    return Secret(value) if isinstance(value, str) else _field.Unusable(type(value).__name__)
 
 
 def _passed_on(dsn: SealedDsn, arguments: Mapping[str, object]) -> dict[str, object]:
@@ -862,7 +715,7 @@ def _require_one_source(given: Mapping[str, object]) -> None:
 
 
 def _read(dsn: SealedDsn) -> dict[str, object]:
-    if isinstance(dsn, _Unusable):
+    if isinstance(dsn, _field.Unusable):
         raise ConfigurationError(f"dsn must be a str, not {dsn}")
     if not isinstance(dsn, Secret) or dsn == Secret(""):
         return {}
