@@ -84,8 +84,10 @@ _STALE_TYPE = re.compile(r"^cache lookup failed for type ")  # an internal error
 _RECREATED_TYPE = re.compile(r"^type with OID \d+ does not exist$")
 # Limits of one session or one statement, by the name of the setting: the same statement meets them again.
 _LIMIT_OF_ITS_OWN = re.compile(r"\btemp_file_limit\b|^tuple decompression limit |\w+ = 0$")
-# Functions of PostgreSQL's that raise what another server has said to this one.
-_FOREIGN = frozenset({"pgfdw_report_error", "pgfdw_report", "pgfdw_report_internal", "dblink_res_error"})
+# Functions of postgres_fdw's and dblink's that raise what another server has said to this one, or that it is away.
+_FOREIGN = frozenset({"pgfdw_report_error", "pgfdw_report", "pgfdw_report_internal", "connect_pg_server"}) | frozenset(
+    {"dblink_res_error", "dblink_connect", "dblink_get_conn", "dblink_conn_not_avail"}
+)
 # Functions that read one argument's binary form, by the client's idea of its type.
 _READS_AN_ARGUMENT = frozenset(
     {"record_recv", "array_recv", "range_recv", "multirange_recv", "enum_recv", "domain_recv"}
@@ -372,6 +374,7 @@ RULES: tuple[Rule, ...] = (
         outcome=Outcome.NOT_EXECUTED,
         phases=_CONNECT,
         sqlstates=frozenset({"57P01", "57P02", "57P03"}),
+        when=_own,
     ),
     Rule(
         evidence="connecting: closed during the handshake (08003 and its kin)",
@@ -379,6 +382,7 @@ RULES: tuple[Rule, ...] = (
         outcome=Outcome.NOT_EXECUTED,
         phases=_CONNECT,
         sqlstates=frozenset({"08000", "08001", "08003", "08004", "08006"}),
+        when=_own,
     ),
     Rule(
         evidence="connecting: a pooler's server went away during the login (08P01 `server conn crashed?`)",

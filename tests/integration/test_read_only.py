@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool
+from resilient_pool.core.wire import Link, ReadOnly
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 
@@ -174,6 +175,28 @@ async def test_read_only_asked_for_on_a_standby_is_the_callers_error():
     async with EmbeddedPostgres(18) as primary, await primary.standby("s") as standby:
         async with ResilientPool(standby.dsn(), deadline=30.0) as pool:
             await refused_once(pool, in_a_read_only_transaction, "pg_class")
+
+
+async def reason_behind_a_pooler(**arguments):
+    connection = await asyncpg.connect(**arguments)
+    try:
+        link = Link(connection)
+        link.is_pooled = True
+        await link.learn_why_read_only()
+        return link.read_only
+    finally:
+        await connection.close()
+
+
+async def test_behind_a_pooler_only_what_explains_the_refusal_counts(postgres, reporter):
+    """Another server may answer the question: that it is no standby says nothing of the one that refused."""
+    plain = await reason_behind_a_pooler(**postgres.connect_arguments())
+    assert plain == ReadOnly(in_recovery=None, asked=False)
+    role = await reason_behind_a_pooler(**{**postgres.connect_arguments(), "user": reporter, "password": "pw"})
+    assert role == ReadOnly(in_recovery=False, asked=True)
+    async with await postgres.standby("pooled") as standby:
+        demoted = await reason_behind_a_pooler(**standby.connect_arguments())
+        assert demoted == ReadOnly(in_recovery=True, asked=False)
 
 
 async def test_the_question_why_can_be_cancelled(postgres, proxy: FaultProxy):

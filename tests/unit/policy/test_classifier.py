@@ -520,6 +520,13 @@ def test_what_a_foreign_tables_server_says_is_not_about_this_one(function: str) 
     assert verdicts == FOREIGN
 
 
+def test_a_foreign_server_that_is_away_keeps_no_connection_from_being_opened() -> None:
+    """An `init` that looks at a foreign table fails by itself: waiting for this server would not end."""
+    away = [raised_in("connect_pg_server", "08001"), raised_in("dblink_get_conn", "08001")]
+    away += [raised_in("pgfdw_report_error", state) for state in ("57P01", "57P03", "08006")]
+    assert {classify(error, CONNECT).fault for error in away} == {Fault.PERMANENT}
+
+
 def test_a_limit_on_transactions_that_ended_an_idle_connection_left_it_stale() -> None:
     """Nothing was sent on it yet, so whatever ended it is cured by another connection."""
     assert told(classify(loss(fatal("25P03")), sent=False)) == "STALE NOT_EXECUTED DISCARD"
