@@ -129,7 +129,7 @@ class ResilientPool(Queries):
         self._waits_for_reset = config.session_reset == "on_release"
         self._never_resets = config.session_reset == "off"
         # The application's own callbacks may leave anything behind, so with them every use is followed by a reset.
-        self._trusts_reads = config.session_reset == "auto" and config.setup is None and config.reset is None
+        self._trusts_texts = config.session_reset == "auto" and config.setup is None and config.reset is None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
@@ -205,7 +205,7 @@ class ResilientPool(Queries):
             await slot.resource.learn_why_read_only()  # type: ignore[union-attr]
             raise
         finally:
-            if answered and (self._never_resets or (self._trusts_reads and self._is_plain_read(sql))):
+            if answered and (self._never_resets or (self._trusts_texts and self._keeps_session(sql))):
                 self._upkeep.give_back(slot)
             else:
                 reset = self._upkeep.recondition(slot)
@@ -224,6 +224,9 @@ class ResilientPool(Queries):
 
     def _is_plain_read(self, sql: str | None) -> bool:
         return sql is not None and self._reader.is_plain_read(sql)
+
+    def _keeps_session(self, sql: str | None) -> bool:
+        return sql is not None and self._reader.keeps_session(sql)
 
     # Transactions
 

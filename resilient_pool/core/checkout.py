@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from math import inf
 
 from resilient_pool.config import PoolConfig
@@ -16,6 +17,10 @@ from resilient_pool.observe.stats import Counters
 
 # An answer that took longer than this, in seconds, and longer than `ping_after`, may be one that a frozen process read late.
 _SLOW = 0.1
+
+
+# For so many seconds the end of a reset is waited for, where another connection could be taken or opened.
+_PROMPT = 0.05
 
 
 class Checkout:
@@ -59,6 +64,8 @@ class Checkout:
             AcquireTimeoutError: No slot became free in time.
             Exception: Whatever opening a connection raised last. No slot is held then.
         """
+        if self._upkeep.returning:
+            await self._let_a_lone_reset_end(deadline)
         while True:
             slot = self._at_hand()
             if slot is None:
@@ -70,6 +77,14 @@ class Checkout:
             self._counters.acquired += 1
             return slot
 
+    async def _let_a_lone_reset_end(self, deadline: float | None) -> None:
+        # One who uses the pool alone gets the same connection again, as with asyncpg's pool, with the tables that are
+        # temporary in its session; when others use it too there is no telling who gets which.
+        reset = self._upkeep.lone_reset
+        if reset is not None:
+            left = inf if deadline is None else deadline - self._clock.monotonic()
+            await asyncio.wait([reset], timeout=max(min(_PROMPT, left), 0.0))
+
     def _at_hand(self) -> Slot[Link] | None:
         if not self._slots.idle:
             if self._slots.is_full or self._is_worth_waiting():
@@ -80,7 +95,7 @@ class Checkout:
     def at_once(self) -> Slot[Link] | None:
         """Take the slot that was used last if it is idle and its connection needs neither mending nor setting up."""
         slot = self._slots.newest
-        if slot is None or self._sets_up or not self._is_fit(slot):
+        if slot is None or self._upkeep.returning == 1 or self._sets_up or not self._is_fit(slot):
             return None
         self._counters.acquired += 1
         return self._slots.take()

@@ -78,7 +78,7 @@ class Upkeep:
         self._dispatcher = dispatcher
         self._background: set[asyncio.Task[object]] = set()
         self._chores: set[asyncio.Task[object]] = set()
-        self._resets: set[Slot[Link]] = set()
+        self._resets: dict[Slot[Link], asyncio.Task[None]] = {}
         self._is_reset_reported = False
         self._openings: set[asyncio.Timeout] = set()
         self._cut: set[asyncio.Task[object]] = set()
@@ -165,13 +165,13 @@ class Upkeep:
             return None
         slot.taken_at = self._clock.now()
         prompt = slot.resource is not None and not slot.resource.is_cancelling
-        self._resets.add(slot)
         self.returning += prompt
         # Whoever waits for it is to learn that its time is up; if nobody does, a limit that costs less is enough.
         watched = seconds is None and self._config.session_reset != "on_release"
         limit = self._config.reset_timeout if seconds is None else seconds
         # The slot is not given back by the task itself: one that is cancelled before its first step would never do it.
         task = begin(self._reset(slot, limit, watched=watched), lambda task: self._settle(slot, task, prompt=prompt))
+        self._resets[slot] = task
         self._background.add(task)
         if watched:
             self._watched.begin(task, limit)
@@ -190,7 +190,7 @@ class Upkeep:
         if task.cancelled() and task not in self._cut:
             self.forsaken = True
         self._cut.discard(task)
-        self._resets.discard(slot)
+        del self._resets[slot]
         self.returning -= prompt
         error = None if task.cancelled() else task.exception()
         if error is not None:
@@ -235,6 +235,13 @@ class Upkeep:
     def resetting(self) -> int:
         """How many connections are being reset now."""
         return len(self._resets)
+
+    @property
+    def lone_reset(self) -> asyncio.Task[None] | None:
+        """The reset under way, if it is prompt and nothing else is: whoever uses the pool does so alone."""
+        if self.returning != 1 or len(self._resets) != 1 or self._slots.size != self._slots.idle + 1:
+            return None
+        return next(iter(self._resets.values()))
 
     def links(self) -> list[Link]:
         """List the open connections, whatever they are doing."""

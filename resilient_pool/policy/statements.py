@@ -47,6 +47,8 @@ _PAIRS = {
 """Words that may stand before a parenthesis after certain others, as part of one construct."""
 _OPERATOR_CHARACTERS = frozenset("+-*/<>=~!@#%^&|`?")
 _KNOWN_FUNCTIONS = STABLE_FUNCTIONS | HARMLESS_FUNCTIONS
+_CHANGING = frozenset({"insert", "update", "delete", "merge"})
+_BEFORE_A_PARENTHESIS = (RESERVED_WORDS | CONSTRUCT_WORDS | {"conflict", "filter", "insert", "over", "set"}) - {"treat"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,8 @@ class Statement:
         is_plain_read: Whether, beside, every function that it visibly calls is one that PostgreSQL 16 and 18 mark stable or
             immutable, one that is known to be harmless, or one that was declared. A function of the user's that takes the
             place of one of these by its argument types is not visible, nor is a computed field of a table (`row.function`).
+        keeps_session: Whether it leaves the session as it was: a plain read, or one INSERT, UPDATE, DELETE or MERGE that
+            visibly calls nothing but what is known likewise. What a trigger does is not visible.
         is_atomic: Whether it is certain to be one statement that takes effect as a whole or not at all.
         ends_transaction: Whether it may hold a statement that ends the transaction it runs in.
         names: Every identifier in it that could name something callable, unless it does not look like a read.
@@ -68,6 +72,7 @@ class Statement:
 
     looks_like_read: bool
     is_plain_read: bool
+    keeps_session: bool
     is_atomic: bool
     ends_transaction: bool
     names: frozenset[str]
@@ -102,20 +107,26 @@ class StatementReader:
         """Whether it looks like a read, and calls only what is known to write nothing. Never a reason to repeat it."""
         return self.read(sql).is_plain_read
 
+    def keeps_session(self, sql: str) -> bool:
+        """Whether the session is as it was afterwards, as far as a text can say."""
+        return self.read(sql).keeps_session
+
     def read(self, sql: str) -> Statement:
         """Return what is known of a text. The answer is remembered."""
         key = sql if len(sql) <= _LONGEST_KEY else _digest(sql)
         return self._answers.get(key) or self._read(sql, key)
 
     def _read(self, sql: str, key: str | bytes) -> Statement:
-        boundaries, text, reads = Boundaries(sql), _Text(self.pure), True
+        boundaries, text, change, reads = Boundaries(sql), _Text(self.pure), _Change(self.pure), True
         for token in tokens(sql):
             boundaries.take(token)
             reads = reads and text.takes(token)
+            change.take(token)
         reads = reads and text.is_whole
         statement = Statement(
             looks_like_read=reads,
             is_plain_read=reads and text.is_plain,
+            keeps_session=change.is_plain or (reads and text.is_plain),
             is_atomic=boundaries.is_atomic,
             ends_transaction=boundaries.ends_transaction,
             names=frozenset(text.names if reads else ()),
@@ -159,6 +170,36 @@ class _Level:
         self.opener = opener
         self.clause = clause
         self.first = first
+
+
+class _Change:
+    """Sees whether a text is one INSERT, UPDATE, DELETE or MERGE that calls nothing but what is known.
+
+    Attributes:
+        is_plain: Whether it is, so far.
+    """
+
+    def __init__(self, pure: frozenset[str]) -> None:
+        self._allowed = _KNOWN_FUNCTIONS | pure
+        self._last: Token | None = None
+        self._is_target = self._is_over = False
+        self.is_plain = False
+
+    def take(self, token: Token) -> None:
+        """Take note of the next token."""
+        last, self._last = self._last, token
+        if last is None:
+            self.is_plain = token.kind is Kind.WORD and token.text in _CHANGING
+            return
+        is_name = token.kind in {Kind.WORD, Kind.QUOTED}
+        refused = token.kind is Kind.DOUBT or self._is_over or (is_name and token.text in FUNCTIONS_WITH_EFFECTS)
+        self._is_over = token == (Kind.SIGN, ";")
+        if token == (Kind.SIGN, "(") and last.kind in {Kind.WORD, Kind.QUOTED} and not self._is_target:
+            # A list of columns follows the table's name after INTO.
+            construct = last.kind is Kind.WORD and last.text in _BEFORE_A_PARENTHESIS
+            refused = refused or not (construct or last.text in self._allowed)
+        self._is_target = last == (Kind.WORD, "into") or (self._is_target and (is_name or token.text == "."))
+        self.is_plain = self.is_plain and not refused
 
 
 class _Text:

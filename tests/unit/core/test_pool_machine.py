@@ -274,7 +274,7 @@ class FilledPoolMachine(PoolMachine):
 @pytest.mark.parametrize("machine", [PoolMachine, FilledPoolMachine])
 def test_whatever_happens_nothing_is_held_twice_and_closing_ends(machine):
     """Acquire, cancel in the same turn, release, lose, close, expire, freeze and end, in any order."""
-    examples = int(os.environ.get("POOL_MACHINE_EXAMPLES", "80"))  # some thousands, now and then
+    examples = int(os.environ.get("POOL_MACHINE_EXAMPLES", "40"))  # some thousands, now and then
     machine.TestCase.settings = settings(
         max_examples=examples,
         stateful_step_count=40,

@@ -202,3 +202,32 @@ def test_the_words_of_the_grammar_are_apart():
     assert not RESERVED_WORDS & CONSTRUCT_WORDS
     assert RESERVED_WORDS | CONSTRUCT_WORDS < KEYWORDS
     assert not (RESERVED_WORDS | CONSTRUCT_WORDS) & {"over", "filter", "join", "cube", "rollup", "by"}
+
+
+@pytest.mark.parametrize(
+    ("sql", "keeps"),
+    [
+        ("INSERT INTO t (a, b) VALUES ($1, now())", True),
+        ("INSERT INTO s.t(a) SELECT lower(x) FROM u ON CONFLICT (a) DO UPDATE SET b = excluded.b RETURNING a;", True),
+        ('INSERT INTO "s"."T" ("a") VALUES (1)', True),
+        ("UPDATE t SET (a, b) = ROW (1, 2) WHERE a IN (1, 2) AND EXISTS (SELECT FROM u)", True),
+        ("DELETE FROM t WHERE a = ANY ($1)", True),
+        ("MERGE INTO t USING u ON (t.a = u.a) WHEN NOT MATCHED THEN INSERT (a) VALUES (u.a)", True),
+        ("SELECT 1", True),
+        ("INSERT INTO t VALUES (set_config('a.b', 'c', false))", False),
+        ("INSERT INTO t SELECT pg_advisory_lock FROM generate_series(1, 3) g", False),
+        ("INSERT INTO t VALUES (mine(1))", False),
+        ('UPDATE t SET a = "mine"(1)', False),
+        ("DELETE FROM t USING theirs.mine(1)", False),
+        ("UPDATE t SET a = treat(b AS mine)", False),
+        ("INSERT INTO t VALUES (1); SET work_mem = '4MB'", False),
+        ("INSERT INTO t VALUES ('", False),
+        ("WITH x AS (INSERT INTO t VALUES (1) RETURNING *) SELECT mine(1) FROM x", False),
+        ("SET work_mem = '4MB'", False),
+        ("CREATE TEMP TABLE t (a int)", False),
+        ("", False),
+    ],
+)
+def test_a_text_that_leaves_the_session_as_it_was(sql, keeps):
+    """Single changes of tables do, as long as all they visibly call is known; then no reset is sent after them."""
+    assert StatementReader().keeps_session(sql) is keeps
