@@ -85,7 +85,10 @@ def _main(given: list[str]) -> int:
         return demo(given[1:])
     before, separator, command = _split(given)
     options, extras = _parser(given).parse_known_args(before)
-    options.parser.refuse_unknown(extras)
+    stray = options.action == "migrate" and options.directory
+    options.parser.refuse_unknown(
+        extras, "a command stands behind --, as in migrate -- alembic upgrade head; " if stray else ""
+    )
     if options.action == "migrate":
         _settle(options, command if separator else None)
     elif separator:

@@ -240,6 +240,7 @@ def test_a_wrong_command_line_shows_no_dsn(line, capsys, monkeypatch):
         ("wait --dns x", "unknown option --dns; did you mean '--dsn'?"),
         ("wait --tiemout=3", "unknown option --tiemout; did you mean '--timeout'?"),
         ("wait --time 3", "unknown option --time; did you mean '--timeout'?"),
+        ("migrate alembic upgrade head --sql", "a command stands behind --"),
         ("wait somewhere", "unexpected arguments, 1 of them"),
         ("migrate postgresql://db/shop", "migrate takes a directory of *.sql files, not a URL"),
         ("doctor --min-size 3 --max-size 2", "min_size"),
