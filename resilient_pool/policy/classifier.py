@@ -295,7 +295,7 @@ RULES: tuple[Rule, ...] = (
         phases=_CONNECTED,
         sqlstates=frozenset({"08006", "57P01", "XX000"}),
         text=re.compile(
-            r"^(odyssey: \S+ remote server read/write error|server is shutting down$|Timed out: Perform RPC)"
+            r"^(odyssey: \S+ remote server read/write error|server is shutting down$|Timed out: Perform RPC|Invalid argument: Unknown session)"
         ),
         when=_sent,
     ),

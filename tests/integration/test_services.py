@@ -65,8 +65,6 @@ KNOWN_WRONG = frozenset(
         "crdb-cloud-away-connect",
         "crdb-cloud-final-older-connect",
         "yugabyte-schema-older-execute",
-        "yugabyte-rpc-error-execute-2",
-        "yugabyte-rpc-error-commit-2",
         "pgbouncer-limits-connect",
         "pgbouncer-shutting-down-connect",
         "pgbouncer-server-shutting-down-connect",
