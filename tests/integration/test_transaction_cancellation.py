@@ -23,6 +23,7 @@ LOG = "public.commits"
 # The first COMMIT after `armed` was emptied is refused as a conflict.
 TABLES = f"""
     CREATE TABLE entry (id int);
+    GRANT ALL ON entry TO stranger;
     CREATE SEQUENCE armed;
     CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         IF nextval('armed') = 1 THEN RAISE EXCEPTION 'conflict' USING ERRCODE = '40001'; END IF; RETURN NULL;
@@ -30,10 +31,11 @@ TABLES = f"""
     CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON entry DEFERRABLE INITIALLY DEFERRED
         FOR EACH ROW EXECUTE FUNCTION refuse();
     GRANT ALL ON entry TO {ROLE};
-    GRANT ALL ON SEQUENCE armed TO {ROLE};
+    GRANT ALL ON SEQUENCE armed TO {ROLE}, stranger;
     GRANT ALL ON SCHEMA public TO {ROLE};
     ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON TABLES TO {ROLE};
     REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC;
+    GRANT EXECUTE ON FUNCTION pg_control_system() TO stranger;
 """
 
 
@@ -42,12 +44,14 @@ async def database(postgres: EmbeddedPostgres):
     """A database in which one role cannot ask for the epoch, so that only the commit log tells it anything."""
     await postgres.create_database(DATABASE)
     await postgres.create_role(ROLE, password=ROLE)
+    async with postgres.admin() as admin:
+        await admin.execute("CREATE ROLE stranger")
     async with postgres.admin(DATABASE) as admin:
         await admin.execute(TABLES)
     yield DATABASE
     async with postgres.admin() as admin:
         await admin.execute(f"DROP DATABASE {DATABASE} WITH (FORCE)")
-        await admin.execute(f"DROP ROLE {ROLE}")
+        await admin.execute(f"DROP ROLE {ROLE}, stranger")
 
 
 class Scene:
@@ -141,6 +145,25 @@ async def exactly_once(scene: Scene, number: int) -> None:
     await scene.pool.execute("INSERT INTO entry VALUES ($1)", number, exactly_once=True)
 
 
+async def only_reading(scene: Scene, number: int) -> None:
+    async for attempt in scene.pool.transaction():
+        async with attempt as connection:
+            await connection.fetch("SELECT id FROM entry WHERE id = $1", number)
+
+
+async def declared_read_only(scene: Scene, number: int) -> None:
+    async for attempt in scene.pool.transaction(readonly=True):
+        async with attempt as connection:
+            await connection.fetch("SELECT id FROM entry WHERE id = $1", number)
+
+
+async def under_another_role(scene: Scene, number: int) -> None:
+    async for attempt in scene.pool.transaction():
+        async with attempt as connection:
+            await connection.execute("SET LOCAL ROLE stranger")
+            await insert(connection, number)
+
+
 # What goes wrong
 
 
@@ -152,6 +175,12 @@ async def nothing(scene: Scene) -> None:
 async def expire(scene: Scene) -> None:
     """Let it begin on a new connection."""
     await scene.pool.expire_connections()
+
+
+async def drop_the_log(scene: Scene) -> None:
+    """Let the question before COMMIT fail, so that the block is run again with one that cannot."""
+    await scene.admin.execute(f"DROP TABLE IF EXISTS {LOG}")
+    scene.pool._transactions.inquiry._careful = False
 
 
 async def swallow(scene: Scene) -> None:
@@ -194,6 +223,7 @@ class Path:
         retries: How often an attempt is repeated, if it is not cut.
         log: The pool's commit log.
         blind: Whether the role cannot ask for the epoch, so that the log alone is asked.
+        rows: How many rows it leaves, if it is not cut.
         orphaned: Whether the server does not know that it has lost a client: then that session is not the pool's to end.
     """
 
@@ -203,6 +233,7 @@ class Path:
     retries: int = 0
     log: str | None = None
     blind: bool = False
+    rows: int = 1
     orphaned: bool = False
 
 
@@ -222,6 +253,13 @@ PATHS = {
     "lost before COMMIT": Path(mishap=lose_the_question_before, retries=1),
     "lost at BEGIN": Path(mishap=lose_the_beginning, retries=1),
     "lost in the block": Path(mishap=nothing, work=losing_its_connection, retries=1),
+    "reads run again": Path(mishap=swallow, work=only_reading, retries=1, rows=0),
+    "reads that are done": Path(mishap=lose, work=declared_read_only, rows=0),
+    "the log not to be written": Path(mishap=nothing, work=under_another_role, log=LOG),
+    "the log not to be written, lost": Path(
+        mishap=lose, work=under_another_role, answers=("aborted",), retries=1, log=LOG
+    ),
+    "the log dropped": Path(mishap=drop_the_log, log=LOG),
     "conflict at COMMIT": Path(mishap=refuse, retries=1),
     "conflict in the block": Path(mishap=nothing, work=conflicting, retries=1),
 }
@@ -237,7 +275,7 @@ async def test_a_transaction_cancelled_at_any_await_leaves_nothing_open(postgres
             scene.events.clear()
             cut, ended = await cut_once(path.work(scene, at + 1), at=at, late=late)
             rows = await settled_rows(scene, at + 1, orphaned=path.orphaned)
-            assert rows == 1 if ended is None else rows in (0, 1)
+            assert rows == path.rows if ended is None else rows in (0, path.rows)
             if not cut.happened:
                 break
         assert ended is None
