@@ -252,12 +252,13 @@ class ResilientPool(Queries):
             readonly: Likewise.
             deferrable: Likewise.
             resolve_commit: Whether to ask the server what became of a COMMIT whose answer was lost. It costs one round trip
-                for each transaction that may have written.
+                for each transaction in which anything was sent that is not plainly a read.
             deadline: How many seconds further attempts may begin, and the server may be asked. Default: the pool's.
             fail_fast: Whether to fail at once while the server is known to be away. Default: as the pool was made.
 
         Raises:
-            OutcomeUnknownError: The answer to COMMIT was lost, and nobody can tell what became of it.
+            OutcomeUnknownError: The answer to COMMIT was lost, and no server can tell what became of it.
+            asyncpg.InterfaceError: The block released, closed or reset its own connection.
             Exception: The driver's own error, when repeating does not help or is not allowed any longer.
         """
         self._require_open()
