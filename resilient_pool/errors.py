@@ -37,14 +37,15 @@ class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnkno
         self.operation = operation
         self.xid = xid
         known_as = "" if xid is None else f" (transaction id {xid})"
-        advice = (
-            "a pool with commit_log= finds out, also after a crash or a failover"
-            if operation == "transaction"
-            else "pass idempotent=True for a statement that may safely run twice"
-        )
+        if operation != "transaction":
+            advice = "; pass idempotent=True for a statement that may safely run twice"
+        elif xid is not None:
+            advice = "; after a crash or a failover only a pool with commit_log= can find out"
+        else:
+            advice = ""
         super().__init__(
             f"it is not known whether {operation}{known_as} took effect: the cause of this error is all that was seen. "
-            f"It was not repeated, because repeating it could apply it twice; {advice}"
+            f"It was not repeated, because repeating it could apply it twice{advice}"
         )
 
     def __reduce__(self) -> tuple[object, ...]:
