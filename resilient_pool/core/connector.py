@@ -69,6 +69,19 @@ class Connector:
         self._credentials = Credentials(target)
         self.facts = None  # something else may stand there
 
+    def distrust_proxy(self) -> bool:
+        """Take a proxy that seemed to keep a session for each client for a pooler: a prepared statement was not there.
+
+        Returns:
+            Whether that is news: connections that were opened before still have prepared statements.
+        """
+        if self.facts is None or not self.facts.keeps_session:
+            return False
+        self.facts = replace(self.facts, keeps_session=False)
+        self._counters.pooler = True
+        self._tell_of_pooler(self._target, self.facts, "a prepared statement was missing in the session")
+        return True
+
     async def open(self, seconds: float | None) -> Link:
         """Open a connection, ready for use.
 

@@ -459,6 +459,8 @@ class Runner:
             # Its server said goodbye while it was idle, and no socket shows that yet: others may be in the same state, and
             # trying them in turn would use up the attempts.
             self._upkeep.condemn(self._clock.now(), DiscardReason.STALE)
+        if verdict.fault is Fault.STATEMENT_CACHE and "26000" in failure.sqlstates and self._connector.distrust_proxy():
+            self._upkeep.expire()
 
     @staticmethod
     def _concerns_one_connection(call: Call[T], verdict: Verdict) -> bool:

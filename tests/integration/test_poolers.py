@@ -209,6 +209,20 @@ async def test_a_proxy_without_room_for_a_second_client_is_taken_for_a_pooler(po
                 assert pool.stats().pooler is True
 
 
+async def test_a_proxy_that_begins_to_share_sessions_is_a_pooler_from_then_on(postgres):
+    """A prepared statement that is not there is an error before anything runs: it is run again, and no other is prepared."""
+    async with pool_through(postgres, max_size=2) as (proxy, pool, events):
+        async with pool.acquire() as first, pool.acquire() as second:
+            for connection in (first, second):
+                await connection.fetchval("SELECT $1::int", 1)
+        assert pool.stats().pooler is False
+        proxy._shares = 3
+        for _ in range(5):
+            assert await asyncio.gather(*(pool.fetchval("SELECT $1::int", n) for n in range(4))) == list(range(4))
+        assert pool.stats().pooler is True
+        assert len(poolers(events)) == 1
+
+
 async def test_a_second_client_that_has_to_wait_for_the_first_costs_two_seconds_and_no_connection(postgres):
     """As behind a pooler in session mode that has one session left."""
     async with Proxy(postgres.host, postgres.port, sessions=1, sticky=True) as proxy:
