@@ -66,6 +66,53 @@ async def test_the_first_call_after_a_thaw_works(postgres, how, in_flight):
             await admin.execute("DROP TABLE requests")
 
 
+FROZEN_WITH_A_RESET_IN_FLIGHT = """
+import asyncio, sys
+from resilient_pool import ResilientPool
+
+async def main():
+    async with ResilientPool(sys.argv[1], ssl=False, max_size=1, ping_after=0.5, ping_timeout=0.5) as pool:
+        while line := sys.stdin.readline():
+            try:
+                await pool.execute("INSERT INTO thawed VALUES ($1)", int(line))
+                await pool.execute("SET application_name TO 'left behind'")
+                for _ in range(3):  # so that the reset is sent; its answer is read when the loop runs again
+                    await asyncio.sleep(0)
+                answer = f"{pool.stats().resetting} {pool.stats().pings_failed}"
+            except Exception as error:
+                answer = repr(error)
+            print(answer, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_reset_that_was_in_flight_during_a_freeze_vouches_for_nothing(postgres, proxy, dsn):
+    """Its answer had come, and the network has forgotten the connection since: the first write after the thaw is not lost."""
+    async with postgres.admin() as admin:
+        await admin.execute("CREATE TABLE thawed (id int)")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", FROZEN_WITH_A_RESET_IN_FLIGHT, proxy.dsn(dsn)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        for number in range(3):
+            assert await request(process, number) == f"1 {number}"
+            process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(0.7)  # longer than an answer vouches for a connection; the reset's has come meanwhile
+            proxy.connections[-1].forget()
+            process.send_signal(signal.SIGCONT)
+        assert await request(process, 3) == "1 3"
+        async with postgres.admin() as admin:
+            assert [row["id"] for row in await admin.fetch("SELECT id FROM thawed ORDER BY id")] == [0, 1, 2, 3]
+    finally:
+        process.kill()
+        await process.wait()
+        async with postgres.admin() as admin:
+            await admin.execute("DROP TABLE thawed")
+
+
 async def _until_nobody_is_connected(server):
     ends = time.monotonic() + 10
     while server.open_connections:
