@@ -16,6 +16,10 @@ from resilient_pool.policy.stable_functions import STABLE_FUNCTIONS
 _REMEMBERED_TEXTS = 1024
 _LONGEST_KEY = 32_768
 """In characters. A longer text is mostly data: only its digest is kept."""
+_LONGEST_HEAD = 8
+_MOST_TOKENS = 20_000
+"""Of a long text. One that has more, beside plain lists of values, is not read to its end: it takes too long in the event loop,
+and so does not count as a read."""
 
 _READING = frozenset({"select", "values", "table", "show", "with"})
 _WRITING = frozenset({"insert", "update", "delete", "merge", "into"})
@@ -105,7 +109,8 @@ class StatementReader:
 
     def is_plain_read(self, sql: str) -> bool:
         """Whether it looks like a read, and calls only what is known to write nothing. Never a reason to repeat it."""
-        return self.read(sql).is_plain_read
+        known = self._answers.get(sql)  # asked after every call: this is the short way
+        return (self.read(sql) if known is None else known).is_plain_read
 
     def keeps_session(self, sql: str) -> bool:
         """Whether the session is as it was afterwards, as far as a text can say."""
@@ -118,15 +123,22 @@ class StatementReader:
 
     def _read(self, sql: str, key: str | bytes) -> Statement:
         boundaries, text, change, reads = Boundaries(sql), _Text(self.pure), _Change(self.pure), True
-        for token in tokens(sql):
+        is_long, is_changing, enough = len(sql) > _LONGEST_KEY, False, _LONGEST_HEAD
+        for number, token in enumerate(tokens(sql)):
             boundaries.take(token)
-            reads = reads and text.takes(token)
             change.take(token)
+            known = not (is_long and number > _MOST_TOKENS)
+            reads, is_changing = reads and text.takes(token) and known, change.is_plain and known
+            if is_long and not (reads or is_changing) and number >= enough:
+                # Without a semicolon there is one statement, whatever it holds, and its first words say what it is.
+                if ";" not in sql.rstrip("; \t\r\n"):
+                    break
+                enough = len(sql)
         reads = reads and text.is_whole
         statement = Statement(
             looks_like_read=reads,
             is_plain_read=reads and text.is_plain,
-            keeps_session=change.is_plain or (reads and text.is_plain),
+            keeps_session=is_changing or (reads and text.is_plain),
             is_atomic=boundaries.is_atomic,
             ends_transaction=boundaries.ends_transaction,
             names=frozenset(text.names if reads else ()),
