@@ -82,8 +82,11 @@ class Checkout:
         # temporary in its session; when others use it too there is no telling who gets which.
         reset = self._upkeep.lone_reset
         if reset is not None:
-            left = inf if deadline is None else deadline - self._clock.monotonic()
+            started = self._clock.monotonic()
+            left = inf if deadline is None else deadline - started
+            self._counters.waits += 1
             await asyncio.wait([reset], timeout=max(min(_PROMPT, left), 0.0))
+            self._counters.wait_seconds += self._clock.monotonic() - started
 
     def _at_hand(self) -> Slot[Link] | None:
         if not self._slots.idle:

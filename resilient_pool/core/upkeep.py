@@ -238,10 +238,12 @@ class Upkeep:
 
     @property
     def lone_reset(self) -> asyncio.Task[None] | None:
-        """The reset under way, if it is prompt and nothing else is: whoever uses the pool does so alone."""
+        """The reset of the connection used last, if it is prompt and nothing else is under way: only one caller is about."""
         if self.returning != 1 or len(self._resets) != 1 or self._slots.size != self._slots.idle + 1:
             return None
-        return next(iter(self._resets.values()))
+        ((slot, reset),) = self._resets.items()
+        newest = self._slots.newest
+        return reset if newest is None or newest.idle_since <= slot.taken_at else None
 
     def links(self) -> list[Link]:
         """List the open connections, whatever they are doing."""
