@@ -154,7 +154,7 @@ class Inquiry:
         if link.abilities is not None:
             return
         try:
-            row = await link.connection.fetchrow(_ABILITIES)
+            row = await asyncpg.Connection.fetchrow(link.connection, _ABILITIES)
         except asyncpg.PostgresError as error:
             if link.connection.is_closed():
                 raise
@@ -174,7 +174,7 @@ class Inquiry:
         link.abilities = abilities
 
     async def _open_log(self, connection: AnyConnection, log: str) -> bool:
-        there, writable = await connection.fetchrow(_LOG, log) or (False, False)
+        there, writable = await asyncpg.Connection.fetchrow(connection, _LOG, log) or (False, False)
         if there:
             if not writable:
                 self._warn("the role of the pool may not insert into it")
@@ -185,9 +185,10 @@ class Inquiry:
             asyncpg.DuplicateTableError,
             asyncpg.DuplicateObjectError,
         ):
-            await connection.execute(
+            await asyncpg.Connection.execute(
+                connection,
                 f"CREATE TABLE IF NOT EXISTS {log} (token uuid PRIMARY KEY,"
-                " written_at timestamptz NOT NULL DEFAULT now(), fenced bool NOT NULL DEFAULT false)"
+                " written_at timestamptz NOT NULL DEFAULT now(), fenced bool NOT NULL DEFAULT false)",
             )
         return True
 
@@ -219,7 +220,7 @@ class Inquiry:
             raise
 
     async def _mark_carefully(self, link: Link, known: Abilities, *, logs: bool) -> Mark:
-        await link.connection.execute(f"SAVEPOINT {_SAVEPOINT}")
+        await asyncpg.Connection.execute(link.connection, f"SAVEPOINT {_SAVEPOINT}")
         for attempt, with_log in ((known, True), (known, False), (replace(known, epoch=False), False)):
             if with_log and not logs:
                 continue
@@ -228,7 +229,7 @@ class Inquiry:
             except asyncpg.PostgresError as error:
                 if not is_our_own_fault(error, link):
                     raise
-                await link.connection.execute(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+                await asyncpg.Connection.execute(link.connection, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
                 if with_log and _state(error) != _READ_ONLY:
                     self._warn(str(error))
         return Mark()
@@ -237,11 +238,13 @@ class Inquiry:
         told = f"{_ID if known.ids else _NO_ID}, {_EPOCH if known.epoch else _NO_EPOCH}"
         token = None
         if logs:
-            row = await link.connection.fetchrow(_MARK_WITH_ROW.format(log=self._log, told=told), uuid.uuid4().hex)
+            row = await asyncpg.Connection.fetchrow(
+                link.connection, _MARK_WITH_ROW.format(log=self._log, told=told), uuid.uuid4().hex
+            )
             if row is not None:
                 token = Token(value=row["token"], log=row["log"], written_at=row["written_at"])
         else:
-            row = await link.connection.fetchrow(f"SELECT {told}")
+            row = await asyncpg.Connection.fetchrow(link.connection, f"SELECT {told}")
         if row is None:
             return Mark()
         xid = None if row["xid"] is None else int(row["xid"])
@@ -299,7 +302,7 @@ class Inquiry:
                 return Answer.UNKNOWN
             refuses = decides
             if refuses is None:
-                levels = await link.connection.fetchrow(_ISOLATION, timeout=_ONE_QUESTION)
+                levels = await asyncpg.Connection.fetchrow(link.connection, _ISOLATION, timeout=_ONE_QUESTION)
                 # A default that the application may have set in the session that was lost is not known.
                 refuses = self._sets_up_sessions or levels is None or "serializable" in tuple(levels)
             return Answer.ABORTED if refuses else Answer.COMMITTED
@@ -327,7 +330,9 @@ class Inquiry:
         answer = await self._ask_status(link.connection, mark)
         if answer is Answer.IN_PROGRESS and insist and mark.xid is not None:
             with contextlib.suppress(asyncpg.PostgresError):  # the role may not
-                await link.connection.fetch(_TERMINATE, str(mark.xid % 2**32), not patient, timeout=_ONE_QUESTION)
+                await asyncpg.Connection.fetch(
+                    link.connection, _TERMINATE, str(mark.xid % 2**32), not patient, timeout=_ONE_QUESTION
+                )
         if answer is Answer.UNKNOWN and mark.token is not None:
             return await self._fence(link.connection, mark.token)
         return answer
@@ -337,8 +342,14 @@ class Inquiry:
         if mark.xid is None or epoch is None:
             return Answer.UNKNOWN
         try:
-            row = await connection.fetchrow(
-                _STATUS, str(mark.xid), epoch.system, epoch.timeline, epoch.stats_reset, timeout=_ONE_QUESTION
+            row = await asyncpg.Connection.fetchrow(
+                connection,
+                _STATUS,
+                str(mark.xid),
+                epoch.system,
+                epoch.timeline,
+                epoch.stats_reset,
+                timeout=_ONE_QUESTION,
             )
         except asyncpg.PostgresError as error:
             if _state(error)[:2] not in (*_CANNOT_BE_ASKED, "22"):
@@ -352,9 +363,11 @@ class Inquiry:
     async def _fence(self, connection: AnyConnection, token: Token) -> Answer:
         """Insert the token ourselves. It waits for a transaction that has inserted it and is not decided yet."""
         try:
-            await connection.execute(_FENCE.format(log=self._log), token.value, timeout=_ONE_QUESTION)
-            row = await connection.fetchrow(
-                _FENCED.format(log=self._log), token.value, self._log, timeout=_ONE_QUESTION
+            await asyncpg.Connection.execute(
+                connection, _FENCE.format(log=self._log), token.value, timeout=_ONE_QUESTION
+            )
+            row = await asyncpg.Connection.fetchrow(
+                connection, _FENCED.format(log=self._log), token.value, self._log, timeout=_ONE_QUESTION
             )
         except asyncpg.PostgresError as error:
             if _state(error) == _READ_ONLY:
@@ -409,7 +422,9 @@ class Inquiry:
     async def _prune_on(self, slot: Slot[Link]) -> None:
         done = None
         while done != "DELETE 0" and slot.resource is not None and not self.is_over:
-            done = await slot.resource.connection.execute(_PRUNE.format(log=self._log), timeout=_LAST_WORD)
+            done = await asyncpg.Connection.execute(
+                slot.resource.connection, _PRUNE.format(log=self._log), timeout=_LAST_WORD
+            )
 
 
 class _Asking:

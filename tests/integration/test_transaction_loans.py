@@ -259,3 +259,24 @@ async def test_looking_at_a_connection_costs_nothing_at_the_end(postgres, table)
                     await connection.execute(CONFLICT)
     assert len(runs) == 2
     assert await rows(postgres, table) == ["a"]
+
+
+class Peculiar(asyncpg.Connection):
+    """An application's own class, whose methods take other arguments."""
+
+    async def fetchrow(self, query, *, tag):
+        raise AssertionError("only the application calls this")
+
+    async def fetchval(self, query, *, tag):
+        raise AssertionError("only the application calls this")
+
+
+@pytest.mark.parametrize("log", [None, "public.peculiar"])
+async def test_what_the_pool_asks_for_itself_goes_past_an_applications_own_methods(postgres, proxy, table, log):
+    """They may have other signatures, or count and trace what is not theirs."""
+    async with ResilientPool(
+        proxy.dsn(postgres.dsn()), max_size=1, deadline=8.0, connection_class=Peculiar, commit_log=log
+    ) as pool:
+        proxy.swallow_next_answer(matching=b"COMMIT")
+        await pool.run_in_transaction(lambda connection: connection.fetch(f"INSERT INTO {table} VALUES ('a')"))
+    assert await rows(postgres, table) == ["a"]
