@@ -23,6 +23,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from resilient_pool import BackoffPolicy, OutcomeUnknownError, ResilientPool
 from resilient_pool.policy.classifier import PostgresClassifier
 from resilient_pool.policy.verdict import Failure, Outcome, Phase, Verdict
 from resilient_pool.testing import End, Point, Refusal, ScriptedServer
@@ -31,6 +32,7 @@ from resilient_pool.testing import End, Point, Refusal, ScriptedServer
 # to its request for TLS from a refusal of TLS.
 TELLS_THE_REASON = tuple(int(part) for part in asyncpg.__version__.split(".")[:2]) >= (0, 32)
 LIMIT = 10.0
+PROMPT = BackoffPolicy(base=0.001, max_value=0.002, jitter=None)
 TIMES = ("not_before", "only_for")
 SURVEY = 92
 """How many entries the survey has."""
@@ -271,6 +273,89 @@ async def test_whatever_is_said_of_a_lost_commit_its_outcome_is_unknown(case: Ca
     """Before everything that could sound like a guarantee."""
     async for error in while_committing(replace(case, phase="commit")):
         assert judge(error, Phase.COMMIT).outcome is Outcome.UNKNOWN
+
+
+# What a pool does then
+
+WAKING = Refusal(at=Point.STARTUP, sqlstate="57P03", message="the database system is starting up", times=1)
+INSERT = "INSERT INTO things VALUES (1)"
+# Where the list is wrong the pool is wrong as well, and where two verdicts are right it may do one thing or the other.
+DECIDED = [case for case in CASES if len(case.row.verdicts) == 1 and case.names.isdisjoint(KNOWN_WRONG)]
+
+
+def decided(*phases: str) -> list[Case]:
+    return [case for case in DECIDED if case.phase in phases]
+
+
+async def outcome_of(operation: Awaitable[object]) -> str:
+    """Wait for a call, and say how it ended: well, with an outcome that is not known, or with the driver's error."""
+    try:
+        async with asyncio.timeout(LIMIT):
+            await operation
+    except OutcomeUnknownError:
+        return "unknown"
+    except (asyncpg.PostgresError, OSError):
+        return "failed"
+    return "done"
+
+
+@each(decided("connect"))
+async def test_a_pool_connects_again_unless_it_is_of_no_use(case: Case):
+    """What is final reaches the caller after one attempt; everything else is a matter of the next."""
+    point = Point(case.row.points[0]) if case.row.points else Point.LOGIN
+    refused = case.row.said_at(point, case.text, times=1)
+    with ScriptedServer(*((WAKING, refused) if case.row.waking else (refused,))) as server:
+        async with ResilientPool(server.dsn(), ssl=case.row.ssl, reconnect=PROMPT) as pool:
+            ended = await outcome_of(pool.execute(INSERT))
+        is_final = case.row.verdicts == ["PERMANENT NOT_EXECUTED"]
+        assert (ended, server.attempts) == (("failed", 1) if is_final else ("done", 2 + case.row.waking))
+        assert server.statements.count(INSERT) == (0 if is_final else 1)
+
+
+@each(decided("execute"))
+async def test_a_pool_repeats_a_write_only_where_it_is_certain_to_have_had_no_effect(case: Case):
+    """Otherwise it says that it does not know, after one attempt."""
+    line = case.row.said_at(Point.QUERY, case.text, matching="INSERT", times=1, then=End(case.row.then))
+    with ScriptedServer(line) as server:
+        async with ResilientPool(server.dsn(), backoff=PROMPT, reconnect=PROMPT) as pool:
+            ended = await outcome_of(pool.execute(INSERT))
+        fault, outcome = case.row.verdicts[0].split()
+        if case.is_a_loss and not TELLS_THE_REASON:
+            fault, outcome = "DISCONNECTED", "UNKNOWN"
+        if fault == "PERMANENT":
+            assert (ended, server.statements.count(INSERT)) == ("failed", 1)
+        elif outcome == "UNKNOWN":
+            assert (ended, server.statements.count(INSERT)) == ("unknown", 1)
+        else:
+            assert (ended, server.statements.count(INSERT)) == ("done", 2)
+
+
+@each(decided("commit"))
+async def test_a_pool_repeats_a_transaction_only_where_its_commit_is_certain_to_have_failed(case: Case):
+    """The stand-in knows nothing of what became of a transaction."""
+    line = case.row.said_at(Point.COMMIT, case.text, times=1, then=End(case.row.then), executed=case.row.executed)
+
+    async def insert(connection: Any) -> None:
+        await connection.execute(INSERT)
+
+    with ScriptedServer(line) as server:
+        async with ResilientPool(server.dsn(), backoff=PROMPT, reconnect=PROMPT) as pool:
+            ended = await outcome_of(pool.run_in_transaction(insert))
+        if case.row.verdicts[0].endswith("UNKNOWN"):
+            assert (ended, server.statements.count(INSERT)) == ("unknown", 1)
+        else:
+            assert (ended, server.statements.count(INSERT)) == ("done", 2)
+
+
+@each(decided("idle"))
+async def test_a_pool_is_not_troubled_by_what_ends_an_idle_connection(case: Case):
+    """The next call has another one."""
+    line = case.row.said_at(Point.IDLE, case.text, matching="INSERT", times=1, then=End(case.row.then))
+    with ScriptedServer(line) as server:
+        async with ResilientPool(server.dsn()) as pool:
+            for _ in range(2):
+                assert await outcome_of(pool.execute(INSERT)) == "done"
+        assert server.statements.count(INSERT) == 2
 
 
 def test_the_survey_is_whole():
