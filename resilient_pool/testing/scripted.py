@@ -115,7 +115,7 @@ class ScriptedServer(LoopbackService[Scene]):
         return tuple(self._statements)
 
     def _let_in(self) -> int:
-        return sum(scene.was_let_in and scene.client_is_there and scene.state is State.OPEN for scene in self._running)
+        return sum(scene.was_let_in and scene.state is not State.ENDED for scene in self._running)
 
     def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         now = asyncio.get_running_loop().time()

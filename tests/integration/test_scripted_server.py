@@ -306,6 +306,30 @@ async def test_a_client_that_leaves_makes_room(behind, postgres):
         await connection.close()
 
 
+async def test_a_client_that_was_turned_away_takes_no_room_however_long_it_stays(behind, postgres):
+    """Its session has ended, though it has not noticed."""
+    lines = refusal(Point.LOGIN, times=1), refusal(Point.STARTUP, beyond=1)
+    with ScriptedServer(*lines, **behind) as server:
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        writer.write(struct.pack("!ii", 23, 196608) + b"user\0postgres\0\0")
+        assert (await kinds_until_ready(reader, b"E"))[-1] == b"E"
+        connection = await connect(server, postgres, ssl=False)
+        await connection.close()
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_a_session_that_has_begun_is_no_login(behind, postgres):
+    """However many answers it has had: the second login is the second client's."""
+    with ScriptedServer(refusal(Point.LOGIN, nth=2), **behind) as server:
+        connection = await connect(server, postgres, ssl=False)
+        for _ in range(3):
+            await connection.execute("SELECT 1")
+        with pytest.raises(asyncpg.InternalServerError):
+            await connect(server, postgres, ssl=False)
+        await connection.close()
+
+
 async def test_a_server_that_is_closed_leaves_nothing_behind(behind, postgres, caplog):
     """Not even with clients that wait for its answer."""
     with ScriptedServer(refusal(Point.QUERY, then=End.SILENCE), **behind) as server:
