@@ -105,6 +105,11 @@ class ScriptedServer(LoopbackService[Scene]):
         return tuple(self._attempted_at)
 
     @property
+    def open_connections(self) -> int:
+        """How many clients are connected, those included that were turned away and have not left yet."""
+        return len(self._running)
+
+    @property
     def said(self) -> tuple[Refusal, ...]:
         """What the script has said, in order."""
         return tuple(self._script.said)

@@ -313,6 +313,7 @@ async def test_a_client_that_was_turned_away_takes_no_room_however_long_it_stays
         reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(struct.pack("!ii", 23, 196608) + b"user\0postgres\0\0")
         assert (await kinds_until_ready(reader, b"E"))[-1] == b"E"
+        assert server.open_connections == 1
         connection = await connect(server, postgres, ssl=False)
         await connection.close()
         writer.close()

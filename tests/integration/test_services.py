@@ -353,8 +353,11 @@ async def test_a_pool_is_not_troubled_by_what_ends_an_idle_connection(case: Case
     line = case.row.said_at(Point.IDLE, case.text, matching="INSERT", times=1, then=End(case.row.then))
     with ScriptedServer(line) as server:
         async with ResilientPool(server.dsn()) as pool:
-            for _ in range(2):
-                assert await outcome_of(pool.execute(INSERT)) == "done"
+            assert await outcome_of(pool.execute(INSERT)) == "done"
+            async with asyncio.timeout(LIMIT):
+                while server.open_connections:
+                    await asyncio.sleep(0.001)
+            assert await outcome_of(pool.execute(INSERT)) == "done"
         assert server.statements.count(INSERT) == 2
 
 
