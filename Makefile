@@ -40,7 +40,7 @@ help:
 	@echo "make format / make readme / make clean"
 
 demo: $(DEMO)
-	$(BIN)/python -m resilient_pool.demo $(DEMO_ARGS)
+	PYTHONPATH=examples $(BIN)/python -m demo $(DEMO_ARGS)
 
 # The tests import the wheel that users would install, not the sources: `pytest`, unlike `python -m pytest`, leaves the
 # current directory out of the path. While you edit, `.venv/bin/python -m pytest tests/unit` tests the sources instead.
@@ -50,7 +50,7 @@ test: $(VENV)/.wheel $(ASYNCPG_BEFORE:%=$(VENV)/asyncpg-%)
 		PYTHONPATH=$(VENV)/asyncpg-$$version $(BIN)/python -P -c \
 			"import asyncpg; assert asyncpg.__version__ == '$$version', asyncpg.__file__" && \
 		PYTHONPATH=$(VENV)/asyncpg-$$version $(BIN)/pytest --quiet $(NO_HANGING) \
-			tests/unit/policy tests/integration/test_classifier_on_a_real_server.py \
+			tests/unit/retry tests/integration/test_classifier_on_a_real_server.py \
 			tests/integration/test_scripted_server.py tests/integration/test_services.py || exit 1; \
 	done
 	$(BIN)/pytest $(NO_HANGING)

@@ -20,7 +20,7 @@ import backoff
 
 import resilient_pool.pool
 from resilient_pool import BackoffPolicy, ResilientPool
-from resilient_pool.core.slots import Slots
+from resilient_pool.pooling.resource_pool import Slots
 
 OURS = "resilient_pool"
 NO_JITTER = "resilient_pool, no jitter"

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from resilient_pool._version import __version__
-from resilient_pool.connection import ResilientConnection
 from resilient_pool.errors import (
     AcquireTimeoutError,
     ConfigurationError,
@@ -13,18 +12,19 @@ from resilient_pool.errors import (
     ResilientPoolError,
     UnknownArgumentError,
 )
-from resilient_pool.observe.events import Event, Observer
-from resilient_pool.observe.log import StructlogObserver
-from resilient_pool.observe.stats import PoolStats
-from resilient_pool.policy.backoff import BackoffPolicy
-from resilient_pool.policy.budget import RetryBudget
-from resilient_pool.policy.classifier import PostgresClassifier
-from resilient_pool.policy.verdict import Classifier, Disposition, Failure, Fault, Outcome, Phase, Verdict
+from resilient_pool.events import Event, Observer
+from resilient_pool.execution.connection import ResilientConnection
+from resilient_pool.execution.transaction import Attempt, RetriedTransaction
+from resilient_pool.observability.stats import PoolStats
+from resilient_pool.observability.structlog_observer import StructlogObserver
 from resilient_pool.pool import ResilientPool, create_pool
-from resilient_pool.transaction import Attempt, RetriedTransaction
+from resilient_pool.retry.backoff import BackoffPolicy
+from resilient_pool.retry.budget import RetryBudget
+from resilient_pool.retry.classifier import PostgresClassifier
+from resilient_pool.retry.verdict import Classifier, Disposition, Failure, Fault, Outcome, Phase, Verdict
 
 if TYPE_CHECKING:
-    from resilient_pool.migrate import MigrationResult, run_migration
+    from resilient_pool.migrations.run import MigrationResult, run_migration
 
 __all__ = [
     "AcquireTimeoutError",
@@ -62,7 +62,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # Only deployments need these; an application's start is not to take longer for them.
     if name in ("MigrationResult", "run_migration"):
-        from resilient_pool import migrate  # noqa: PLC0415
+        from resilient_pool.migrations import run as migrate  # noqa: PLC0415
 
         return getattr(migrate, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from resilient_pool.cli import main
+from resilient_pool.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,27 +14,27 @@ from weakref import WeakSet
 import asyncpg
 import backoff
 
-from resilient_pool.arguments import ConnectArguments, PoolArguments
-from resilient_pool.config import PoolConfig, SealedDsn, seal
-from resilient_pool.connection import Lender, ResilientConnection
-from resilient_pool.core.checkout import Checkout
-from resilient_pool.core.clock import Clock, SystemClock
-from resilient_pool.core.connector import Connector
-from resilient_pool.core.gate import RecoveryGate
-from resilient_pool.core.read_check import ReadCheck
-from resilient_pool.core.runner import Call, Runner
-from resilient_pool.core.slots import Slot, Slots
-from resilient_pool.core.upkeep import Upkeep
-from resilient_pool.core.wire import AnyConnection, Link, overrides_statements
-from resilient_pool.inquiry import Inquiry
-from resilient_pool.invocation import Invocation
-from resilient_pool.observe.events import Dispatcher
-from resilient_pool.observe.stats import Counters, PoolStats
-from resilient_pool.own_class import lease_class
-from resilient_pool.policy._checks import names_nearest, require_known, require_seconds
-from resilient_pool.policy.statements import StatementReader
-from resilient_pool.queries import Queries
-from resilient_pool.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
+from resilient_pool._validation import names_nearest, require_known, require_seconds
+from resilient_pool.clock import Clock, SystemClock
+from resilient_pool.config.arguments import ConnectArguments, PoolArguments
+from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal
+from resilient_pool.events import Dispatcher
+from resilient_pool.execution.commit_resolver import Inquiry
+from resilient_pool.execution.connection import Lender, ResilientConnection
+from resilient_pool.execution.connection_class import lease_class
+from resilient_pool.execution.invocation import Invocation
+from resilient_pool.execution.query_methods import Queries
+from resilient_pool.execution.read_check import ReadCheck
+from resilient_pool.execution.retry_loop import Call, Runner
+from resilient_pool.execution.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
+from resilient_pool.observability.stats import Counters, PoolStats
+from resilient_pool.pooling.acquire import Checkout
+from resilient_pool.pooling.circuit_breaker import RecoveryGate
+from resilient_pool.pooling.connect import Connector
+from resilient_pool.pooling.driver import AnyConnection, Link, overrides_statements
+from resilient_pool.pooling.maintenance import Upkeep
+from resilient_pool.pooling.resource_pool import Slot, Slots
+from resilient_pool.sql.read_only import StatementReader
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class ResilientPool(Queries):
 
     Args:
         dsn: `postgresql://user:password@host:port/database?option=value`. It is parsed once and not kept.
-        **arguments: See the table of arguments in the README, or `resilient_pool.config.ARGUMENTS`.
+        **arguments: See the table of arguments in the README, or `resilient_pool.config.pool_config.ARGUMENTS`.
 
     Raises:
         ConfigurationError: An argument or an option of the DSN is unknown or out of range.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import cast
 
-from resilient_pool.arguments import PoolArguments
+from resilient_pool.config.arguments import PoolArguments
 
 AURORA_SERVERLESS = cast(
     "PoolArguments",

@@ -29,7 +29,7 @@ from resilient_pool.testing import EmbeddedPostgres
 
 VERSIONS = (16, 18)
 HERE = Path(__file__).resolve().parent
-MODULE = HERE.parent / "resilient_pool" / "policy" / "effects.py"
+MODULE = HERE.parent / "resilient_pool" / "sql" / "function_effects.py"
 
 ARGUED = {
     # Run the checks of a type whose name is in a string, which the statement's own names do not show.

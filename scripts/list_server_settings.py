@@ -1,4 +1,4 @@
-"""Writes resilient_pool/settings_names.py: the settings that a session may bring along, as real servers list them.
+"""Writes resilient_pool/config/settings_names.py: the settings that a session may bring along, as real servers list them.
 
 Run it from the repository's root: `python scripts/list_server_settings.py`.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from resilient_pool.testing import EmbeddedPostgres
 
 VERSIONS = (16, 18)
-TARGET = Path("resilient_pool/settings_names.py")
+TARGET = Path("resilient_pool/config/settings_names.py")
 QUERY = """
 SELECT lower(name) AS name FROM pg_settings
 WHERE context IN ('user', 'superuser', 'backend', 'superuser-backend')

@@ -16,7 +16,7 @@ from pathlib import Path
 from resilient_pool.testing import EmbeddedPostgres
 
 VERSIONS = (16, 18)
-POLICY = Path(__file__).resolve().parent.parent / "resilient_pool" / "policy"
+SQL = Path(__file__).resolve().parent.parent / "resilient_pool" / "sql"
 
 STABLE_FUNCTIONS_QUERY = r"""
 SELECT proname::text
@@ -110,7 +110,7 @@ def modules(catalogs: Iterable[Catalog]) -> dict[str, str]:
     return {
         "stable_functions.py": f'"""The functions that PostgreSQL {versions} mark stable or immutable in every form: data only.\n\n'
         f'{written_by}"""\n\n{opening}\n{functions}',
-        "sql_words.py": f'"""The words that the grammar of PostgreSQL {versions} gives a meaning to: data only.\n\n'
+        "keywords.py": f'"""The words that the grammar of PostgreSQL {versions} gives a meaning to: data only.\n\n'
         f'{written_by}"""\n\n{opening}\n' + "\n".join(keywords),
     }
 
@@ -122,7 +122,7 @@ async def main() -> None:
         async with EmbeddedPostgres(version) as server:
             catalogs.append(await read_catalog(server))
     for name, text in modules(catalogs).items():
-        (POLICY / name).write_text(text)
+        (SQL / name).write_text(text)
 
 
 if __name__ == "__main__":

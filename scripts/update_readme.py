@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from resilient_pool.config import ARGUMENTS
-from resilient_pool.policy.classifier import describe_rules
-from resilient_pool.policy.verdict import Fault, Outcome
+from resilient_pool.config.pool_config import ARGUMENTS
+from resilient_pool.retry.classifier import describe_rules
+from resilient_pool.retry.verdict import Fault, Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resilient_pool.testing._journal import Attempt, LogEntry
+from resilient_pool.testing._event_log import Attempt, LogEntry
 from resilient_pool.testing.clock import ScriptedClock, ScriptedTimer
 from resilient_pool.testing.pausing import PausingServer
 from resilient_pool.testing.postgres import ConnectArguments, EmbeddedPostgres

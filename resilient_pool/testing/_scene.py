@@ -7,8 +7,8 @@ import socket
 import struct
 from typing import cast
 
-from resilient_pool.testing import _messages
-from resilient_pool.testing._flow import Ending, Flow, OneShot, Rules, Stream
+from resilient_pool.testing import _protocol as _messages
+from resilient_pool.testing._relay import Ending, Flow, OneShot, Rules, Stream
 from resilient_pool.testing._script import End, Point, Refusal, Script
 from resilient_pool.testing._stand_in import SPOILT, StandIn
 

@@ -7,8 +7,8 @@ import enum
 import re
 from collections.abc import Callable
 
-from resilient_pool.testing import _messages
-from resilient_pool.testing._messages import Matcher
+from resilient_pool.testing import _protocol as _messages
+from resilient_pool.testing._protocol import Matcher
 
 _COMMIT = re.compile(rb"\s*(?:COMMIT|END)\b", re.IGNORECASE)
 

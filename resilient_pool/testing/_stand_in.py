@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from resilient_pool.testing import _messages
-from resilient_pool.testing._messages import compose, error_response
+from resilient_pool.testing import _protocol as _messages
+from resilient_pool.testing._protocol import compose, error_response
 
 Login = Literal["trust", "password", "md5", "scram"]
 """How a client has to prove who it is."""

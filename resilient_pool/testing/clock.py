@@ -7,7 +7,7 @@ import heapq
 import itertools
 from collections.abc import Callable
 
-from resilient_pool.policy._checks import constructor_names_nearest
+from resilient_pool._validation import constructor_names_nearest
 
 _TURNS = 10
 """Turns of the event loop that what a timer woke may take before the next one fires."""
@@ -39,7 +39,7 @@ class ScriptedTimer:
 
 @constructor_names_nearest
 class ScriptedClock:
-    """Stands wherever a `resilient_pool.core.clock.Clock` does.
+    """Stands wherever a `resilient_pool.clock.Clock` does.
 
         clock = ScriptedClock()
         await clock.sleep(3.0)              # returns at once

@@ -21,12 +21,12 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Literal, TypeVar, get_args
 
-from resilient_pool.policy._checks import constructor_names_nearest
-from resilient_pool.testing._flow import Rules, Stream
-from resilient_pool.testing._journal import Attempt, Journal, LogEntry, Phase
-from resilient_pool.testing._refusals import RefusalWatch
-from resilient_pool.testing._service import READ_LIMIT, LoopbackService
-from resilient_pool.testing._visit import Ear, Visit
+from resilient_pool._validation import constructor_names_nearest
+from resilient_pool.testing._event_log import Attempt, Journal, LogEntry, Phase
+from resilient_pool.testing._pausable_relay import Ear, Visit
+from resilient_pool.testing._relay import Rules, Stream
+from resilient_pool.testing._syn_sniffer import RefusalWatch
+from resilient_pool.testing._threaded_server import READ_LIMIT, LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
 Result = TypeVar("Result")

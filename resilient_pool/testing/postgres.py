@@ -35,9 +35,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypedDict
 from urllib.parse import quote
 
-from resilient_pool.core.clock import SystemClock
-from resilient_pool.policy._checks import constructor_names_nearest
-from resilient_pool.testing import _host
+from resilient_pool._validation import constructor_names_nearest
+from resilient_pool.clock import SystemClock
+from resilient_pool.testing import _installation as _host
 
 if TYPE_CHECKING:
     import asyncpg

@@ -25,10 +25,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-from resilient_pool.policy._checks import constructor_names_nearest
-from resilient_pool.testing._flow import Ending, Flow, Manner, OneShot, Rules, State, Stream
-from resilient_pool.testing._messages import Matcher, fatal_error, matcher
-from resilient_pool.testing._service import LoopbackService
+from resilient_pool._validation import constructor_names_nearest
+from resilient_pool.testing._protocol import Matcher, fatal_error, matcher
+from resilient_pool.testing._relay import Ending, Flow, Manner, OneShot, Rules, State, Stream
+from resilient_pool.testing._threaded_server import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
 Result = TypeVar("Result")

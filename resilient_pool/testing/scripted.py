@@ -31,11 +31,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from resilient_pool.testing._flow import Rules, State, Stream
+from resilient_pool.testing._relay import Rules, State, Stream
 from resilient_pool.testing._scene import Scene
 from resilient_pool.testing._script import End, Point, Refusal, Script
-from resilient_pool.testing._service import LoopbackService
 from resilient_pool.testing._stand_in import Login, StandIn
+from resilient_pool.testing._threaded_server import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
 __all__ = ["End", "Point", "Refusal", "ScriptedServer"]

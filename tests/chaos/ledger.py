@@ -15,7 +15,7 @@ from saboteur import OTHERS, Restart, Saboteur, schedule
 from workers import LIMIT, SCHEMA, CommitClock, Worker
 
 from resilient_pool import Event, ResilientPool
-from resilient_pool.observe.events import OutcomeResolved
+from resilient_pool.events import OutcomeResolved
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 WORKERS = 20

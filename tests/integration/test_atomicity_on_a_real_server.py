@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import OutcomeUnknownError, ResilientPool
-from resilient_pool.policy.atomicity import is_atomic
+from resilient_pool.sql.transaction_control import is_atomic
 
 SCHEMA = """
 CREATE TABLE t (a int PRIMARY KEY, b int);

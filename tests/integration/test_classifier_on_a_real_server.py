@@ -12,8 +12,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from resilient_pool.policy.classifier import PostgresClassifier
-from resilient_pool.policy.verdict import Disposition, Failure, Phase
+from resilient_pool.retry.classifier import PostgresClassifier
+from resilient_pool.retry.verdict import Disposition, Failure, Phase
 from resilient_pool.testing import EmbeddedPostgres
 
 # From this version on asyncpg passes on what the server said before it closed a connection.

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import OutcomeUnknownError, ResilientPool
-from resilient_pool.observe.events import OutcomeResolved
+from resilient_pool.events import OutcomeResolved
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 

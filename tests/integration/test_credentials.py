@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import BackoffPolicy, ConfigurationError, ResilientPool
-from resilient_pool.policy.backoff import RECONNECT_BACKOFF
+from resilient_pool.retry.backoff import RECONNECT_BACKOFF
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 PROMPT = BackoffPolicy(base=0.01, max_attempts=None, max_elapsed=60.0)

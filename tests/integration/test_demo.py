@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 import resilient_pool
-from resilient_pool.demo.application import INDEX, TABLE, WRITE, WRITE_ONCE
+from demo.workload import INDEX, TABLE, WRITE, WRITE_ONCE
 from resilient_pool.testing import EmbeddedPostgres
 
 WHERE = Path(resilient_pool.__path__[0]).parent
 """The installed package or the sources: whichever the tests are run on."""
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LIMIT = 60.0
 POOLS = ("asyncpg.Pool", "ResilientPool")
 
@@ -28,10 +29,10 @@ async def start(temporary: Path, *arguments: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "resilient_pool.demo",
+        "demo",
         *arguments,
         cwd=temporary,
-        env={**os.environ, "PYTHONPATH": str(WHERE), "TMPDIR": str(temporary)},
+        env={**os.environ, "PYTHONPATH": f"{EXAMPLES}{os.pathsep}{WHERE}", "TMPDIR": str(temporary)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         start_new_session=True,

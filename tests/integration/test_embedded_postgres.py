@@ -231,7 +231,7 @@ def test_nothing_is_left_over_however_the_process_ends(end):
 
 async def test_binaries_that_others_cannot_reach_are_copied(monkeypatch):
     """A virtual environment below a private directory is no obstacle when the tests run as root."""
-    from resilient_pool.testing import _host
+    from resilient_pool.testing import _installation as _host
 
     monkeypatch.setattr(_host, "_open_to_all", lambda prefix: False)
     monkeypatch.setenv("HOME", "")

@@ -14,8 +14,8 @@ import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool, profiles
-from resilient_pool.core.clock import SystemClock
-from resilient_pool.observe.events import DiscardReason
+from resilient_pool.clock import SystemClock
+from resilient_pool.events import DiscardReason
 from resilient_pool.testing import PausingServer
 
 FUNCTION = Path(__file__).with_name("frozen_function.py")

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from resilient_pool import OutcomeUnknownError, ResilientPool
-from resilient_pool.core.read_check import ReadCheck
-from resilient_pool.core.wire import Link
-from resilient_pool.policy.statements import StatementReader
+from resilient_pool.execution.read_check import ReadCheck
+from resilient_pool.pooling.driver import Link
+from resilient_pool.sql.read_only import StatementReader
 from resilient_pool.testing import FaultProxy
 
 ROOT = Path(__file__).parents[1]

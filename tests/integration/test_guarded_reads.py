@@ -12,10 +12,10 @@ import pytest
 from cut import Cut
 
 from resilient_pool import OutcomeUnknownError, ResilientPool
-from resilient_pool.core.read_check import ReadCheck
-from resilient_pool.core.wire import Link
-from resilient_pool.observe.events import OutcomeUnknown, RetryScheduled
-from resilient_pool.policy.statements import StatementReader
+from resilient_pool.events import OutcomeUnknown, RetryScheduled
+from resilient_pool.execution.read_check import ReadCheck
+from resilient_pool.pooling.driver import Link
+from resilient_pool.sql.read_only import StatementReader
 from resilient_pool.testing import FaultProxy
 
 TEXTS = runpy.run_path(str(Path(__file__).parents[1] / "disguises.py"))

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool
-from resilient_pool.core.hosts import HEAD_START
+from resilient_pool.pooling.hosts import HEAD_START
 from resilient_pool.testing import FaultProxy, TlsCertificates
 
 

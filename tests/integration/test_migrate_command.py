@@ -30,21 +30,15 @@ from migration_tools import (
     yoyo_project,
 )
 
-from resilient_pool import (
-    BackoffPolicy,
-    ConfigurationError,
-    MigrationFailedError,
-    MigrationLockedError,
-    run_migration,
-)
-from resilient_pool.migrate import CONNECT_TIMEOUT, MIGRATION_BACKOFF
-from resilient_pool.observe.events import (
+from resilient_pool import BackoffPolicy, ConfigurationError, MigrationFailedError, MigrationLockedError, run_migration
+from resilient_pool.events import (
     MigrationLockLost,
     MigrationLockWaited,
     MigrationRepeated,
     MigrationStarted,
     RetryScheduled,
 )
+from resilient_pool.migrations.run import CONNECT_TIMEOUT, MIGRATION_BACKOFF
 from resilient_pool.testing import EmbeddedPostgres, PausingServer
 
 CANARY = "c@n/a:r%y-7391"
@@ -601,7 +595,7 @@ async def test_characters_that_a_terminal_does_not_know_do_not_end_the_output(po
 )
 def test_wrong_usage_ends_with_status_2_before_anything_happens(arguments, message, capsys, monkeypatch):
     """The message says what is wrong, and no secret."""
-    from resilient_pool.cli import main
+    from resilient_pool.cli.main import main
 
     monkeypatch.delenv("DATABASE_URL", raising=False)
     try:
@@ -687,16 +681,9 @@ async def test_the_doctor_finds_a_standby(postgres):
 
 
 def test_the_command_is_installed_under_its_name():
-    """`resilient-pool` is `resilient_pool.cli.main`."""
-    from resilient_pool.cli import main
+    """`resilient-pool` is `resilient_pool.cli.main.main`."""
+    from resilient_pool.cli.main import main
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     name, _, function = project["scripts"]["resilient-pool"].partition(":")
     assert getattr(importlib.import_module(name), function) is main
-
-
-async def test_demo_is_a_command_too():
-    """It takes the demo's own options."""
-    status, _, errors = await run("demo", "--seconds", "2", dsn=None)
-    assert status == 2
-    assert "--seconds must be between" in errors

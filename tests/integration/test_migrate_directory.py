@@ -12,8 +12,8 @@ import pytest
 from migration_tools import QUICK, databases, run, through
 
 from resilient_pool import ConfigurationError, MigrationFailedError, MigrationResult, run_migration
-from resilient_pool.migration.sql_files import NO_TRANSACTION
-from resilient_pool.observe.events import MigrationStarted, OutcomeResolved
+from resilient_pool.events import MigrationStarted, OutcomeResolved
+from resilient_pool.migrations.sql_directory import NO_TRANSACTION
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 APPLIED = "SELECT name FROM resilient_pool_migrations WHERE finished_at IS NOT NULL ORDER BY name"

@@ -14,8 +14,8 @@ import pytest
 from migration_tools import PSQL, QUICK, databases, program, through, until
 
 from resilient_pool import MigrationFailedError, ResilientPool, run_migration
-from resilient_pool.migration.witness import ask, doubt
-from resilient_pool.observe.events import MigrationRepeated
+from resilient_pool.events import MigrationRepeated
+from resilient_pool.migrations.server_activity import ask, doubt
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 NOWHERE = "postgresql://postgres@127.0.0.1:1/postgres"

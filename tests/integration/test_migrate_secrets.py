@@ -221,7 +221,7 @@ async def test_a_password_is_hidden_in_every_form_in_which_programs_show_it(post
 )
 def test_a_wrong_command_line_shows_no_dsn(line, capsys, monkeypatch):
     """The status is 2, and the message does without what may hold a password."""
-    from resilient_pool.cli import main
+    from resilient_pool.cli.main import main
 
     monkeypatch.delenv("DATABASE_URL", raising=False)
     words = [word.format(url=url(), password=CANARY, bare=url().partition("//")[2]) for word in line.split()]
@@ -250,7 +250,7 @@ def test_a_wrong_command_line_shows_no_dsn(line, capsys, monkeypatch):
 )
 def test_a_wrong_command_line_says_what_is_wrong(line, message, capsys, monkeypatch):
     """And what was meant, before the database is waited for."""
-    from resilient_pool.cli import main
+    from resilient_pool.cli.main import main
 
     monkeypatch.setenv("DATABASE_URL", "postgresql://postgres@127.0.0.1:1/postgres")
     try:

@@ -16,7 +16,7 @@ import asyncpg
 import pytest
 
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy, PausingServer, TlsCertificates
-from resilient_pool.testing._refusals import RefusalWatch
+from resilient_pool.testing._syn_sniffer import RefusalWatch
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 RESUME = 0.4

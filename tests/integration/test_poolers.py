@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool
-from resilient_pool.observe.events import PoolerDetected
+from resilient_pool.events import PoolerDetected
 
 
 class Proxy:

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool
-from resilient_pool.core.wire import Link, ReadOnly
+from resilient_pool.pooling.driver import Link, ReadOnly
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 

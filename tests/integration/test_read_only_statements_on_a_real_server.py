@@ -8,8 +8,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from resilient_pool.policy.stable_functions import STABLE_FUNCTIONS
-from resilient_pool.policy.statements import StatementReader
+from resilient_pool.sql.read_only import StatementReader
+from resilient_pool.sql.stable_functions import STABLE_FUNCTIONS
 
 ROOT = Path(__file__).parents[2]
 TEXTS = runpy.run_path(str(ROOT / "tests" / "statement_texts.py"))

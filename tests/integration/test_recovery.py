@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import AcquireTimeoutError, OutcomeUnknownError, ResilientPool
-from resilient_pool.observe.events import GateClosed, GateOpened
+from resilient_pool.events import GateClosed, GateOpened
 from resilient_pool.testing import PausingServer
 
 WAYS = ["hang", "refuse", "reset", "57P03", "28000"]

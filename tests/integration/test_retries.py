@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import OutcomeUnknownError, ResilientPool, RetryBudget
-from resilient_pool.observe.events import PoolerDetected, RetryScheduled
+from resilient_pool.events import PoolerDetected, RetryScheduled
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 

@@ -11,7 +11,8 @@ import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool
-from resilient_pool.testing import EmbeddedPostgres, End, Point, Refusal, ScriptedServer, TlsCertificates, _messages
+from resilient_pool.testing import EmbeddedPostgres, End, Point, Refusal, ScriptedServer, TlsCertificates
+from resilient_pool.testing import _protocol as _messages
 
 # From this version on asyncpg passes on what the server said before it closed a connection.
 TELLS_THE_REASON = tuple(int(part) for part in asyncpg.__version__.split(".")[:2]) >= (0, 32)

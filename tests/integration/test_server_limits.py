@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import BackoffPolicy, ResilientPool
-from resilient_pool.observe.events import GateClosed
+from resilient_pool.events import GateClosed
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 

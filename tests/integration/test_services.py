@@ -24,8 +24,8 @@ import asyncpg
 import pytest
 
 from resilient_pool import BackoffPolicy, OutcomeUnknownError, ResilientPool
-from resilient_pool.policy.classifier import PostgresClassifier
-from resilient_pool.policy.verdict import Failure, Outcome, Phase, Verdict
+from resilient_pool.retry.classifier import PostgresClassifier
+from resilient_pool.retry.verdict import Failure, Outcome, Phase, Verdict
 from resilient_pool.testing import End, Point, Refusal, ScriptedServer
 
 # From this version on asyncpg passes on what the server said before it closed a connection, and tells an error in answer

@@ -3,8 +3,8 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from resilient_pool.config import PoolConfig
-from resilient_pool.settings_names import SETTINGS_NAMES
+from resilient_pool.config.pool_config import PoolConfig
+from resilient_pool.config.settings_names import SETTINGS_NAMES
 
 
 @pytest.mark.parametrize("server", ["postgres16", "postgres"])

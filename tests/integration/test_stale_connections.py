@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 from resilient_pool import ResilientPool
-from resilient_pool.observe.events import DiscardReason
+from resilient_pool.events import DiscardReason
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy, TlsCertificates
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

@@ -12,7 +12,7 @@ import pytest
 from cut import Cut
 
 from resilient_pool import BackoffPolicy, ResilientPool
-from resilient_pool.observe.events import OutcomeResolved, RetryScheduled
+from resilient_pool.events import OutcomeResolved, RetryScheduled
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 PROMPT = BackoffPolicy(base=0.001, max_value=0.002, jitter=None, max_attempts=None)

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool
-from resilient_pool.observe.events import RetryScheduled
+from resilient_pool.events import RetryScheduled
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 

@@ -36,8 +36,8 @@ from resilient_pool import (
     profiles,
     run_migration,
 )
+from resilient_pool.execution.transaction import Attempt, Isolation, RetriedTransaction, TransactionOptions
 from resilient_pool.testing import End, Point, Refusal, ScriptedServer
-from resilient_pool.transaction import Attempt, Isolation, RetriedTransaction, TransactionOptions
 
 DSN = "postgresql://shop@localhost/shop"
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from resilient_pool import ResilientPool, profiles
-from resilient_pool.config import PoolConfig
+from resilient_pool.config.pool_config import PoolConfig
 
 DSN = "postgresql://shop@localhost/shop"
 

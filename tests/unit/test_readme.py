@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import resilient_pool
-from resilient_pool.config import ARGUMENTS
-from resilient_pool.observe import events
-from resilient_pool.observe.events import Event
-from resilient_pool.policy.verdict import Outcome
+from resilient_pool import events
+from resilient_pool.config.pool_config import ARGUMENTS
+from resilient_pool.events import Event
+from resilient_pool.retry.verdict import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

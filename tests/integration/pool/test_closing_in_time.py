@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool
-from resilient_pool.observe.events import ConnectionDiscarded, DiscardReason
+from resilient_pool.events import ConnectionDiscarded, DiscardReason
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from resilient_pool import AcquireTimeoutError
-from resilient_pool.core.clock import SystemClock
-from resilient_pool.observe.events import DiscardReason
+from resilient_pool.clock import SystemClock
+from resilient_pool.events import DiscardReason
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 

@@ -9,7 +9,7 @@ import json
 import asyncpg
 import pytest
 
-from resilient_pool.observe.events import ConnectionDiscarded, DiscardReason
+from resilient_pool.events import ConnectionDiscarded, DiscardReason
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 

@@ -7,7 +7,7 @@ import asyncio
 import asyncpg
 import pytest
 
-from resilient_pool.observe.events import DiscardReason
+from resilient_pool.events import DiscardReason
 from resilient_pool.testing import ScriptedClock
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])

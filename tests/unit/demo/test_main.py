@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from resilient_pool.demo.__main__ import main
-from resilient_pool.demo.performance import Performance
-from resilient_pool.demo.score import Answer, Ledger
+from demo.__main__ import main
+from demo.results import Answer, Ledger
+from demo.scenario import Performance
 
 
 def perform(monkeypatch: pytest.MonkeyPatch, *, lost: int = 0, attempts: int = 1) -> None:

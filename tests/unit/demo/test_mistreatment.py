@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from resilient_pool.demo.mistreatment import ACTS, least_seconds, schedule
+from demo.faults import ACTS, least_seconds, schedule
 
 
 @pytest.mark.parametrize("spare", [0.0, 13.0])

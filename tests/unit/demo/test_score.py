@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from resilient_pool.demo.score import Answer, Ledger, Night, Score, failings, most_attempts
+from demo.results import Answer, Ledger, Night, Score, failings, most_attempts
 
 
 def answer(kind: str = "read", row: int | None = None, error: str | None = None, seconds: float = 1.0) -> Answer:

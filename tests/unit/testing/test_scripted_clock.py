@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from resilient_pool.core.clock import Clock
+from resilient_pool.clock import Clock
 from resilient_pool.testing import ScriptedClock
 
 

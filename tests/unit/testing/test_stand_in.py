@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 
-from resilient_pool.testing import _messages
-from resilient_pool.testing._messages import Message, compose
+from resilient_pool.testing import _protocol as _messages
+from resilient_pool.testing._protocol import Message, compose
 from resilient_pool.testing._stand_in import SPOILT, Login, StandIn
 
 STARTUP = Message(kind=b"", data=struct.pack("!ii", 8, 196608))

@@ -1,0 +1,263 @@
+"""Looks at a database and at how a pool would meet it: `examine` asks the server, `diagnose` judges, and neither changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Literal
+
+from resilient_pool.config.pool_config import PoolConfig, SealedDsn
+from resilient_pool.config.secrets import Secret
+from resilient_pool.errors import ConfigurationError
+from resilient_pool.events import Event, Observer, PoolerDetected
+from resilient_pool.pool import ResilientPool
+from resilient_pool.retry.backoff import BackoffPolicy
+
+Level = Literal["ok", "advice", "problem"]
+
+_OLDEST_TESTED, _RESOLVES_COMMITS = 16, 13
+_TOLERATED_SKEW = 2.0
+_MARGIN = 5.0
+_CONNECT_TIMEOUT = 10.0
+_NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
+
+_QUESTION = """
+    SELECT pg_catalog.current_setting('server_version_num')::int AS version,
+           pg_catalog.pg_is_in_recovery() AS standby,
+           EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8 AS idle,
+           pg_catalog.current_setting('synchronous_commit') AS commits,
+           COALESCE(s.ssl, false) AS tls, s.version AS tls_version,
+           COALESCE(pg_catalog.host(pg_catalog.inet_client_addr()) !~ '^(127[.]|::1$)', false) AS remote,
+           r.rolsuper OR pg_catalog.pg_has_role(r.rolname, 'pg_signal_backend', 'MEMBER') AS may_terminate,
+           r.rolname AS role, EXTRACT(epoch FROM pg_catalog.clock_timestamp())::float8 AS clock
+    FROM pg_catalog.pg_roles r LEFT JOIN pg_catalog.pg_stat_ssl s ON s.pid = pg_catalog.pg_backend_pid()
+    WHERE r.rolname = current_user
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a server.
+
+    Attributes:
+        version: Its number, as in `server_version_num`.
+        standby: Whether it is in recovery.
+        idle: After how many idle seconds it ends a session; 0 or `None` for never.
+        commits: Its `synchronous_commit`.
+        tls: Whether the connection is encrypted.
+        tls_version: How.
+        remote: Whether the connection came over a network.
+        may_terminate: Whether our role may terminate other roles' sessions.
+        role: Our role.
+        skew: By how many seconds its clock is ahead of ours.
+        pooler: Whether a pooler stands in between.
+    """
+
+    version: int
+    standby: bool
+    idle: float | None
+    commits: str
+    tls: bool
+    tls_version: str | None
+    remote: bool
+    may_terminate: bool
+    role: str
+    skew: float
+    pooler: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        check: What was looked at.
+        level: `"ok"`, `"advice"` for what could be better, or `"problem"` for what will fail.
+        text: What was found, in plain words.
+        change: The setting to change, and how; nothing where the level is `"ok"`.
+    """
+
+    check: str
+    level: Level
+    text: str
+    change: str = ""
+
+
+async def examine(
+    dsn: SealedDsn,
+    *,
+    deadline: float,
+    backoff: BackoffPolicy,
+    observers: Iterable[Observer] = (),
+    arguments: Mapping[str, object] = _NO_ARGUMENTS,
+) -> tuple[Finding, ...]:
+    """Wait for a database, ask it, and judge what it says together with what the DSN says.
+
+    Args:
+        dsn: Where it is, sealed.
+        deadline: How many seconds to wait for it.
+        backoff: When to try again meanwhile.
+        observers: Are told what the waiting pool tells.
+        arguments: Other arguments of the application's pool that are to be judged.
+
+    Raises:
+        ConfigurationError: The DSN or an argument is wrong.
+        Exception: The driver's own error, if the database never came.
+    """
+    config = PoolConfig.from_arguments(dsn, **arguments)  # before the database is waited for
+    poolers: list[Event] = []
+
+    def notice(event: Event) -> None:
+        if isinstance(event, PoolerDetected):
+            poolers.append(event)
+
+    pool = ResilientPool(
+        dsn, max_size=1, reconnect=backoff, deadline=deadline, timeout=_CONNECT_TIMEOUT, observers=[notice, *observers]
+    )
+    async with pool:
+        await pool.fetchval("SELECT 1")  # so that the next one measures a round trip, and no connecting
+        before = datetime.now(UTC).timestamp()
+        row = dict(await pool.fetchrow(_QUESTION) or {})
+        after = datetime.now(UTC).timestamp()
+    skew = row.pop("clock") - (before + after) / 2
+    facts = Facts(**row, skew=skew, pooler=bool(poolers))
+    return (*_refusals(dsn), *diagnose(facts, config))
+
+
+def _refusals(dsn: SealedDsn) -> Iterator[Finding]:
+    """Yield what the pool itself, which takes no words of other programs, would say of the DSN."""
+    if not isinstance(dsn, Secret):
+        return
+    try:
+        PoolConfig.from_arguments(Secret(dsn.reveal()))
+    except ConfigurationError as error:
+        text = f"the pool refuses it, though it can be read: {error}"
+        change = "take these words out of the application's DSN, and give the arguments to the pool"
+        yield Finding(check="dsn", level="problem", text=text, change=change)
+
+
+def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
+    """Judge what is known of a server and of a pool's configuration, without asking anybody."""
+    return (
+        _version(facts),
+        _idle_sessions(facts, config),
+        _pausing(config),
+        _keepalive(config),
+        _pooler(facts, config),
+        _encryption(facts),
+        _durability(facts),
+        _permissions(facts),
+        _clock(facts),
+        _role_of_server(facts, config),
+    )
+
+
+def _with(config: PoolConfig, name: str) -> str:
+    """Say on which setting a statement rests, since the application's pool may have another one."""
+    value, default = getattr(config, name), PoolConfig.__dataclass_fields__[name].default
+    return f"with the default {name} ({value:g})" if value == default else f"with {name}={value:g}"
+
+
+def _version(facts: Facts) -> Finding:
+    check, major = "server version", facts.version // 10000
+    if major < _RESOLVES_COMMITS:
+        text = f"PostgreSQL {major} cannot be asked what became of a COMMIT in the way that this package asks"
+        return Finding(check=check, level="problem", text=text, change="upgrade, or pass resolve_commit=False")
+    text = f"PostgreSQL {major}: a COMMIT whose answer was lost can be resolved, except after a crash or a failover"
+    if major >= _OLDEST_TESTED:
+        return Finding(check=check, level="ok", text=f"{text}; a pool with commit_log= resolves it then too")
+    text += f"; this package is tested on {_OLDEST_TESTED} and newer"
+    return Finding(check=check, level="advice", text=text, change=f"upgrade to PostgreSQL {_OLDEST_TESTED} or newer")
+
+
+def _idle_sessions(facts: Facts, config: PoolConfig) -> Finding:
+    check, lifetime = "idle sessions", config.max_inactive_connection_lifetime
+    if not facts.idle:
+        return Finding(check=check, level="ok", text="the server ends no idle sessions by itself")
+    known = f"the server ends sessions that are idle for {facts.idle:g} s (idle_session_timeout)"
+    if lifetime and lifetime < facts.idle:
+        text = f"{known}; the pool closes its own before, {_with(config, 'max_inactive_connection_lifetime')}"
+        return Finding(check=check, level="ok", text=text)
+    return Finding(
+        check=check,
+        level="advice",
+        text=f"{known}, before the pool closes them by itself; each costs a new connection at its next use",
+        change=f"max_inactive_connection_lifetime={max(facts.idle - _MARGIN, facts.idle / 2):g}",
+    )
+
+
+def _pausing(config: PoolConfig) -> Finding:
+    if not config.min_size:
+        text = f"{_with(config, 'min_size')}, an idle pool keeps nothing open, so the database can pause"
+        return Finding(check="pausing", level="ok", text=text)
+    text = f"min_size={config.min_size} keeps connections open, and a serverless database awake"
+    return Finding(check="pausing", level="advice", text=text, change="min_size=0, if the database should pause")
+
+
+def _keepalive(config: PoolConfig) -> Finding:
+    if config.tcp_keepalive and config.tcp_user_timeout is not None:
+        text = f"a server that vanishes is noticed within seconds, {_with(config, 'tcp_user_timeout')}"
+        return Finding(check="keepalive", level="ok", text=text)
+    text = "a server that vanishes without a word may hang a query for a quarter of an hour"
+    return Finding(check="keepalive", level="advice", text=text, change="tcp_keepalive=True, tcp_user_timeout=30")
+
+
+def _pooler(facts: Facts, config: PoolConfig) -> Finding:
+    if not facts.pooler:
+        return Finding(check="pooler", level="ok", text="no pooler stands in between; prepared statements are safe")
+    if config.statement_cache_size:
+        return Finding(
+            check="pooler",
+            level="problem",
+            text="a pooler stands in between, and named prepared statements can return another query's result there",
+            change="statement_cache_size=0, or leave it out",
+        )
+    text = "a pooler stands in between; the pool does without named prepared statements"
+    return Finding(check="pooler", level="ok", text=text)
+
+
+def _encryption(facts: Facts) -> Finding:
+    if facts.tls:
+        return Finding(check="encryption", level="ok", text=f"the connection is encrypted ({facts.tls_version})")
+    if facts.remote and not facts.pooler:
+        text = "the connection comes over a network and is not encrypted"
+        return Finding(check="encryption", level="advice", text=text, change="sslmode=verify-full, or at least require")
+    text = "the server sees no encryption, on a connection from the same machine or a pooler's"
+    return Finding(check="encryption", level="ok", text=text)
+
+
+def _durability(facts: Facts) -> Finding:
+    if facts.commits != "off":
+        text = f"synchronous_commit is {facts.commits}: what was committed survives a crash of the server"
+        return Finding(check="durability", level="ok", text=text)
+    text = "synchronous_commit is off: a crash of the server loses what it has just said it committed"
+    return Finding(check="durability", level="advice", text=text, change="synchronous_commit=on")
+
+
+def _permissions(facts: Facts) -> Finding:
+    if facts.may_terminate:
+        return Finding(check="permissions", level="ok", text=f"{facts.role} may terminate other roles' sessions")
+    text = (
+        f"{facts.role} may terminate its own sessions, but not other roles'; should it have to end what holds up a "
+        f"migration, that takes GRANT pg_signal_backend TO {facts.role}"
+    )
+    return Finding(check="permissions", level="ok", text=text)
+
+
+def _clock(facts: Facts) -> Finding:
+    text = f"the server's clock and this machine's differ by {abs(facts.skew):.1f} s"
+    if abs(facts.skew) <= _TOLERATED_SKEW:
+        return Finding(check="clock", level="ok", text=text)
+    change = "synchronise both with NTP; the pool does not mind, but passwords and tokens that expire do"
+    return Finding(check="clock", level="advice", text=text, change=change)
+
+
+def _role_of_server(facts: Facts, config: PoolConfig) -> Finding:
+    wanted = config.target_session_attrs
+    if facts.standby and wanted not in ("standby", "read-only", "prefer-standby"):
+        text = "the server is a standby and accepts no writes"
+        return Finding(check="role", level="problem", text=text, change="another host, or target_session_attrs=primary")
+    kind: Sequence[str] = ("primary", "standby")
+    return Finding(check="role", level="ok", text=f"the server is a {kind[facts.standby]}")

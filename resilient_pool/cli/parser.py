@@ -1,0 +1,69 @@
+"""A parser of command lines whose errors show nothing that may hold a password."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from resilient_pool._validation import nearest
+from resilient_pool.config.secrets import MASK, scrub
+from resilient_pool.migrations.output import may_hold_a_password, secrets_around
+
+_LONG_OPTION = re.compile(r"--[a-z][a-z0-9-]{0,40}", re.IGNORECASE)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes options by their whole names, and shows of a wrong command line only what is certain to be harmless.
+
+    Args:
+        given: The command line to be read.
+        settings: What `argparse.ArgumentParser` takes.
+    """
+
+    def __init__(self, *, given: Sequence[str], **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        self._given = tuple(given)
+
+    def error(self, message: str) -> NoReturn:
+        """Write the usage and a message without what may be secret, and exit with 2."""
+        super().error(without_arguments(message, self._given))
+
+    def refuse_unknown(self, extras: Sequence[str], before: str = "") -> None:
+        """End with an error if there are arguments that were not understood; their values are not shown.
+
+        Args:
+            extras: What `parse_known_args` left over.
+            before: What to say first.
+        """
+        if not extras:
+            return
+        options = [extra for extra in extras if extra.startswith("-") and extra != "-"]
+        if not options:
+            self.error(
+                f"{before}unexpected arguments, {len(extras)} of them; the database is named by --dsn or DATABASE_URL"
+            )
+        name = options[0].partition("=")[0]
+        if _LONG_OPTION.fullmatch(name) is None:
+            self.error(f"{before}unknown option {name[:2]}")
+        self.error(f"{before}unknown option {name}{nearest(name, self._option_string_actions)}")
+
+
+def without_arguments(text: str, given: Iterable[str]) -> str:
+    """Return a text without what may hold a password of the command line that it speaks of."""
+    given = tuple(given)
+    for argument in given:
+        for telling in _tellings_in(argument):
+            for form in (repr(telling)[1:-1], telling):
+                text = text.replace(form, MASK)
+    return scrub(text, secrets_around(given))
+
+
+def _tellings_in(argument: str) -> Iterable[str]:
+    """Yield an argument, or the value in it, if that may hold a password."""
+    name, equals, value = argument.partition("=")
+    if equals and _LONG_OPTION.fullmatch(name):
+        argument = value
+    if may_hold_a_password(argument):
+        yield argument

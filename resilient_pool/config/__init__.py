@@ -1,0 +1,1 @@
+"""What the application says, validated: the constructor's arguments, DSNs, password files, secrets."""

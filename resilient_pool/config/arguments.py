@@ -1,0 +1,79 @@
+"""The constructor's arguments as a type checker sees them; `config.py` says what they mean and checks them."""
+
+from __future__ import annotations
+
+import os
+import ssl as ssl_module
+from asyncio import AbstractEventLoop
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TypedDict
+
+import asyncpg
+
+from resilient_pool.config.pool_config import CredentialsSource, PasswordSource, SessionReset, TimeSource
+from resilient_pool.events import Observer
+from resilient_pool.retry.backoff import BackoffPolicy
+from resilient_pool.retry.budget import RetryBudget
+from resilient_pool.retry.verdict import Classifier
+
+
+class ConnectArguments(TypedDict, total=False):
+    """What `asyncpg.connect` takes; the README has a table of units and defaults."""
+
+    dsn: str | None
+    host: str | Sequence[str] | None
+    port: int | Sequence[int] | None
+    user: str | None
+    password: str | PasswordSource | None
+    credentials: CredentialsSource | None
+    passfile: str | os.PathLike[str] | None
+    service: str | None
+    servicefile: str | os.PathLike[str] | None
+    database: str | None
+    timeout: float | None
+    statement_cache_size: int | None
+    max_cached_statement_lifetime: float
+    max_cacheable_statement_size: int
+    command_timeout: float | None
+    ssl: str | bool | ssl_module.SSLContext | None
+    direct_tls: bool | None
+    server_settings: Mapping[str, str] | None
+    target_session_attrs: str | None
+    krbsrvname: str | None
+    gsslib: str | None
+
+
+class PoolArguments(ConnectArguments, total=False):
+    """What `ResilientPool` takes; the README has a table of units and defaults."""
+
+    min_size: int
+    max_size: int
+    init_size: int | None
+    max_queries: int
+    max_inactive_connection_lifetime: float
+    connect: Callable[..., Awaitable[object]] | None
+    setup: Callable[..., Awaitable[object]] | None
+    init: Callable[..., Awaitable[object]] | None
+    reset: Callable[..., Awaitable[None]] | None
+    loop: AbstractEventLoop | None
+    connection_class: type[asyncpg.Connection[asyncpg.Record]]
+    record_class: type[asyncpg.Record]
+    classifier: Classifier
+    backoff: BackoffPolicy
+    reconnect: BackoffPolicy
+    deadline: float | None
+    may_pause: bool
+    fail_fast: bool
+    ping_after: float
+    ping_timeout: float
+    max_lifetime: float
+    session_reset: SessionReset
+    reset_timeout: float
+    retry_unknown: bool
+    commit_log: str | None
+    pure_functions: Iterable[str]
+    observers: Iterable[Observer]
+    retry_budget: RetryBudget
+    clock: TimeSource | None
+    tcp_keepalive: bool
+    tcp_user_timeout: float | None

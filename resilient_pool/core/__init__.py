@@ -1,1 +1,0 @@
-"""What moves: connections, slots, waiting and retrying."""

@@ -1,0 +1,335 @@
+"""The only module that says which things can be told about a pool, and that hands them to whoever listens."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, Protocol
+
+from resilient_pool.retry.verdict import Fault, Outcome
+
+_LOGGER = logging.getLogger("resilient_pool")
+
+
+class DiscardReason(StrEnum):
+    """Why a connection was closed by the pool."""
+
+    STALE = "stale"
+    """It had died unnoticed: the socket said so before it was used."""
+    PING_FAILED = "ping_failed"
+    """It was idle for long and did not answer a ping."""
+    EXPIRED_LIFETIME = "expired_lifetime"
+    """It was open for longer than `max_lifetime`."""
+    IDLE = "idle"
+    """It was unused for longer than `max_inactive_connection_lifetime`."""
+    MAX_QUERIES = "max_queries"
+    """It had served as many operations as `max_queries` allows."""
+    GENERATION = "generation"
+    """It was opened before `expire_connections()`, or before a failure that condemned all older connections."""
+    FAILED = "failed"
+    """An operation failed on it in a way that leaves it unfit."""
+    RESET_FAILED = "reset_failed"
+    """Its session could not be reset in time after use."""
+    CLOSED = "closed"
+    """The application closed it itself."""
+    CLOSING = "closing"
+    """The pool is closing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened. It never carries SQL text, arguments or secrets.
+
+    Attributes:
+        name: The dotted name of this kind of event, the same in every version.
+    """
+
+    name: ClassVar[str] = "pool.event"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionOpened(Event):
+    """A connection was opened and is ready for use.
+
+    Attributes:
+        elapsed: What opening took, in seconds.
+        server_pid: The process id the server gave in its handshake.
+        size: How many connections the pool has now, this one included.
+    """
+
+    name: ClassVar[str] = "pool.connection.opened"
+    elapsed: float
+    server_pid: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionDiscarded(Event):
+    """A connection was closed by the pool, or found closed.
+
+    Attributes:
+        reason: Why.
+        age: How long it had been open, in seconds.
+        server_pid: The process id the server gave in its handshake.
+        error: What its reset raised, the application's own `reset=` for one: type and message, without secrets. `None` with
+            any other reason.
+    """
+
+    name: ClassVar[str] = "pool.connection.discarded"
+    reason: DiscardReason
+    age: float
+    server_pid: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryScheduled(Event):
+    """An attempt failed, and another one follows.
+
+    Attributes:
+        operation: The kind of operation, such as `"fetch"`.
+        fault: The kind of trouble.
+        outcome: What the failed attempt is known to have done.
+        sqlstate: The nearest SQLSTATE, or `None` if the server sent none.
+        attempt: Which attempt failed; the first is 1.
+        delay: How long the pool waits before the next attempt, in seconds.
+        elapsed: Seconds since the operation began.
+    """
+
+    name: ClassVar[str] = "pool.retry.scheduled"
+    operation: str
+    fault: Fault
+    outcome: Outcome
+    sqlstate: str | None
+    attempt: int
+    delay: float
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryExhausted(Event):
+    """An attempt failed in a way that waiting cures, but no further attempt is allowed.
+
+    Attributes:
+        operation: The kind of operation, such as `"fetch"`.
+        reason: What forbade it, such as the deadline or the number of attempts.
+        fault: The kind of trouble.
+        outcome: What the last attempt is known to have done.
+        sqlstate: The nearest SQLSTATE, or `None` if the server sent none.
+        attempt: Which attempt failed; the first is 1.
+        elapsed: Seconds since the operation began.
+    """
+
+    name: ClassVar[str] = "pool.retry.exhausted"
+    operation: str
+    reason: str
+    fault: Fault
+    outcome: Outcome
+    sqlstate: str | None
+    attempt: int
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomeUnknown(Event):
+    """A statement that may write was lost on the way, and it was not repeated.
+
+    Attributes:
+        operation: The kind of operation, such as `"execute"`.
+        fault: The kind of trouble.
+        outcome: Always `Outcome.UNKNOWN`; here so that every failure is logged with the same fields.
+        sqlstate: The nearest SQLSTATE, or `None` if the server sent none.
+        attempt: Which attempt failed; the first is 1.
+        elapsed: Seconds since the operation began.
+    """
+
+    name: ClassVar[str] = "pool.outcome.unknown"
+    operation: str
+    fault: Fault
+    outcome: Outcome = Outcome.UNKNOWN
+    sqlstate: str | None
+    attempt: int
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomeResolved(Event):
+    """The answer to a COMMIT was lost, and what became of the transaction is known nevertheless.
+
+    Attributes:
+        operation: Always `"transaction"`.
+        answer: `"committed"` or `"aborted"`.
+        xid: The transaction's id, or `None` if it had none.
+        elapsed: What finding out took, in seconds.
+    """
+
+    name: ClassVar[str] = "pool.outcome.resolved"
+    operation: str
+    answer: str
+    xid: int | None
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateClosed(Event):
+    """The server cannot be reached: one prober tries, and everybody else waits.
+
+    Attributes:
+        fault: The kind of trouble.
+        sqlstate: The nearest SQLSTATE, or `None` if the server sent none.
+    """
+
+    name: ClassVar[str] = "pool.gate.closed"
+    fault: Fault
+    sqlstate: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateOpened(Event):
+    """The server was reached again.
+
+    Attributes:
+        attempts: How many attempts had failed.
+        elapsed: Seconds since the first of them.
+    """
+
+    name: ClassVar[str] = "pool.gate.opened"
+    attempts: int
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolerDetected(Event):
+    """A pooler stands between this process and PostgreSQL. Told once per pool.
+
+    Attributes:
+        handshake_pid: The process id given in the handshake.
+        backend_pid: What `pg_backend_pid()` answered on the same connection.
+        statement_cache_size: The size that this pool's connections use from now on; 0 is none.
+    """
+
+    name: ClassVar[str] = "pool.pooler.detected"
+    handshake_pid: int
+    backend_pid: int
+    statement_cache_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationStarted(Event):
+    """A migration begins to run.
+
+    Attributes:
+        migration: The command without secrets, the directory, or the function's name.
+        attempt: Which attempt this is; the first is 1.
+        elapsed: Seconds since `run_migration` was called.
+    """
+
+    name: ClassVar[str] = "migration.started"
+    migration: str
+    attempt: int
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationRepeated(Event):
+    """A migration could not connect, and is run again.
+
+    Attributes:
+        reason: What it said, without secrets.
+        attempt: Which attempt failed; the first is 1.
+        delay: Seconds until the next attempt.
+        elapsed: Seconds since `run_migration` was called.
+    """
+
+    name: ClassVar[str] = "migration.repeated"
+    reason: str
+    attempt: int
+    delay: float
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationLockWaited(Event):
+    """A migration waits for another one to end. Told once for each other one.
+
+    Attributes:
+        holder: Whom it waits for, as far as the server tells.
+        elapsed: How long it has waited so far, in seconds.
+    """
+
+    name: ClassVar[str] = "migration.lock.waited"
+    holder: str
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationLockLost(Event):
+    """The connection that holds the lock was lost while a migration ran; another one may have begun.
+
+    Attributes:
+        losses: How often that has happened to this migration.
+    """
+
+    name: ClassVar[str] = "migration.lock.lost"
+    losses: int
+
+
+class Observer(Protocol):
+    """Whatever wants to be told. It is called in the event loop, between two steps of an operation: it must not block.
+
+    It is a plain function: a coroutine function is refused, since there is no one to await it.
+    """
+
+    def __call__(self, event: Event, /) -> None:
+        """Take note of `event`."""
+        ...
+
+
+def is_observer(value: object) -> bool:
+    """Whether something can be called with an event, and need not be awaited."""
+    return callable(value) and not any(
+        inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call)
+        for call in (value, getattr(value, "__call__", None))  # noqa: B004 - what `callable` looks for may be asynchronous
+    )
+
+
+class Dispatcher:
+    """Tells every observer, in order, and lets none of them break a call.
+
+    It is false when nobody listens, so that whoever has something to tell can ask first and not even make the event.
+
+    Args:
+        observers: Who is told.
+    """
+
+    __slots__ = ("_observers", "_reported")
+
+    def __init__(self, observers: Iterable[Observer] = ()) -> None:
+        self._observers = tuple(observers)
+        self._reported: set[int] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._observers)
+
+    def tell(self, event: Event) -> None:
+        """Hand `event` to every observer; an observer's exception is logged, once for each observer, and forgotten."""
+        for position, observer in enumerate(self._observers):
+            try:
+                returned: object = observer(event)  # type: ignore[func-returns-value]
+                if returned is not None and inspect.iscoroutine(returned):
+                    returned.close()
+                    self._report(
+                        position, event, TypeError("an observer must not return a coroutine: it is not awaited")
+                    )
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is not the caller's trouble
+                self._report(position, event, error)
+
+    def _report(self, position: int, event: Event, error: Exception) -> None:
+        # Once: an observer that always fails would otherwise write as much as the pool does.
+        if position in self._reported:
+            return
+        self._reported.add(position)
+        _LOGGER.error("an observer failed at %s; its further failures are not reported", event.name, exc_info=error)

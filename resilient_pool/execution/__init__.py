@@ -1,0 +1,1 @@
+"""How a statement is run: attempts, retries, transactions, and what became of a lost COMMIT."""

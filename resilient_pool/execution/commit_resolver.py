@@ -1,0 +1,492 @@
+"""Asks the server about transactions: who one is before its COMMIT, and what became of it when the answer was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import asyncpg
+
+from resilient_pool.clock import Clock
+from resilient_pool.config.pool_config import PoolConfig
+from resilient_pool.events import Dispatcher, OutcomeResolved
+from resilient_pool.execution.connection import Lender
+from resilient_pool.pooling.driver import AnyConnection, Link
+from resilient_pool.pooling.resource_pool import Slot
+from resilient_pool.retry.commit_status import Abilities, Answer, Epoch, Mark, Reply, Token, judge, judge_token
+
+_LOGGER = logging.getLogger("resilient_pool")
+
+_EPOCH_FUNCTIONS = ("pg_control_system()", "pg_current_wal_lsn()", "pg_walfile_name(pg_lsn)")
+
+
+def _may_execute(role: str) -> str:
+    asked = (
+        f"pg_catalog.has_function_privilege({role}pg_catalog.to_regprocedure('pg_catalog.{name}'), 'EXECUTE')"
+        for name in _EPOCH_FUNCTIONS
+    )
+    return f"coalesce({' AND '.join(asked)}, false)"
+
+
+_ABILITIES = f"""
+    SELECT pg_catalog.to_regprocedure('pg_catalog.pg_xact_status(xid8)') IS NOT NULL AS ids,
+           {_may_execute("")} AS epoch,
+           {_may_execute("'public', ")} AS epoch_for_all,
+           pg_catalog.current_setting('transaction_read_only')::bool AS read_only
+"""
+# Absent is something else than closed to us.
+_LOG = """
+    SELECT pg_catalog.to_regclass($1) IS NOT NULL,
+           coalesce(pg_catalog.has_table_privilege(pg_catalog.to_regclass($1), 'INSERT'), false)
+"""
+# Of a standby the last two cannot be asked. The checkpoint's timeline lags behind a promotion; the one that is written now does not.
+_EPOCH = """
+    (SELECT system_identifier::text FROM pg_catalog.pg_control_system()) AS system,
+    CASE WHEN NOT pg_catalog.pg_is_in_recovery()
+         THEN pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8) END AS timeline,
+    (SELECT EXTRACT(epoch FROM stats_reset)::text FROM pg_catalog.pg_stat_bgwriter) AS stats_reset
+"""
+_NO_EPOCH = "NULL::text AS system, NULL::text AS timeline, NULL::text AS stats_reset"
+# It gives the transaction an id: that it had none would prove nothing, since notifications, cursors WITH HOLD and foreign
+# tables need none before COMMIT.
+_ID = """
+    pg_catalog.pg_is_in_recovery() AS in_recovery,
+    CASE WHEN NOT pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_current_xact_id()::text END AS xid
+"""
+_NO_ID = "false AS in_recovery, NULL::text AS xid"
+# The server's time stands in the token itself (as in a UUID of version 7) and beside it. Both must be past before it is
+# deleted. now() would be when the transaction began, which may be long ago.
+_MARK_WITH_ROW = """
+    INSERT INTO {log} (token, written_at)
+    SELECT (pg_catalog.lpad(pg_catalog.to_hex((EXTRACT(epoch FROM at) * 1000)::bigint), 12, '0') || '7'
+            || pg_catalog.substr($1::text, 14))::uuid, at
+    FROM (SELECT pg_catalog.clock_timestamp() AS at OFFSET 0) AS clock
+    RETURNING {told}, token::text AS token, EXTRACT(epoch FROM written_at)::float8 AS written_at,
+              tableoid::text || '/' || pg_catalog.pg_relation_filenode(tableoid) AS log
+"""
+_STATUS = f"""
+    SELECT in_recovery, system, timeline, stats_reset,
+           CASE WHEN NOT in_recovery AND (system, timeline, stats_reset) = ($2::text, $3::text, $4::text)
+                THEN pg_catalog.pg_xact_status($1::text::xid8) END AS status
+    FROM (SELECT pg_catalog.pg_is_in_recovery() AS in_recovery, {_EPOCH} OFFSET 0) AS now
+"""  # noqa: S608 - nothing in it comes from outside
+# One that waits for a standby has committed here already: ending its wait would call durable what is not yet.
+_TERMINATE = """
+    SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+    WHERE backend_xid = $1::text::xid AND pid <> pg_catalog.pg_backend_pid()
+      AND wait_event IS DISTINCT FROM 'SyncRep' AND (state = 'idle in transaction' OR $2::bool)
+"""
+_FENCE = """
+    INSERT INTO {log} (token, written_at, fenced) VALUES ($1::text::uuid, pg_catalog.clock_timestamp(), true)
+    ON CONFLICT (token) DO NOTHING
+"""
+_FENCED = """
+    SELECT (SELECT fenced FROM {log} WHERE token = $1::text::uuid) AS fenced,
+           EXTRACT(epoch FROM pg_catalog.clock_timestamp())::float8 AS now,
+           pg_catalog.to_regclass($2)::oid::text || '/'
+           || pg_catalog.pg_relation_filenode(pg_catalog.to_regclass($2)) AS log
+"""
+# An hour longer than absence is taken for evidence: the clocks of two servers may differ.
+_PRUNE = """
+    DELETE FROM {log} WHERE token IN (
+        SELECT token FROM {log}
+        WHERE written_at < pg_catalog.now() - interval '25 hours'
+          AND (pg_catalog.substr(token::text, 15, 1) <> '7'
+               OR ('x' || pg_catalog.translate(pg_catalog.left(token::text, 13), '-', ''))::bit(48)::bigint
+                  < EXTRACT(epoch FROM pg_catalog.now() - interval '25 hours') * 1000)
+        LIMIT 5000)
+"""
+_ISOLATION = """
+    SELECT pg_catalog.current_setting('default_transaction_isolation'), reset_val
+    FROM pg_catalog.pg_settings WHERE name = 'default_transaction_isolation'
+"""
+
+# The server does not know what it is asked, or the role may not ask. Everything else says nothing about the next time.
+_CANNOT_BE_ASKED = ("42", "0A", "3F")
+_DENIED, _READ_ONLY = "42501", "25006"
+# Without this question of ours the transaction could have gone on.
+_OUR_OWN_FAULT = ("42", "0A", "3F", "23", "22")
+_OUR_OWN_STATES = frozenset({_READ_ONLY, "55P03"})
+
+_ONE_QUESTION = 2.0
+_LAST_WORD = 5.0
+_PRUNE_EVERY = 3600.0
+_SAVEPOINT = "resilient_pool"
+
+Question = Callable[[Link, bool, bool], Awaitable[Answer]]
+
+
+class Inquiry:
+    """Asks, on behalf of one pool.
+
+    Args:
+        config: The name of the commit log, and how to wait.
+        lender: Where connections come from.
+        clock: Counts the deadline.
+        dispatcher: Is told what was resolved.
+    """
+
+    def __init__(self, config: PoolConfig, lender: Lender, clock: Clock, dispatcher: Dispatcher) -> None:
+        self._config = config
+        self._lender = lender
+        self._clock = clock
+        self._dispatcher = dispatcher
+        self._log = config.commit_log
+        # `setup` may take on another role at every use, and without resets one may be left from the use before.
+        self._careful = self._log is not None and (config.setup is not None or config.session_reset == "off")
+        self._sets_up_sessions = config.session_reset == "off" or any(
+            callback is not None for callback in (config.setup, config.init, config.reset, config.connect)
+        )
+        self._warned = False
+        self._pruned: float | None = None
+
+    # Before COMMIT
+
+    async def learn(self, link: Link) -> None:
+        """Find out, once for each connection, what can be asked on it, and make the commit log. No transaction may be open.
+
+        What could not be found out now, for want of time, say, is asked again before the next transaction.
+        """
+        if link.abilities is not None:
+            return
+        try:
+            row = await asyncpg.Connection.fetchrow(link.connection, _ABILITIES)
+        except asyncpg.PostgresError as error:
+            if link.connection.is_closed():
+                raise
+            # Databases that only speak PostgreSQL's protocol lack some of these functions.
+            if _state(error)[:2] in _CANNOT_BE_ASKED:
+                link.abilities = Abilities()
+            return
+        if row is None:
+            return
+        abilities = Abilities(
+            ids=row["ids"],
+            epoch=row["ids"] and row["epoch"],
+            epoch_for_all=row["epoch_for_all"],
+        )
+        if self._log is not None and not row["read_only"]:  # on a standby it is
+            abilities = replace(abilities, log=await self._open_log(link.connection, self._log))
+        link.abilities = abilities
+
+    async def _open_log(self, connection: AnyConnection, log: str) -> bool:
+        there, writable = await asyncpg.Connection.fetchrow(connection, _LOG, log) or (False, False)
+        if there:
+            if not writable:
+                self._warn("the role of the pool may not insert into it")
+            return bool(writable)
+        with contextlib.suppress(
+            # Made in this very moment by somebody else: IF NOT EXISTS does not look that closely.
+            asyncpg.UniqueViolationError,
+            asyncpg.DuplicateTableError,
+            asyncpg.DuplicateObjectError,
+        ):
+            await asyncpg.Connection.execute(
+                connection,
+                f"CREATE TABLE IF NOT EXISTS {log} (token uuid PRIMARY KEY,"
+                " written_at timestamptz NOT NULL DEFAULT now(), fenced bool NOT NULL DEFAULT false)",
+            )
+        return True
+
+    async def mark(self, link: Link, *, readonly: bool, may_change_session: bool) -> Mark:
+        """Ask, inside a transaction, who it is. One round trip; two when a failure of the question is to be undone.
+
+        Args:
+            link: Where the transaction is open.
+            readonly: Whether it was begun read-only, so that it can leave no row in the commit log.
+            may_change_session: Whether it may run under another role than it began with, or may have become read-only.
+
+        Raises:
+            Exception: Whatever the driver raises. The transaction can only be rolled back then.
+        """
+        abilities: Abilities | None = link.abilities
+        known = Abilities(ids=True, epoch=True, log=self._log is not None) if abilities is None else abilities
+        logs = known.log and not readonly
+        if not (logs or known.ids):
+            return Mark()
+        doubtful = may_change_session and (logs or not known.epoch_for_all)
+        if abilities is None or self._careful or doubtful:
+            return await self._mark_carefully(link, known, logs=logs)
+        try:
+            return await self._ask_for_mark(link, known, logs=logs)
+        except asyncpg.PostgresError as error:
+            if is_our_own_fault(error, link):
+                # Another server than the one that was asked what it can do, another role, or a log that was dropped.
+                link.abilities, self._careful = None, True
+            raise
+
+    async def _mark_carefully(self, link: Link, known: Abilities, *, logs: bool) -> Mark:
+        await asyncpg.Connection.execute(link.connection, f"SAVEPOINT {_SAVEPOINT}")
+        for attempt, with_log in ((known, True), (known, False), (replace(known, epoch=False), False)):
+            if with_log and not logs:
+                continue
+            try:
+                return await self._ask_for_mark(link, attempt, logs=with_log)
+            except asyncpg.PostgresError as error:
+                if not is_our_own_fault(error, link):
+                    raise
+                await asyncpg.Connection.execute(link.connection, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+                if with_log and _state(error) != _READ_ONLY:
+                    self._warn(str(error))
+        return Mark()
+
+    async def _ask_for_mark(self, link: Link, known: Abilities, *, logs: bool) -> Mark:
+        told = f"{_ID if known.ids else _NO_ID}, {_EPOCH if known.epoch else _NO_EPOCH}"
+        token = None
+        if logs:
+            row = await asyncpg.Connection.fetchrow(
+                link.connection, _MARK_WITH_ROW.format(log=self._log, told=told), uuid.uuid4().hex
+            )
+            if row is not None:
+                token = Token(value=row["token"], log=row["log"], written_at=row["written_at"])
+        else:
+            row = await asyncpg.Connection.fetchrow(link.connection, f"SELECT {told}")
+        if row is None:
+            return Mark()
+        xid = None if row["xid"] is None else int(row["xid"])
+        return Mark(xid=xid, epoch=_epoch(row), token=token, nothing_written=row["in_recovery"])
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _LOGGER.warning(
+                "the commit log %s cannot be written to: %s. COMMITs are resolved by transaction id only, which a crash or "
+                "a failover makes impossible. GRANT SELECT, INSERT, DELETE ON it to every role that transactions run under",
+                self._log,
+                reason,
+            )
+
+    # After it
+
+    async def resolve(self, slot: Slot[Link] | None, mark: Mark, deadline: float | None) -> Answer:
+        """Find out what became of a transaction.
+
+        Args:
+            slot: Where its COMMIT was lost. Its connection is closed and replaced, and it is taken back.
+            mark: What was known before.
+            deadline: Until when to ask, on the line of `Clock.monotonic()`; at least for five seconds.
+        """
+        started = self._clock.monotonic()
+        answer = await self._ask_until(
+            slot, lambda link, insist, patient: self._ask(link, mark, insist=insist, patient=patient), deadline
+        )
+        if answer in (Answer.COMMITTED, Answer.ABORTED):
+            elapsed = self._clock.monotonic() - started
+            self._dispatcher.tell(
+                OutcomeResolved(operation="transaction", answer=answer.value, xid=mark.xid, elapsed=elapsed)
+            )
+        return answer
+
+    async def vet(
+        self, slot: Slot[Link] | None, texts: tuple[str, ...], deadline: float | None, *, decides: bool | None
+    ) -> Answer:
+        """Find out whether a transaction of nothing but reads, whose COMMIT was lost, left anything to be done.
+
+        Args:
+            slot: Where its COMMIT was lost. Its connection is closed and replaced, and it is taken back.
+            texts: What it sent. Each looks like a read.
+            deadline: Until when to ask.
+            decides: Whether its COMMIT can still have refused what was read; `None` if it ran under the default isolation,
+                so that it can if that is serializable.
+
+        Returns:
+            `COMMITTED` if there is nothing to be done, `ABORTED` if it may be run again under READ ONLY, `UNKNOWN`.
+        """
+
+        async def ask(link: Link, _insist: bool, _patient: bool) -> Answer:
+            if not await self._lender.read_check.allows(link, texts):
+                return Answer.UNKNOWN
+            refuses = decides
+            if refuses is None:
+                levels = await asyncpg.Connection.fetchrow(link.connection, _ISOLATION, timeout=_ONE_QUESTION)
+                # A default that the application may have set in the session that was lost is not known.
+                refuses = self._sets_up_sessions or levels is None or "serializable" in tuple(levels)
+            return Answer.ABORTED if refuses else Answer.COMMITTED
+
+        return await self._ask_until(slot, ask, deadline)
+
+    async def _ask_until(self, slot: Slot[Link] | None, question: Question, deadline: float | None) -> Answer:
+        if slot is not None and slot.resource is not None:
+            slot.resource.doomed = True
+        asking = _Asking(self, slot, question, self._clock.monotonic(), deadline)
+        try:
+            return await asking.run()
+        finally:
+            asking.finish()
+
+    async def _ask(self, link: Link, mark: Mark, *, insist: bool, patient: bool) -> Answer:
+        """Ask once.
+
+        Args:
+            link: A connection other than the one that was lost.
+            mark: What to ask about.
+            insist: Whether to end a session that still holds the transaction open.
+            patient: Whether to spare it while it is working on its COMMIT.
+        """
+        answer = await self._ask_status(link.connection, mark)
+        if answer is Answer.IN_PROGRESS and insist and mark.xid is not None:
+            with contextlib.suppress(asyncpg.PostgresError):  # the role may not
+                await asyncpg.Connection.fetch(
+                    link.connection, _TERMINATE, str(mark.xid % 2**32), not patient, timeout=_ONE_QUESTION
+                )
+        if answer is Answer.UNKNOWN and mark.token is not None:
+            return await self._fence(link.connection, mark.token)
+        return answer
+
+    async def _ask_status(self, connection: AnyConnection, mark: Mark) -> Answer:
+        epoch = mark.epoch
+        if mark.xid is None or epoch is None:
+            return Answer.UNKNOWN
+        try:
+            row = await asyncpg.Connection.fetchrow(
+                connection,
+                _STATUS,
+                str(mark.xid),
+                epoch.system,
+                epoch.timeline,
+                epoch.stats_reset,
+                timeout=_ONE_QUESTION,
+            )
+        except asyncpg.PostgresError as error:
+            if _state(error)[:2] not in (*_CANNOT_BE_ASKED, "22"):
+                raise
+            # Another server than the one that told the id, or the role may not ask any more.
+            return Answer.UNKNOWN if mark.token is not None else Answer.ELSEWHERE
+        if row is None:
+            return Answer.UNKNOWN
+        return judge(mark, Reply(status=row["status"], in_recovery=row["in_recovery"], epoch=_epoch(row)))
+
+    async def _fence(self, connection: AnyConnection, token: Token) -> Answer:
+        """Insert the token ourselves. It waits for a transaction that has inserted it and is not decided yet."""
+        try:
+            await asyncpg.Connection.execute(
+                connection, _FENCE.format(log=self._log), token.value, timeout=_ONE_QUESTION
+            )
+            row = await asyncpg.Connection.fetchrow(
+                connection, _FENCED.format(log=self._log), token.value, self._log, timeout=_ONE_QUESTION
+            )
+        except asyncpg.PostgresError as error:
+            if _state(error) == _READ_ONLY:
+                return Answer.ELSEWHERE
+            if _state(error)[:2] in _CANNOT_BE_ASKED:
+                return Answer.UNKNOWN
+            raise
+        if row is None:
+            return Answer.UNKNOWN
+        return judge_token(token, fenced=row["fenced"], log=row["log"], now=row["now"])
+
+    async def find(self, slot: Slot[Link] | None, deadline: float) -> Slot[Link]:
+        """Return a slot with a healthy connection: this one if it can be mended."""
+        return await self._lender.mend(slot, deadline)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can be asked any more, because the pool is closing."""
+        return self._lender.is_closing
+
+    def give_back(self, slot: Slot[Link]) -> None:
+        """Take back a slot that was asked on."""
+        self._lender.recondition(slot)
+
+    @property
+    def clock(self) -> Clock:
+        """Whose time deadlines are counted in."""
+        return self._clock
+
+    def delays(self) -> Iterator[float]:
+        """Yield the waits between questions."""
+        return self._config.backoff.delays()
+
+    # The log
+
+    def prune(self) -> None:
+        """Delete in the background, once an hour at most, what is older than 25 hours."""
+        now = self._clock.now()
+        if self._log is None or (self._pruned is not None and now - self._pruned < _PRUNE_EVERY):
+            return
+        self._pruned = now
+        self._lender.run_in_background(self._prune())
+
+    async def _prune(self) -> None:
+        with contextlib.suppress(Exception):  # nothing waits for it, and the next hour brings another chance
+            slot = await self._lender.mend(None, self._clock.monotonic() + _LAST_WORD)
+            try:
+                await self._prune_on(slot)
+            finally:
+                self._lender.recondition(slot)
+
+    async def _prune_on(self, slot: Slot[Link]) -> None:
+        done = None
+        while done != "DELETE 0" and slot.resource is not None and not self.is_over:
+            done = await asyncpg.Connection.execute(
+                slot.resource.connection, _PRUNE.format(log=self._log), timeout=_LAST_WORD
+            )
+
+
+class _Asking:
+    """One question, asked until it is answered or time is up, and the slot that it is asked on."""
+
+    def __init__(
+        self, inquiry: Inquiry, slot: Slot[Link] | None, question: Question, now: float, deadline: float | None
+    ) -> None:
+        self._inquiry = inquiry
+        self._slot = slot
+        self._question = question
+        # What is unknown stays unknown for ever, so a transaction that used all its time still gets a last word.
+        self._ends = max(now + _LAST_WORD, now + 60.0 if deadline is None else deadline)
+        self._impatient_from = now + (self._ends - now) / 2
+
+    async def run(self) -> Answer:
+        clock, delays, insist = self._inquiry.clock, self._inquiry.delays(), False
+        while True:
+            patient = clock.monotonic() < self._impatient_from
+            answer = await self._ask(insist=insist, patient=patient)
+            if answer not in (Answer.IN_PROGRESS, Answer.ELSEWHERE):
+                return answer
+            left = self._ends - clock.monotonic()
+            if left <= 0 or self._inquiry.is_over:
+                return Answer.UNKNOWN
+            insist = True
+            await clock.sleep(min(next(delays), left))
+
+    async def _ask(self, *, insist: bool, patient: bool) -> Answer:
+        slot, self._slot = self._slot, None  # while it is mended it may be lost
+        try:
+            self._slot = slot = await self._inquiry.find(slot, self._ends)
+            if slot.resource is None:
+                return Answer.IN_PROGRESS
+            answer = await self._question(slot.resource, insist, patient)
+        except Exception as error:  # noqa: BLE001 - what could not be asked is asked again
+            denied = isinstance(error, asyncpg.PostgresError) and _state(error)[:2] in _CANNOT_BE_ASKED
+            return Answer.ELSEWHERE if denied else Answer.IN_PROGRESS
+        if answer is Answer.ELSEWHERE:
+            slot.resource.doomed = True  # the next connection may lead to another server
+        return answer
+
+    def finish(self) -> None:
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            self._inquiry.give_back(slot)
+
+
+def is_our_own_fault(error: Exception, link: Link) -> bool:
+    """Whether an error of `Inquiry.mark` is the question's alone: without it the transaction could have gone on."""
+    if not isinstance(error, asyncpg.PostgresError) or link.connection.is_closed():
+        return False
+    state = _state(error)
+    return state[:2] in _OUR_OWN_FAULT or state in _OUR_OWN_STATES
+
+
+def _state(error: asyncpg.PostgresError) -> str:
+    return error.sqlstate or ""
+
+
+def _epoch(row: Any) -> Epoch | None:
+    system, timeline, stats_reset = row["system"], row["timeline"], row["stats_reset"]
+    if system is None or timeline is None or stats_reset is None:
+        return None
+    return Epoch(system=system, timeline=timeline, stats_reset=stats_reset)

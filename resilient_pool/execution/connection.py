@@ -1,0 +1,818 @@
+"""What `acquire()` hands out: a connection on loan, which replaces itself as long as nothing has happened on it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import anyio
+import asyncpg
+from asyncpg import Record
+
+from resilient_pool.clock import Clock
+from resilient_pool.config.pool_config import PoolConfig
+from resilient_pool.errors import AcquireTimeoutError
+from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransaction
+from resilient_pool.execution.query_methods import Queries
+from resilient_pool.execution.read_check import ReadCheck
+from resilient_pool.execution.retry_loop import Call, Runner
+from resilient_pool.pooling import driver as wire
+from resilient_pool.pooling.acquire import Checkout
+from resilient_pool.pooling.deadlines import deadline_after
+from resilient_pool.pooling.driver import AnyConnection, Link
+from resilient_pool.pooling.maintenance import Upkeep
+from resilient_pool.pooling.resource_pool import Slot
+from resilient_pool.retry.verdict import Phase
+from resilient_pool.sql.read_only import StatementReader
+
+if TYPE_CHECKING:
+    from asyncpg.cursor import CursorFactory
+    from asyncpg.prepared_stmt import PreparedStatement
+    from asyncpg.protocol.protocol import ConnectionSettings
+    from asyncpg.transaction import Transaction
+    from asyncpg.types import ServerVersion
+
+T = TypeVar("T")
+
+Callback: TypeAlias = Callable[..., Any]
+"""A function or a coroutine function that the driver calls. What it is called with, the method says that takes it."""
+
+
+class _State(Enum):
+    FRESH = "nothing has succeeded on it yet: its connection may be replaced"
+    TRYING = "fresh, and an operation is under way, which replaces the connection"
+    ADOPTING = "fresh, and the application sets it up"
+    USED = "bound to its connection"
+    RELEASED = "given back"
+    CLOSED = "ended with its connection"
+
+
+# Looking a member up in its enumeration takes long (Python 3.11).
+_FRESH, _TRYING, _ADOPTING, _USED = _State.FRESH, _State.TRYING, _State.ADOPTING, _State.USED
+_RELEASED, _CLOSED = _State.RELEASED, _State.CLOSED
+
+
+class _Attachments:
+    """What an application has attached to a lease rather than to its session: it goes along to a replacement.
+
+    Attributes:
+        codecs: Set codecs on a connection.
+        logs: Listeners to the server's messages.
+        loggers: Loggers of queries, which the connection did not have before.
+        ends: Listeners to the end of the loan's connection.
+    """
+
+    __slots__ = ("codecs", "ends", "loggers", "logs")
+
+    def __init__(self) -> None:
+        self.codecs: list[Callable[[AnyConnection], Awaitable[None]]] = []
+        self.logs: list[Callback] = []
+        self.loggers: list[Callback] = []
+        self.ends: list[Callback] = []
+
+    async def attach_to(self, link: Link) -> None:
+        """Attach everything to another connection."""
+        for callback in self.logs:
+            link.connection.add_log_listener(callback)
+        self.loggers = [callback for callback in self.loggers if link.add_query_logger(callback)]
+        for set_codec in self.codecs:
+            await set_codec(link.connection)
+
+    def detach_from(self, link: Link) -> None:
+        """Take the loggers of queries away: the driver would leave them to the next caller."""
+        for callback in self.loggers:
+            link.connection.remove_query_logger(callback)
+
+
+class ResilientConnection(Queries, wire.ConnectionProxy):
+    """A connection that belongs to the application until it is released. It has all methods of `asyncpg.Connection`.
+
+    Until the first operation on it has succeeded, an operation that fails in a curable way is repeated on a replacement:
+    no session state can be lost yet. That holds for every statement, and for the beginning of a transaction, `prepare()`,
+    `add_listener()` and codecs. From then on errors are raised as they are. Looking at anything is no operation, and
+    neither is a read that the server refused.
+
+    The loan ends when the connection is released or closed, or when it is lost after its first use. Its place in the pool is
+    free then, and a later release does nothing. A use after that raises `asyncpg.InterfaceError`, also of what was made on it:
+    transactions, cursors, prepared statements.
+    """
+
+    __slots__ = ("_attached", "_lender", "_linked", "_slot", "_state", "_tracker")
+
+    def __init__(self, lender: Lender, slot: Slot[Link]) -> None:
+        self._state = _FRESH
+        self._lender = lender
+        self._slot: Slot[Link] | None = slot
+        # The connection of this moment, or, of a loan that lost it and may replace it, the last one: to look at.
+        self._linked: Link | None = None
+        self._attached: _Attachments | None = None
+        self._tracker: Callable[[str | None], None] | None = None
+
+    def __repr__(self) -> str:
+        inner = f"[{self._state.name.lower()}]" if self.is_released else repr(self._linked)
+        return f"<{type(self).__name__} {inner} {id(self):#x}>"
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the loan has ended: by release, by `close()` or `terminate()`, or with its connection."""
+        return self._state is _RELEASED or self._state is _CLOSED
+
+    # What an application's own connection class adds
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ResilientConnection.__slots__:
+            raise AttributeError(name)
+        if self._linked is not None:
+            found = getattr(self._linked.connection, name)
+            return self._guard(name, found) if inspect.ismethod(found) else found
+        found = getattr(self._lender.connection_class, name, None)
+        if inspect.isfunction(found) and not name.startswith("_"):
+            return self._guard(name, found)  # it says why it cannot be called any more
+        raise AttributeError(f"{name!r} of a connection that has been released back to the pool")
+
+    def _guard(self, name: str, found: Any) -> Any:
+        """Make a method of which nothing is known count as a use when it is called, not when it is looked at."""
+
+        @functools.wraps(found)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return getattr(self._keep(name), name)(*args, **kwargs)
+
+        @functools.wraps(found)
+        async def call_on_a_checked_connection(*args: Any, **kwargs: Any) -> Any:
+            # Not repeated: nobody knows of how many statements it is made.
+            await self._first(name, None, _nothing, keeps=True)
+            return await getattr(self._keep(name), name)(*args, **kwargs)
+
+        return call_on_a_checked_connection if inspect.iscoroutinefunction(found) else call
+
+    # What asyncpg asks of a connection that belongs to a pool
+
+    @property
+    def _con(self) -> AnyConnection | None:
+        return None if self._linked is None else self._linked.connection
+
+    @property
+    def _holder(self) -> ResilientConnection:
+        return self
+
+    @property
+    def _pool(self) -> Lender:
+        return self._lender
+
+    def _release_on_close(self) -> None:
+        """The connection was closed, by whatever side: its place is free, except while a transaction's block needs it."""
+        if self._linked is not None:
+            self._linked.leave(self)
+        if self._tracker is not None and self._state is _USED:
+            return
+        if self._state is _USED or (self._state is _FRESH and self._hears_of_its_end) or self.is_released:
+            self._end()
+            return
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            self._lender.recondition(slot)
+
+    @property
+    def _hears_of_its_end(self) -> bool:
+        return self._attached is not None and bool(self._attached.ends)
+
+    # The loan
+
+    def _require_loan(self, method: str) -> None:
+        if self._state is _RELEASED:
+            raise asyncpg.InterfaceError(
+                f"cannot call Connection.{method}(): connection has been released back to the pool"
+            )
+        if self._state is _CLOSED:
+            raise asyncpg.InterfaceError(
+                f"cannot call Connection.{method}(): connection is closed and has been released back to the pool"
+            )
+
+    def _look(self, method: str) -> AnyConnection:
+        """Return the connection of this moment for something that leaves no trace in its session."""
+        self._require_loan(method)
+        return self._present.connection
+
+    @property
+    def _present(self) -> Link:
+        if self._linked is None:
+            raise asyncpg.InternalClientError("a loan without a connection")
+        return self._linked
+
+    def _keep(self, method: str, sql: str | None = None) -> AnyConnection:
+        """Return the connection for something that ties itself to it: it is not replaced any more."""
+        self._require_loan(method)
+        if self._state is _FRESH:
+            self._state = _USED
+        if self._tracker is not None:
+            self._tracker(sql)
+        return self._present.connection
+
+    def _bind(self, sent: Callable[[str | None], None]) -> None:
+        self._state = _USED
+        self._tracker = sent
+
+    def _detach(self) -> Slot[Link] | None:
+        """End the loan and return what was lent; `None` if that came back before. The connection is still to be left."""
+        slot, self._slot = self._slot, None
+        if self._state is not _CLOSED:
+            self._state = _RELEASED
+        return slot
+
+    def _leave(self) -> None:
+        """Be the face of no connection any more. Raises the driver's warning of listeners where warnings are errors."""
+        link, self._linked = self._linked, None
+        if link is not None:
+            if self._attached is not None:
+                self._attached.detach_from(link)
+            link.take_back(self)
+
+    def _end(self) -> None:
+        """End the loan with its connection, which is closed."""
+        self._state = _CLOSED
+        link, self._linked = self._linked, None
+        slot, self._slot = self._slot, None
+        if link is not None:
+            link.leave(self)
+        if slot is not None:
+            self._lender.recondition(slot)
+        if link is not None and self._attached is not None:
+            link.call_soon(self._attached.ends, self)
+            self._attached = None
+
+    # Operations
+
+    async def _run(
+        self,
+        operation: str,
+        sql: str | None,
+        execute: Callable[[AnyConnection], Awaitable[T]],
+        *,
+        idempotent: bool,
+        deadline: float | None,
+        fail_fast: bool | None,
+        replayable: bool = True,
+        exactly_once: bool = False,
+    ) -> T:
+        if exactly_once:
+            raise asyncpg.InterfaceError(
+                "exactly_once=True is for the pool's methods, which make a transaction of their own; on a connection use "
+                "`async for attempt in pool.transaction()` around the block"
+            )
+        if self._state is _USED or self._state is _ADOPTING:
+            if self._tracker is not None:
+                self._tracker("COPY" if sql is None else sql)
+            try:
+                return await execute(self._linked.connection)  # type: ignore[union-attr]
+            except AttributeError as error:
+                self._explain(operation, error)
+                raise
+        self._require_loan(operation)
+        call = self._lender.call(
+            operation,
+            sql,
+            execute,
+            idempotent=idempotent,
+            deadline=deadline,
+            fail_fast=fail_fast,
+            replayable=replayable,
+        )
+        return await self._try(call)
+
+    async def _first(
+        self, operation: str, sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]], *, keeps: bool = False
+    ) -> T:
+        """Do something that leaves nothing behind when it fails, and may be repeated when it was lost.
+
+        Args:
+            operation: What the application calls it.
+            sql: What a transaction is to know of it; `None` if it need not know.
+            execute: Does it.
+            keeps: Whether it leaves nothing behind when it succeeds either.
+        """
+        if self._state is _USED or self._state is _ADOPTING:
+            if self._tracker is not None and sql is not None:
+                self._tracker(sql)
+            return await execute(self._present.connection)
+        self._require_loan(operation)
+        call = self._lender.call(operation, None, execute, idempotent=True, deadline=None)
+        return await self._try(call, harmless=True, keeps=keeps)
+
+    async def _begin(self, method: str, execute: Callable[[AnyConnection], Awaitable[Any]]) -> Any:
+        if self.is_released:
+            raise asyncpg.InterfaceError(
+                f"cannot call {method}(): the underlying connection has been released back to the pool"
+            )
+        return await self._first("transaction", None, execute)
+
+    async def _try(self, call: Call[T], *, harmless: bool = False, keeps: bool = False) -> T:
+        if self._state is _TRYING:
+            # The driver would say the same, but the connection would be checked and replaced under the other operation.
+            raise asyncpg.InterfaceError("cannot perform operation: another operation is in progress")
+        self._state = _TRYING
+        fresh = None
+        try:
+            result = await self._lender.runner.run(call, self._attempt)
+            fresh = keeps
+        except Exception as error:
+            fresh = self._lender.is_untouched(call, error, harmless=harmless)
+            self._explain(call.operation, error)
+            raise
+        finally:
+            if self._state is _TRYING:
+                self._settle(fresh=self._lender.is_untouched(call) if fresh is None else fresh)
+        return result
+
+    def _explain(self, operation: str, error: Exception) -> None:
+        """Raise what stands behind an error of the driver, if it fell over a loan that was ended under it."""
+        if self.is_released and wire.comes_from_the_transport(error):
+            try:
+                self._require_loan(operation)
+            except asyncpg.InterfaceError as ended:
+                raise ended from error
+
+    def _settle(self, *, fresh: bool) -> None:
+        self._state = _FRESH if fresh else _USED
+        # The connection may have been lost as soon as it had answered.
+        if self._slot is None and (not fresh or self._hears_of_its_end):
+            self._end()
+
+    async def _attempt(self, call: Call[T]) -> T:
+        self._require_loan(call.operation)
+        slot, self._slot = self._slot, None  # while it is mended it may be lost
+        self._slot = await self._lender.mend(slot, call.deadline, fail_fast=call.fail_fast)
+        if self._state is not _TRYING:  # the loan was ended by another task, which found no slot to give back
+            self._lender.take_back(self)
+            self._require_loan(call.operation)
+        link = await self._adopt(call)
+        self._require_loan(call.operation)
+        return await self._lender.runner.run_on(call, link)
+
+    async def _adopt(self, call: Call[T]) -> Link:
+        """Become the face of the connection in this loan's slot, set it up if it is new here, and return it."""
+        link = None if self._slot is None else self._slot.resource
+        if link is None:
+            raise asyncpg.InterfaceError("connection is closed: it was lost while it was being set up")
+        if link is not self._linked:
+            self._leave()
+            link.lend(self)
+            self._linked = link
+            call.phase, call.link = Phase.CHECKOUT, link
+            if self._lender.sets_up or self._attached is not None:
+                await self._equip(link, call)
+        return link
+
+    async def _equip(self, link: Link, call: Call[T]) -> None:
+        # What `setup` does is part of getting the connection: it fails as a whole, and is repeated as a whole.
+        before, self._state = self._state, _ADOPTING
+        ready = False
+        try:
+            await self._lender.set_up(self, call.deadline)
+            if self._attached is not None:
+                await self._attached.attach_to(link)
+            ready = True
+        finally:
+            if self._state is _ADOPTING:
+                self._state = before
+            if not ready:
+                link.doomed = True
+                link.take_back(self)
+
+    # asyncpg's other methods
+
+    async def prepare(
+        self,
+        query: str,
+        *,
+        name: str | None = None,
+        timeout: float | None = None,
+        record_class: type[Record] | None = None,
+    ) -> PreparedStatement[Any]:
+        """Prepare a statement, for use on this connection until it is released."""
+        return await self._first(
+            "prepare",
+            query,
+            lambda connection: connection.prepare(query, name=name, timeout=timeout, record_class=record_class),
+        )
+
+    def cursor(
+        self,
+        query: str,
+        *args: object,
+        prefetch: int | None = None,
+        timeout: float | None = None,
+        record_class: type[Record] | None = None,
+    ) -> CursorFactory[Any]:
+        """Make a cursor, for use in a transaction on this connection, until it is released."""
+
+        def make(connection: AnyConnection) -> CursorFactory[Any]:
+            return connection.cursor(query, *args, prefetch=prefetch, timeout=timeout, record_class=record_class)
+
+        return self._cursors(query, make)
+
+    def _cursors(self, query: str, make: Callable[[AnyConnection], CursorFactory[Any]]) -> CursorFactory[Any]:
+        if self._state is _FRESH:
+            return LeaseCursors(self._begin, self._present.connection, query, make)
+        return make(self._keep("cursor", query))
+
+    def transaction(self, *, isolation: Any = None, readonly: bool = False, deferrable: bool = False) -> Transaction:
+        """Make a transaction, or inside one a savepoint; nothing in it is repeated, only its beginning.
+
+        It is used as asyncpg's: `async with connection.transaction()`, or `start()`, `commit()` and `rollback()`. A rollback
+        that is not answered within the pool's `reset_timeout` ends the connection.
+        """
+        connection = self._look("transaction")
+        if self._state is not _FRESH and connection.is_closed():
+            raise asyncpg.InterfaceError("connection is closed")
+        limit = self._lender.reset_timeout
+        return LeaseTransaction(
+            self._begin, connection, limit, isolation=isolation, readonly=readonly, deferrable=deferrable
+        )
+
+    def _transaction(self, made: Transaction) -> Transaction:
+        return LeaseTransaction.like(made, self._begin, self._lender.reset_timeout)
+
+    async def add_listener(self, channel: str, callback: Callback) -> None:
+        """Listen to a channel until the connection is released.
+
+        Args:
+            channel: Its name.
+            callback: Called with this connection, the sender's process id, the channel and the payload.
+        """
+        await self._first("add_listener", "LISTEN", lambda connection: connection.add_listener(channel, callback))
+
+    async def remove_listener(self, channel: str, callback: Callback) -> None:
+        """Stop listening to a channel."""
+        await self._first(
+            "remove_listener", "UNLISTEN", lambda connection: connection.remove_listener(channel, callback)
+        )
+
+    def add_log_listener(self, callback: Callback) -> None:
+        """Call `callback` with this connection and each message (`NOTICE`, `WARNING`) that the server sends."""
+        connection = self._look("add_log_listener")
+        if self._state is not _FRESH or not connection.is_closed():
+            connection.add_log_listener(callback)
+        _add(self._attachments().logs, callback)
+
+    def remove_log_listener(self, callback: Callback) -> None:
+        """Do not call `callback` with the server's messages any more."""
+        self._look("remove_log_listener").remove_log_listener(callback)
+        _remove(self._attachments().logs, callback)
+
+    def add_termination_listener(self, callback: Callback) -> None:
+        """Call `callback` with this connection when its connection ends before it is released.
+
+        A connection that is lost before its first use is replaced only by an operation that is under way then: otherwise
+        `callback` is called, and the loan has ended.
+        """
+        self._look("add_termination_listener")
+        if not callable(callback):
+            raise asyncpg.InterfaceError(f"expected a callable or an `async def` function, got {callback!r}")
+        _add(self._attachments().ends, callback)
+
+    def remove_termination_listener(self, callback: Callback) -> None:
+        """Do not call `callback` at the connection's end any more."""
+        self._look("remove_termination_listener")
+        _remove(self._attachments().ends, callback)
+
+    def add_query_logger(self, callback: Callback) -> None:
+        """Call `callback` with an `asyncpg.connection.LoggedQuery` after every query, until the connection is released."""
+        self._require_loan("add_query_logger")
+        if self._present.add_query_logger(callback):
+            _add(self._attachments().loggers, callback)
+
+    def remove_query_logger(self, callback: Callback) -> None:
+        """Do not call `callback` after queries any more."""
+        self._look("remove_query_logger").remove_query_logger(callback)
+        _remove(self._attachments().loggers, callback)
+
+    @contextlib.contextmanager
+    def query_logger(self, callback: Callback) -> Generator[None, None, None]:
+        """Call `callback` after every query within the context."""
+        self.add_query_logger(callback)
+        try:
+            yield
+        finally:
+            if not self.is_released:
+                self.remove_query_logger(callback)
+
+    def _attachments(self) -> _Attachments:
+        if self._attached is None:
+            self._attached = _Attachments()
+        return self._attached
+
+    async def set_type_codec(
+        self,
+        typename: str,
+        *,
+        schema: str = "public",
+        encoder: Callable[[Any], Any],
+        decoder: Callable[[Any], Any],
+        format: str = "text",  # noqa: A002 - asyncpg's name
+    ) -> None:
+        """Set how values of a type are encoded and decoded, on the connection of this moment and on a replacement."""
+        await self._set_codec(
+            "set_type_codec",
+            lambda connection: connection.set_type_codec(
+                typename, schema=schema, encoder=encoder, decoder=decoder, format=format
+            ),
+        )
+
+    async def set_builtin_type_codec(
+        self,
+        typename: str,
+        *,
+        schema: str = "public",
+        codec_name: str,
+        format: str | None = None,  # noqa: A002 - asyncpg's name
+    ) -> None:
+        """Let values of a type be encoded and decoded as those of a type that the driver knows."""
+        await self._set_codec(
+            "set_builtin_type_codec",
+            lambda connection: connection.set_builtin_type_codec(
+                typename, schema=schema, codec_name=codec_name, format=format
+            ),
+        )
+
+    async def reset_type_codec(self, typename: str, *, schema: str = "public") -> None:
+        """Let values of a type be encoded and decoded as the driver does by itself."""
+        await self._set_codec(
+            "reset_type_codec", lambda connection: connection.reset_type_codec(typename, schema=schema)
+        )
+
+    async def _set_codec(self, operation: str, execute: Callable[[AnyConnection], Awaitable[None]]) -> None:
+        # Codecs belong to the driver, not to the session.
+        await self._first(operation, None, execute, keeps=True)
+        if self._state is _FRESH:
+            self._attachments().codecs.append(execute)
+
+    async def reload_schema_state(self) -> None:
+        """Forget what all connections of the pool know of types and statements: the schema has changed."""
+        self._require_loan("reload_schema_state")
+        self._lender._drop_type_cache()  # noqa: SLF001
+        self._lender._drop_statement_cache()  # noqa: SLF001
+
+    async def reset(self, *, timeout: float | None = None) -> None:
+        """Reset the session: roll back, stop listening, release locks, and return to the role and settings of the login."""
+        if self._tracker is not None:
+            self._tracker(None)  # it rolls a transaction back
+        await self._first("reset", None, lambda connection: connection.reset(timeout=timeout))
+
+    def get_reset_query(self) -> str:
+        """Return what is sent to reset the session."""
+        return self._look("get_reset_query").get_reset_query()
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Close the connection and end the loan; the pool replaces it.
+
+        Args:
+            timeout: How many seconds the goodbye may take. Default: no limit but the network's.
+        """
+        await self._close(lambda connection: connection.close(timeout=timeout))
+
+    async def _close(self, execute: Callable[[AnyConnection], Awaitable[None]]) -> None:
+        connection = self._look("close")
+        self._present.end()
+        self._state = _CLOSED  # nothing may be sent on it while it says goodbye
+        try:
+            await execute(connection)
+        finally:
+            self._end()
+
+    def terminate(self) -> None:
+        """Close the connection without a goodbye and end the loan; the pool replaces it. It needs no running event loop."""
+        connection = self._look("terminate")
+        self._present.end()
+        self._state = _CLOSED
+        try:
+            connection.terminate()
+        finally:
+            self._end()
+
+    def is_closed(self) -> bool:
+        """Whether the connection is closed, or was lost and is not replaced yet."""
+        return self._state is _CLOSED or self._look("is_closed").is_closed()
+
+    def is_in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        connection = self._look("is_in_transaction")
+        return not connection.is_closed() and connection.is_in_transaction()
+
+    def get_server_pid(self) -> int:
+        """Return the process id of the server's process for this connection."""
+        connection = self._look("get_server_pid")
+        return self._present.pid if connection.is_closed() else connection.get_server_pid()
+
+    def get_server_version(self) -> ServerVersion:
+        """Return the server's version, as a named tuple like `sys.version_info`."""
+        return self._look("get_server_version").get_server_version()
+
+    def get_settings(self) -> ConnectionSettings:
+        """Return the connection's settings: those that the server reports, and what the driver knows of types."""
+        connection = self._look("get_settings")
+        if connection.is_closed():
+            raise asyncpg.InterfaceError("cannot call Connection.get_settings(): connection is closed")
+        return connection.get_settings()
+
+
+def _add(callbacks: list[Callback], callback: Callback) -> None:
+    if callback not in callbacks:
+        callbacks.append(callback)
+
+
+def _remove(callbacks: list[Callback], callback: Callback) -> None:
+    if callback in callbacks:
+        callbacks.remove(callback)
+
+
+class Lender:
+    """Lends connections and takes them back.
+
+    Attributes:
+        reset_timeout: How many seconds a rollback may take.
+        sets_up: Whether the application prepares connections.
+        connection_class: What the driver makes.
+
+    Args:
+        config: The application's `setup`, and the pool's deadline.
+        checkout: Finds healthy connections.
+        upkeep: Makes them fit for the next one.
+        runner: Repeats what fails.
+        reader: Knows what a text may do.
+        read_check: What it remembers of the server's catalog ends with the driver's caches.
+        clock: Counts deadlines.
+        lease_class: What is lent.
+    """
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        checkout: Checkout,
+        upkeep: Upkeep,
+        runner: Runner,
+        reader: StatementReader,
+        read_check: ReadCheck,
+        clock: Clock,
+        lease_class: type[ResilientConnection],
+    ) -> None:
+        self._lease_class = lease_class
+        self._config = config
+        self._checkout = checkout
+        self._upkeep = upkeep
+        self._clock = clock
+        self.reset_timeout = config.reset_timeout
+        self.sets_up = config.setup is not None
+        self.connection_class = config.connection_class
+        self.runner = runner
+        self._reader = reader
+        self.read_check = read_check
+
+    def call(
+        self,
+        operation: str,
+        sql: str | None,
+        execute: Callable[[AnyConnection], Awaitable[T]],
+        *,
+        idempotent: bool,
+        deadline: float | None,
+        fail_fast: bool | None = None,
+        replayable: bool = True,
+        started: float | None = None,
+    ) -> Call[T]:
+        """Begin a call. Its deadline is `deadline` seconds after it `started`, by default the pool's, and now."""
+        if started is None:
+            started = self._clock.monotonic()
+        ends, hastily = self.patience(started, deadline, fail_fast)
+        return Call(
+            operation, sql, execute, started, ends, idempotent=idempotent, replayable=replayable, fail_fast=hastily
+        )
+
+    def patience(self, started: float, deadline: float | None, fail_fast: bool | None) -> tuple[float | None, bool]:
+        """Say until when a call that `started` then waits, and whether it fails fast, where `None` is the pool's default."""
+        config = self._config
+        ends = deadline_after(started, config.deadline if deadline is None else deadline)
+        return ends, config.fail_fast if fail_fast is None else fail_fast
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing is lent any more."""
+        return self._upkeep.closing
+
+    def run_in_background(self, work: Coroutine[object, object, None]) -> None:
+        """Do something that nobody waits for, except the pool's `close()`."""
+        self._upkeep.run_in_background(work)
+
+    def recondition(self, slot: Slot[Link]) -> None:
+        """Take back a slot that was in nobody's hands but ours."""
+        self._upkeep.recondition(slot)
+
+    async def lend(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection:
+        """Lend a healthy connection within `seconds`."""
+        call: Call[ResilientConnection] = self.call(
+            "acquire", None, _nothing, idempotent=True, deadline=seconds, fail_fast=fail_fast
+        )
+        return await self.runner.run(call, self.lend_once)
+
+    async def lend_once(self, call: Call[Any]) -> ResilientConnection:
+        """Lend a connection for one attempt of a call."""
+        return await self.lend_slot(await self._checkout.take(call.deadline, fail_fast=call.fail_fast), call)
+
+    async def lend_slot(self, slot: Slot[Link], call: Call[T]) -> ResilientConnection:
+        """Lend the connection of a slot, set up for the application. If that fails the connection is closed."""
+        lease = self._lease_class(self, slot)
+        lent = False
+        try:
+            await lease._adopt(call)  # noqa: SLF001
+            lent = True
+        finally:
+            if not lent:
+                self.take_back(lease)
+        return lease
+
+    async def mend(self, slot: Slot[Link] | None, deadline: float | None, *, fail_fast: bool = False) -> Slot[Link]:
+        """Return a slot with a healthy connection: this one if it can be mended, else another."""
+        if slot is not None and await self._checkout.mend(slot, deadline):
+            return slot
+        return await self._checkout.take(deadline, fail_fast=fail_fast)
+
+    async def adopt(self, lease: ResilientConnection, call: Call[T]) -> Link:
+        """Return the connection of a lease that was just lent."""
+        return await lease._adopt(call)  # noqa: SLF001
+
+    async def set_up(self, lease: ResilientConnection, deadline: float | None) -> None:
+        """Let the application prepare a connection until `deadline`."""
+        if self._config.setup is None:
+            return
+        left = None if deadline is None else max(deadline - self._clock.monotonic(), 0.0)
+        with anyio.move_on_after(left) as scope:
+            await self._config.setup(lease)
+        if scope.cancelled_caught:
+            raise AcquireTimeoutError(
+                f"setup= did not end within the {left:.3g} s that were left of the time to acquire a connection; "
+                "raise timeout or deadline, or bound what it does"
+            )
+
+    def is_untouched(self, call: Call[T], error: Exception | None = None, *, harmless: bool = False) -> bool:
+        """Whether a call that did not succeed cannot have left anything in the session of its last attempt.
+
+        Args:
+            call: The call.
+            error: What it raised; `None` if it was cancelled.
+            harmless: Whether it leaves nothing behind when it fails, whatever its text.
+        """
+        if call.phase is not Phase.EXECUTE or call.link is None or not call.link.is_usable:
+            return True  # a connection that was lost has nothing to lose any more
+        if error is None or isinstance(error, TimeoutError) or call.link.connection.is_in_transaction():
+            return False
+        # An error undoes a whole statement, but not what its functions did outside of the transaction: a lock.
+        refused = isinstance(error, asyncpg.PostgresError)
+        return harmless or (refused and call.sql is not None and self._reader.is_plain_read(call.sql))
+
+    def owns(self, lease: ResilientConnection) -> bool:
+        """Whether a connection was lent here."""
+        return lease._lender is self  # noqa: SLF001
+
+    def bind(self, lease: ResilientConnection, sent: Callable[[str | None], None]) -> None:
+        """Keep the present connection of a lease to the end, and its place in the pool, also when the connection is lost.
+
+        Args:
+            lease: The lease.
+            sent: Called with the text of everything that is sent on it; `None` stands for what may be anything.
+        """
+        lease._bind(sent)  # noqa: SLF001
+
+    def detach(self, lease: ResilientConnection) -> Slot[Link] | None:
+        """End a loan and return its slot; `None` if that came back before. `take_back` is still to be called."""
+        return lease._detach()  # noqa: SLF001
+
+    def take_back(self, lease: ResilientConnection, seconds: float | None = None) -> asyncio.Task[None] | None:
+        """End a loan; the connection is reset in the background. Returns what can be waited for."""
+        slot = lease._detach()  # noqa: SLF001
+        reset = None
+        try:
+            lease._leave()  # noqa: SLF001
+        finally:
+            if slot is not None:
+                reset = self._upkeep.recondition(slot, seconds)
+        return reset
+
+    # What asyncpg asks of the pool behind a connection when the schema has changed.
+
+    def _drop_statement_cache(self) -> None:
+        self.read_check.forget()
+        for link in self._upkeep.links():
+            link.drop_statement_cache()
+
+    def _drop_type_cache(self) -> None:
+        self.read_check.forget()
+        for link in self._upkeep.links():
+            link.drop_type_cache()
+
+
+async def _nothing(connection: AnyConnection) -> Any:
+    return connection

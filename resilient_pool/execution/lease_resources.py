@@ -1,0 +1,192 @@
+"""asyncpg's transaction and cursors, for a lease that may still replace its connection. It touches asyncpg's inside, as wire.py does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, TypeAlias
+
+import asyncpg
+from asyncpg.cursor import Cursor, CursorFactory
+from asyncpg.transaction import Transaction, TransactionState
+
+from resilient_pool.pooling.driver import AnyConnection
+
+# What was cancelled is waited for by a caller whose time is up.
+_HASTE = 2.0
+
+Begin: TypeAlias = Callable[[str, Callable[[AnyConnection], Awaitable[Any]]], Awaitable[Any]]
+"""Does something on the lease's connection, as an operation that is repaired while nothing has succeeded on the lease.
+
+It is given the name of the method that asks for it. Raises `asyncpg.InterfaceError` when the loan has ended.
+"""
+
+
+class LeaseTransaction(Transaction):
+    """A transaction or savepoint that begins on the connection its lease has when it begins.
+
+    Differs from asyncpg's in two things. An error that leaves the block is the one that the caller sees, also when the
+    connection was lost or released inside the block: there is nothing left to roll back on it then. And a ROLLBACK that is
+    not answered within a limit, or that waits as long for an earlier statement's cancellation, ends the connection.
+
+    Args:
+        begin: See `Begin`.
+        connection: The lease's connection at present.
+        limit: How many seconds a rollback may take.
+        isolation: As asyncpg takes it.
+        readonly: Likewise.
+        deferrable: Likewise.
+    """
+
+    __slots__ = ("_begin", "_limit")
+
+    _connection: Any
+    _con_release_ctr: int
+    _state: TransactionState
+
+    def __init__(
+        self,
+        begin: Begin,
+        connection: AnyConnection,
+        limit: float,
+        *,
+        isolation: Any,
+        readonly: bool,
+        deferrable: bool,
+    ) -> None:
+        super().__init__(connection, isolation, readonly, deferrable)
+        self._begin = begin
+        self._limit = limit
+
+    @classmethod
+    def like(cls, made: Any, begin: Begin, limit: float) -> LeaseTransaction:
+        """Make one like the one that the driver made."""
+        return cls(
+            begin,
+            made._connection,  # noqa: SLF001
+            limit,
+            isolation=made._isolation,  # noqa: SLF001
+            readonly=made._readonly,  # noqa: SLF001
+            deferrable=made._deferrable,  # noqa: SLF001
+        )
+
+    async def start(self) -> None:
+        """Enter the transaction or savepoint block."""
+        if self._state is not TransactionState.NEW:
+            await super().start()  # it says what is wrong
+            return
+        await self._begin("Transaction.start", self._start_on)
+
+    async def _start_on(self, connection: Any) -> None:
+        self._connection = connection
+        self._con_release_ctr = connection._pool_release_ctr  # noqa: SLF001
+        self._state = TransactionState.NEW  # an attempt before may have failed
+        begun = False
+        try:
+            await super().start()
+            begun = True
+        finally:
+            # The driver would take what follows for a savepoint.
+            if not begun and (connection.is_closed() or not connection.is_in_transaction()):
+                self._forget_on(connection)
+
+    def _forget_on(self, connection: Any) -> None:
+        if connection._top_xact is self:  # noqa: SLF001
+            connection._top_xact = None  # noqa: SLF001
+
+    async def __aexit__(self, extype: object, ex: object, tb: object) -> None:
+        if not isinstance(ex, BaseException):
+            await super().__aexit__(extype, ex, tb)
+        elif self._is_over:
+            self._managed = False
+        else:
+            await self._roll_back(super().__aexit__(extype, ex, tb), ex)
+
+    async def rollback(self) -> None:
+        """Exit the transaction or savepoint block and roll back changes.
+
+        Raises:
+            TimeoutError: It was not answered within the pool's `reset_timeout`. The connection is closed.
+        """
+        await self._roll_back(super().rollback(), None)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the loan in which the transaction was begun, or its connection, has ended."""
+        released = self._connection._pool_release_ctr != self._con_release_ctr  # noqa: SLF001
+        return released or bool(self._connection.is_closed())
+
+    async def _roll_back(self, rollback: Coroutine[Any, Any, None], error: BaseException | None) -> None:
+        answered = False
+        limit = min(self._limit, _HASTE) if _is_cancellation(error) else self._limit
+        try:
+            async with asyncio.timeout(limit):
+                await rollback
+            answered = True
+        except Exception as trouble:
+            # A refusal leaves the connection as it is. After a time-out it is not known what state it is in.
+            answered = not isinstance(trouble, TimeoutError)
+            if error is None or not (_is_cancellation(error) or self._connection.is_closed() or not answered):
+                raise
+        finally:
+            if not (answered or self._is_over):
+                self._connection.terminate()
+
+
+def _is_cancellation(error: BaseException | None) -> bool:
+    return error is not None and not isinstance(error, Exception)
+
+
+class LeaseCursors(CursorFactory):
+    """A factory of cursors that looks for its lease's connection when it is used.
+
+    Args:
+        begin: See `Begin`.
+        connection: The lease's connection at present.
+        query: The query.
+        make: Makes the driver's own factory on a connection.
+    """
+
+    __slots__ = ("_begin", "_make")
+
+    def __init__(
+        self, begin: Begin, connection: AnyConnection, query: str, make: Callable[[AnyConnection], CursorFactory[Any]]
+    ) -> None:
+        super().__init__(connection, query, None, (), None, None, None)
+        self._begin = begin
+        self._make = make
+
+    async def _factory(self) -> CursorFactory[Any]:
+        async def make(connection: AnyConnection) -> CursorFactory[Any]:
+            return self._make(connection)
+
+        factory: CursorFactory[Any] = await self._begin("Connection.cursor", make)
+        return factory
+
+    def __aiter__(self) -> Any:
+        return _Rows(self._factory)
+
+    def __await__(self) -> Generator[Any, None, Cursor[Any]]:
+        return self._open().__await__()
+
+    async def _open(self) -> Cursor[Any]:
+        return await (await self._factory())
+
+
+class _Rows:
+    """Iterates over the rows of a query, on the connection that the lease has at the first of them."""
+
+    __slots__ = ("_factory", "_rows")
+
+    def __init__(self, factory: Callable[[], Awaitable[CursorFactory[Any]]]) -> None:
+        self._factory = factory
+        self._rows: Any = None
+
+    def __aiter__(self) -> _Rows:
+        return self
+
+    async def __anext__(self) -> asyncpg.Record:
+        if self._rows is None:
+            self._rows = (await self._factory()).__aiter__()
+        row: asyncpg.Record = await self._rows.__anext__()
+        return row

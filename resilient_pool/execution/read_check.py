@@ -1,0 +1,186 @@
+"""Asks a server's catalog whether what looks like a read calls nothing that may write: `ReadCheck`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import asyncpg
+
+from resilient_pool.pooling.driver import Link
+from resilient_pool.sql.function_effects import FUNCTIONS_WITH_EFFECTS, HARMLESS_FUNCTIONS
+from resilient_pool.sql.read_only import StatementReader
+
+_REMEMBERED = 1024
+
+# What a text reaches: `r`elations, `t`ypes and functions (`p`), from the names and operators in it. Names count in every
+# schema, so a search_path hides nothing. Beyond the names:
+#
+# * a view's query, a table's policies, a domain's checks and the default arguments of functions are stored as trees of
+#   nodes. PostgreSQL's own functions are taken from the fields that call one: dependencies on them are not recorded. Every
+#   number that can be the OID of a user's object is taken for one.
+# * a relation reaches its partitions and children, and its row type; a type its base, element, attributes and subtype, its
+#   casts, and what it is read, written and compared with; a function its arguments' and result's types, and an aggregate,
+#   which PostgreSQL always calls immutable, its parts. Casts between two types of PostgreSQL's own can be anywhere.
+# * operators that a construct implies (IN, LIKE, ORDER BY, JOIN ... USING) need not be in the text.
+_REACHED = """
+WITH RECURSIVE
+named AS MATERIALIZED (SELECT DISTINCT n::name AS name FROM pg_catalog.unnest($1::text[]) AS n),
+operator AS MATERIALIZED (
+    SELECT oprcode FROM pg_catalog.pg_operator AS o
+    WHERE o.oid >= 16384
+      AND (o.oprname IN ('=', '<>', '<', '>', '<=', '>=', '~', '!~', '~*', '!~*', '~~', '!~~', '~~*', '!~~*', '-', '||')
+           OR EXISTS (SELECT FROM pg_catalog.unnest($2::text[]) AS run WHERE pg_catalog.strpos(run, o.oprname::text) > 0))
+),
+reached (class, oid) AS (
+    (SELECT 'r', c.oid FROM pg_catalog.pg_class AS c JOIN named ON c.relname = named.name WHERE c.oid >= 16384
+     UNION ALL
+     SELECT 't', t.oid FROM pg_catalog.pg_type AS t JOIN named ON t.typname = named.name WHERE t.oid >= 16384
+     UNION ALL
+     SELECT 'p', p.oid FROM pg_catalog.pg_proc AS p JOIN named ON p.proname = named.name
+     UNION ALL
+     SELECT 'p', oprcode::oid FROM operator
+     UNION ALL
+     SELECT 'p', castfunc FROM pg_catalog.pg_cast
+     WHERE castfunc >= 16384 AND castsource < 16384 AND casttarget < 16384)
+  UNION
+    SELECT edge.class, edge.oid
+    FROM reached, LATERAL (
+        SELECT 'r', inhrelid FROM pg_catalog.pg_inherits WHERE reached.class = 'r' AND inhparent = reached.oid
+        UNION ALL
+        SELECT 't', reltype FROM pg_catalog.pg_class AS c WHERE reached.class = 'r' AND c.oid = reached.oid
+        UNION ALL
+        SELECT 't', pg_catalog.unnest(ARRAY[typbasetype, typelem]) FROM pg_catalog.pg_type AS t
+        WHERE reached.class = 't' AND t.oid = reached.oid
+        UNION ALL
+        SELECT 'p', pg_catalog.unnest(ARRAY[typinput, typoutput]::oid[]) FROM pg_catalog.pg_type AS t
+        WHERE reached.class = 't' AND t.oid = reached.oid AND t.typtype = 'b'
+        UNION ALL
+        SELECT 't', atttypid FROM pg_catalog.pg_type AS t JOIN pg_catalog.pg_attribute ON attrelid = typrelid
+        WHERE reached.class = 't' AND t.oid = reached.oid AND typrelid <> 0 AND attnum > 0 AND NOT attisdropped
+        UNION ALL
+        SELECT 't', rngsubtype FROM pg_catalog.pg_range
+        WHERE reached.class = 't' AND reached.oid IN (rngtypid, rngmultitypid)
+        UNION ALL
+        SELECT 'p', pg_catalog.unnest(ARRAY[rngcanonical, rngsubdiff]::oid[]) FROM pg_catalog.pg_range
+        WHERE reached.class = 't' AND reached.oid IN (rngtypid, rngmultitypid)
+        UNION ALL
+        SELECT 'p', castfunc FROM pg_catalog.pg_cast WHERE reached.class = 't' AND reached.oid IN (castsource, casttarget)
+        UNION ALL
+        SELECT 'p', amproc::oid FROM pg_catalog.pg_amproc WHERE reached.class = 't' AND amproclefttype = reached.oid
+        UNION ALL
+        SELECT 't', pg_catalog.unnest(p.proargtypes::oid[] || p.proallargtypes || p.prorettype)
+        FROM pg_catalog.pg_proc AS p WHERE reached.class = 'p' AND p.oid = reached.oid AND p.oid >= 16384
+        UNION ALL
+        SELECT 'p', pg_catalog.unnest(ARRAY[aggtransfn, aggfinalfn, aggcombinefn, aggserialfn, aggdeserialfn, aggmtransfn,
+                                            aggminvtransfn, aggmfinalfn]::oid[])
+        FROM pg_catalog.pg_aggregate WHERE reached.class = 'p' AND aggfnoid = reached.oid AND reached.oid >= 16384
+        UNION ALL
+        SELECT found.class, found.oid
+        FROM (
+            SELECT ev_action::text FROM pg_catalog.pg_rewrite JOIN pg_catalog.pg_class AS c ON c.oid = ev_class
+            WHERE reached.class = 'r' AND ev_class = reached.oid AND ev_type = '1' AND c.relkind = 'v'
+            UNION ALL
+            SELECT polqual::text FROM pg_catalog.pg_policy JOIN pg_catalog.pg_class AS c ON c.oid = polrelid
+            WHERE reached.class = 'r' AND polrelid = reached.oid AND c.relrowsecurity
+            UNION ALL
+            SELECT conbin::text FROM pg_catalog.pg_constraint WHERE reached.class = 't' AND contypid = reached.oid
+            UNION ALL
+            SELECT proargdefaults::text FROM pg_catalog.pg_proc AS p
+            WHERE reached.class = 'p' AND p.oid = reached.oid AND p.oid >= 16384
+        ) AS stored (tree), LATERAL (
+            SELECT 'p', field[1]::oid
+            FROM pg_catalog.regexp_matches(tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) ([0-9]+)', 'g') AS field
+            UNION
+            SELECT object.class, object.oid
+            FROM (SELECT DISTINCT CASE WHEN number[1]::int8 BETWEEN 16384 AND 4294967295 THEN number[1]::int8::oid END AS oid
+                  FROM pg_catalog.regexp_matches(tree, '(?<![0-9])([0-9]{5,10})(?![0-9])', 'g') AS number) AS number,
+                LATERAL (
+                SELECT 'r', c.oid FROM pg_catalog.pg_class AS c WHERE c.oid = number.oid
+                UNION ALL SELECT 't', t.oid FROM pg_catalog.pg_type AS t WHERE t.oid = number.oid
+                UNION ALL SELECT 'p', p.oid FROM pg_catalog.pg_proc AS p WHERE p.oid = number.oid
+                UNION ALL SELECT 'p', o.oprcode::oid FROM pg_catalog.pg_operator AS o WHERE o.oid = number.oid
+            ) AS object (class, oid)
+        ) AS found (class, oid)
+    ) AS edge (class, oid)
+    WHERE edge.oid >= 16384 OR (edge.class = 'p' AND edge.oid > 0)
+)
+"""
+# Foreign tables are read by a program that may do anything. Functions of `internal` and triggers cannot be called by name.
+_QUESTION = f"""{_REACHED}
+SELECT EXISTS (SELECT FROM pg_catalog.pg_proc WHERE proname = 'pg_notify' AND provolatile = 'v' AND oid < 16384)
+   AND EXISTS (SELECT FROM pg_catalog.pg_rewrite WHERE ev_class = 'pg_catalog.pg_views'::pg_catalog.regclass)
+   AND NOT EXISTS (
+        SELECT FROM reached JOIN pg_catalog.pg_class AS c ON reached.class = 'r' AND c.oid = reached.oid
+        WHERE c.relkind = 'f')
+   AND NOT EXISTS (
+        SELECT FROM reached JOIN pg_catalog.pg_proc AS p ON reached.class = 'p' AND p.oid = reached.oid
+        JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
+        WHERE p.prokind <> 'p' AND p.prorettype NOT IN (2279, 3838)
+          AND NOT 2281 = ANY (p.proargtypes::oid[])
+          AND CASE WHEN p.oid < 16384
+                THEN p.proname = ANY ($3::text[]) OR (p.provolatile = 'v' AND NOT p.proname = ANY ($4::text[]))
+                ELSE (p.provolatile = 'v' OR p.proname = ANY ($3::text[]))
+                     AND NOT p.proname = ANY ($5::text[]) AND NOT n.nspname || '.' || p.proname = ANY ($5::text[])
+              END)
+"""  # noqa: S608 - nothing of a text is in it
+_EFFECTS = sorted(FUNCTIONS_WITH_EFFECTS)
+_HARMLESS = sorted(HARMLESS_FUNCTIONS)
+
+
+class ReadCheck:
+    """Decides, after a failure only, whether texts that look like reads may be run a second time.
+
+    PostgreSQL's word is believed: a function marked stable or immutable is taken to be so. Functions that were declared in
+    `pure_functions=` are not asked about.
+
+    Args:
+        reader: Knows what the texts name.
+    """
+
+    def __init__(self, reader: StatementReader) -> None:
+        self._reader = reader
+        self._answers: dict[tuple[frozenset[str], frozenset[str]], bool] = {}
+
+    async def allows(self, link: Link, texts: Iterable[str], *, timeout: float | None = None) -> bool:
+        """Whether everything callable that `texts` name is stable or immutable on the server behind `link`.
+
+        The repeat itself must run inside BEGIN READ ONLY: this is one of three conditions. It takes one query for texts
+        that were not asked about since the schema is known to have changed.
+
+        Args:
+            link: A connection with no transaction open.
+            texts: All of them are asked about at once. One that does not look like a read is not allowed.
+            timeout: The limit in seconds. Default: the driver's.
+
+        Raises:
+            Exception: What the driver raises when the connection is lost or the time is up.
+        """
+        statements = [self._reader.read(text) for text in texts]
+        if not all(statement.looks_like_read for statement in statements):
+            return False
+        names = frozenset[str]().union(*(statement.names for statement in statements))
+        operators = frozenset[str]().union(*(statement.operators for statement in statements))
+        answer = self._answers.get((names, operators))
+        if answer is not None:
+            return answer
+        try:
+            answer = await self._ask(link, names, operators, timeout)
+        except asyncpg.PostgresError:
+            # Databases that only speak PostgreSQL's protocol have other catalogs. What could not be asked is not allowed.
+            if link.connection.is_closed():
+                raise
+            return False
+        if len(self._answers) >= _REMEMBERED:
+            self._answers.clear()
+        self._answers[names, operators] = answer
+        return answer
+
+    async def _ask(self, link: Link, names: frozenset[str], operators: frozenset[str], timeout: float | None) -> bool:
+        # In a database of a single-byte encoding PostgreSQL folds letters outside ASCII, too.
+        spellings = sorted(names | {name.lower() for name in names})
+        arguments = (spellings, sorted(operators), _EFFECTS, _HARMLESS, sorted(self._reader.pure))
+        return await link.fetchval_uncached(_QUESTION, *arguments, timeout=timeout) is True
+
+    def forget(self) -> None:
+        """Ask again: the schema has changed."""
+        self._answers.clear()

@@ -1,0 +1,488 @@
+"""The retried transaction: a loop of attempts, each of which commits, is repeated as a whole, or ends in an error."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from types import TracebackType
+from typing import Literal, Self, TypedDict, TypeVar
+
+import asyncpg
+
+from resilient_pool.clock import Clock
+from resilient_pool.config.pool_config import PoolConfig
+from resilient_pool.execution.commit_resolver import Inquiry, is_our_own_fault
+from resilient_pool.execution.connection import Lender, ResilientConnection
+from resilient_pool.execution.loop_control import Place
+from resilient_pool.execution.retry_loop import Call, RefusedError
+from resilient_pool.pooling import driver as wire
+from resilient_pool.pooling.context import unwrap
+from resilient_pool.pooling.driver import AnyConnection, Link
+from resilient_pool.retry.classifier import refuses_commit
+from resilient_pool.retry.commit_status import Answer, Mark
+from resilient_pool.retry.verdict import Outcome, Phase
+from resilient_pool.sql.read_only import StatementReader
+from resilient_pool.sql.statement_tracker import StatementTracker
+
+T = TypeVar("T")
+
+Isolation = Literal["serializable", "repeatable_read", "read_committed", "read_uncommitted"]
+
+
+class TransactionOptions(TypedDict, total=False):
+    """What `pool.transaction()` takes."""
+
+    isolation: Isolation | None
+    readonly: bool
+    deferrable: bool
+    resolve_commit: bool
+    deadline: float | None
+    fail_fast: bool | None
+
+
+_UNCERTAIN = (
+    "resilient_pool: the transaction was rolled back, and not repeated, because the program was not certain to go on with the loop: the "
+    "block was left by return or break, something follows it inside the loop, a generator yields inside the loop, or the "
+    "attempt was not entered by the loop's own `async with`. pool.run_in_transaction(function) has no such condition"
+)
+
+
+class _State(Enum):
+    READY = "ready for an attempt"
+    RUNNING = "in an attempt"
+    FINISHED = "finished"
+
+
+class Transactions:
+    """What the transactions of one pool have in common.
+
+    Args:
+        config: The pool's.
+        lender: Lends their connections.
+        reader: Knows which texts look like reads.
+        inquiry: Asks what became of them.
+        clock: Waits.
+        require_open: Raises if the pool cannot be used.
+    """
+
+    __slots__ = ("clock", "config", "inquiry", "lender", "reader", "require_open")
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        lender: Lender,
+        reader: StatementReader,
+        inquiry: Inquiry,
+        clock: Clock,
+        require_open: Callable[[], None],
+    ) -> None:
+        self.config = config
+        self.lender = lender
+        self.reader = reader
+        self.inquiry = inquiry
+        self.clock = clock
+        self.require_open = require_open
+
+
+class RetriedTransaction:
+    """The attempts of one transaction, one after the other, until one has committed.
+
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                await connection.execute(...)
+
+    The block may run more than once, so it should have no other effect than on the database. It commits when it ends, also
+    by `return`, `break` or `continue`; it is rolled back when it is left by an exception. A curable fault is waited for and
+    the block is run again, provided that the program is certain to go on with the loop: nothing follows the block inside the
+    loop, it was not left by `return` or `break`, nothing in the loop yields, and the loop's own `async with` entered the
+    attempt. Otherwise the fault is raised, after the transaction was rolled back. `run_in_transaction()` knows no such
+    condition.
+    """
+
+    def __init__(
+        self,
+        shared: Transactions,
+        options: TransactionOptions,
+        *,
+        always_goes_on: bool = False,
+        exactly_once: bool = False,
+    ) -> None:
+        self._shared = shared
+        self._options = options
+        self._always_goes_on = always_goes_on
+        self._call: Call[None] = shared.lender.call(
+            "transaction",
+            None,
+            _nothing,
+            idempotent=False,
+            deadline=options.get("deadline"),
+            fail_fast=options.get("fail_fast"),
+        )
+        self._call.exactly_once = exactly_once
+        self._call.read_only = options.get("readonly", False)
+        self._runner = shared.lender.runner
+        self._memory = self._runner.begin_transaction(self._call)
+        self._state = _State.READY
+        self._head: Place | None = None
+        self._delay = 0.0
+        self._number = 0
+        self._reads: tuple[str, ...] = ()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def __anext__(self) -> Awaitable[Attempt]:
+        # Not a coroutine function: its body has to run while the loop's own frame stands right behind it.
+        if self._head is None and not self._always_goes_on:
+            self._head = Place.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
+        return self._next()
+
+    async def _next(self) -> Attempt:
+        if self._state is _State.FINISHED:
+            raise StopAsyncIteration
+        if self._state is _State.RUNNING:
+            raise asyncpg.InterfaceError("the attempt before was not entered: write `async with attempt as connection`")
+        self._state = _State.RUNNING
+        if self._delay:
+            await self._shared.clock.sleep(self._delay)
+        self._number += 1
+        return Attempt(self, self._shared, self._options, self._call, self._number)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no further attempt follows."""
+        return self._state is _State.FINISHED
+
+    def finish(self) -> None:
+        """Make no further attempt."""
+        self._state = _State.FINISHED
+
+    def weigh(self, error: Exception, *, hindrance: str | None = None) -> float:
+        """Return how long to wait before the next attempt, in seconds, or raise what the application is to see."""
+        return self._runner.next_delay(self._call, self._memory, error, hindrance=hindrance)
+
+    def go_on(self, delay: float) -> None:
+        """Make another attempt after that many seconds."""
+        self._delay = delay
+        self._state = _State.READY
+
+    def guard(self, reads: tuple[str, ...]) -> None:
+        """Let every further attempt be read-only: an attempt that sent nothing but `reads` may have taken effect."""
+        self._call.harmless = True
+        self._reads = tuple(dict.fromkeys((*self._reads, *reads)))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What was sent in attempts whose outcome is unknown."""
+        return self._reads
+
+    def is_certain_to_go_on(self, place: Place, *, swallowing: bool) -> bool:
+        """Whether the loop asks for the next attempt next, if `__aexit__`, awaited at `place`, ends without an error."""
+        if self._always_goes_on:
+            return True
+        return self._head is not None and place.leads_to(self._head, swallowing=swallowing)
+
+
+class Attempt:
+    """One attempt of a transaction: enter it for a connection on which the transaction is open.
+
+    Attributes:
+        number: Which attempt this is; the first is 1.
+    """
+
+    def __init__(
+        self,
+        loop: RetriedTransaction,
+        shared: Transactions,
+        options: TransactionOptions,
+        call: Call[None],
+        number: int,
+    ) -> None:
+        self.number = number
+        self._loop = loop
+        self._shared = shared
+        self._options = options
+        self._call = call
+        self._lease: ResilientConnection | None = None
+        self._sent = StatementTracker(shared.reader)
+        self._entered = self._asked_in_vain = False
+
+    # Beginning
+
+    async def __aenter__(self) -> ResilientConnection:
+        if self._entered:
+            raise asyncpg.InterfaceError("an attempt can be entered once only")
+        self._entered = True
+        begun = False
+        try:
+            while self._lease is None:
+                self._shared.require_open()
+                self._call.begin_attempt()
+                self._call.settled = Outcome.NOT_EXECUTED
+                try:
+                    self._lease = await self._begin()
+                except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+                    delay = self._loop.weigh(error)
+                    await self._shared.clock.sleep(delay)
+            begun = True
+        finally:
+            if not begun:
+                self._loop.finish()
+        return self._lease
+
+    async def _begin(self) -> ResilientConnection:
+        lease = await self._shared.lender.lend_once(self._call)
+        begun = False
+        try:
+            await self._begin_on(_link(self._call))
+            self._shared.lender.bind(lease, self._sent.sent)
+            begun = True
+        finally:
+            if not begun:
+                self._shared.lender.take_back(lease)
+        return lease
+
+    async def _begin_on(self, link: Link) -> None:
+        options = self._options
+        await self._shared.inquiry.learn(link)
+        if self._loop.reads and not await self._shared.lender.read_check.allows(link, self._loop.reads):
+            raise RefusedError
+        self._call.phase, self._call.link = Phase.EXECUTE, link
+        await link.begin(
+            isolation=options.get("isolation"),
+            readonly=self._is_read_only,
+            deferrable=options.get("deferrable", False),
+        )
+        self._call.began = self._shared.clock.monotonic()
+
+    @property
+    def _is_read_only(self) -> bool:
+        return self._call.read_only or bool(self._loop.reads)
+
+    # Ending
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        # Noted before anything else: a frame that is resumed by an error stands elsewhere.
+        place = Place.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
+        swallow = False
+        try:
+            failure = None
+            if not self._is_on_loan:
+                self._require_error(error)
+            else:
+                failure = await (self._commit() if error is None else self._roll_back(error))
+            swallow = failure is not None and self._leave(failure, error, place)
+        finally:
+            if not swallow:
+                self._loop.finish()
+            await self._release()
+        return swallow
+
+    def _leave(self, failure: Exception, error: BaseException | None, place: Place) -> bool:
+        """Decide whether another attempt follows `failure`; what was raised in the block, `error`, is then swallowed."""
+        goes_on = self._loop.is_certain_to_go_on(place, swallowing=error is not None)
+        try:
+            # What failed for the pool's own question alone is run again with a question that cannot fail so.
+            is_free = self._asked_in_vain and goes_on
+            delay = 0.0 if is_free else self._loop.weigh(failure, hindrance=None if goes_on else _UNCERTAIN)
+        except Exception as farewell:
+            if farewell is not error:
+                raise
+            return False
+        self._loop.go_on(delay)
+        return True
+
+    async def _release(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return
+        reset = self._shared.lender.take_back(lease)
+        if reset is not None and self._shared.config.session_reset == "on_release":
+            await asyncio.wait(
+                [reset]
+            )  # not by shield: one that terminate() cuts short is no cancellation of this task
+
+    @property
+    def _is_on_loan(self) -> bool:
+        """Whether the connection is still this transaction's. When it is not, nothing may be sent on it."""
+        return self._lease is not None and not self._lease.is_released
+
+    @staticmethod
+    def _require_error(error: BaseException | None) -> None:
+        """Let no block end well in which the application gave the connection away."""
+        if error is not None:
+            return
+        raise asyncpg.InterfaceError(
+            "the connection of pool.transaction() was released or closed inside the block, so there was nothing left to "
+            "commit: what the block had not committed by itself was rolled back. Leave the connection to the transaction"
+        )
+
+    # Rolling back
+
+    async def _roll_back(self, error: BaseException) -> Exception | None:
+        """Undo the block, and return `error` if another attempt may cure it; whatever it is, it passes otherwise."""
+        link = _link(self._call)
+        if not isinstance(error, Exception):
+            return None  # there is no time; the connection's reset, in the background, does it
+        await self._undo(link)
+        unwrapped = unwrap(self._shared.config, error)
+        if self._sent.may_have_ended or not _is_the_drivers(unwrapped, link):
+            return None
+        self._call.settled = Outcome.ROLLED_BACK
+        if isinstance(unwrapped, asyncpg.ReadOnlySQLTransactionError):
+            if self._loop.reads:
+                # What a guard refuses is a write: then the attempt before, of which nothing is known, wrote as well.
+                return RefusedError()
+            await self._learn_why_read_only(link)
+        return error
+
+    async def _learn_why_read_only(self, link: Link) -> None:
+        if self._is_on_loan:
+            await link.learn_why_read_only()
+
+    async def _undo(self, link: Link) -> None:
+        with contextlib.suppress(Exception):  # the connection's reset does it then, or the server, when it is closed
+            if self._is_on_loan and not link.connection.is_closed():
+                await link.end_transaction("ROLLBACK", timeout=self._shared.config.reset_timeout)
+
+    # Committing
+
+    async def _commit(self) -> Exception | None:
+        """Commit, and return the error if it is certain, or said in the call, what became of it."""
+        link = _link(self._call)
+        self._call.settled = Outcome.ROLLED_BACK  # as long as COMMIT was not sent
+        if not link.connection.is_closed() and not link.connection.is_in_transaction():
+            self._require_ended_by_text()
+            return None
+        try:
+            mark = await self._mark(link)
+        except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+            return await self._give_up_before_commit(error, link)
+        if not self._is_on_loan:
+            self._require_error(None)
+        self._call.xid = mark.xid
+        self._call.phase = Phase.COMMIT
+        try:
+            done = await link.end_transaction("COMMIT")
+        except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+            return None if await self._is_committed(error, link, mark) else self._unless_ended(error)
+        if done != "COMMIT":
+            if self._loop.reads:
+                return RefusedError()
+            raise asyncpg.InFailedSQLTransactionError(
+                "the transaction was rolled back at its end, because a statement in it had failed and the error was caught"
+            )
+        if mark.token is not None:
+            self._shared.inquiry.prune()
+        return None
+
+    def _require_ended_by_text(self) -> None:
+        # The application's own COMMIT, ROLLBACK or PREPARE TRANSACTION is its own affair.
+        if not self._sent.ended_by_text or self._sent.may_be_anything:
+            raise asyncpg.InterfaceError(
+                "the transaction was ended inside its block, by a reset of the session or in another way that is not "
+                "visible: it is not known to be committed"
+            )
+
+    async def _give_up_before_commit(self, error: Exception, link: Link) -> Exception | None:
+        if not self._is_on_loan:
+            self._require_error(None)
+        await self._undo(link)
+        if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+            await self._learn_why_read_only(link)
+        self._asked_in_vain = is_our_own_fault(error, link)
+        return self._unless_ended(error)
+
+    def _unless_ended(self, error: Exception) -> Exception:
+        # What the application committed by itself must not be repeated, whatever became of the rest.
+        if self._sent.may_have_ended and self._call.settled is not Outcome.UNKNOWN:
+            raise error
+        return error
+
+    async def _mark(self, link: Link) -> Mark:
+        sent, readonly = self._sent, self._is_read_only
+        only_reads = not sent.may_write or (readonly and sent.reads is not None)
+        if only_reads or not self._options.get("resolve_commit", True):
+            return Mark()
+        return await self._shared.inquiry.mark(link, readonly=readonly, may_change_session=sent.may_change_session)
+
+    async def _is_committed(self, error: Exception, link: Link, mark: Mark) -> bool:
+        """Say whether a COMMIT that failed took effect nevertheless; what else is known goes into the call."""
+        if _is_refusal(error, link):
+            return False
+        if mark.nothing_written:
+            return True
+        self._call.settled = Outcome.UNKNOWN
+        is_known, reads = mark.xid is not None or mark.token is not None, self._sent.reads
+        if self._lease is None or not (is_known or reads is not None):
+            return False
+        slot, inquiry, deadline = self._shared.lender.detach(self._lease), self._shared.inquiry, self._call.deadline
+        if is_known:
+            answer = await inquiry.resolve(slot, mark, deadline)
+            if answer is Answer.ABORTED:
+                self._call.settled = Outcome.ROLLED_BACK
+        else:
+            answer = await inquiry.vet(slot, reads or (), deadline, decides=self._commit_decides)
+            if answer is Answer.ABORTED:
+                self._loop.guard(reads or ())
+        return answer is Answer.COMMITTED
+
+    @property
+    def _commit_decides(self) -> bool | None:
+        """Whether COMMIT can still refuse what was read; `None` if the server's default decides that."""
+        if not self._call.read_only:
+            return True  # that nothing was written is not certain, so it is to be run again in any case
+        isolation = self._options.get("isolation")
+        return isolation == "serializable" if isolation is not None else None
+
+
+async def run(
+    shared: Transactions,
+    function: Callable[..., Awaitable[T]],
+    args: tuple[object, ...],
+    options: TransactionOptions,
+    *,
+    exactly_once: bool = False,
+) -> T:
+    """Call `function(connection, *args)` in a retried transaction, and return what it returned when that committed.
+
+    Args:
+        shared: What the pool's transactions have in common.
+        function: What to call.
+        args: What to call it with, after the connection.
+        options: What `pool.transaction()` takes.
+        exactly_once: Whether an unknown outcome is never a reason to repeat, whatever the pool was told of its statements.
+    """
+    loop = RetriedTransaction(shared, options, always_goes_on=True, exactly_once=exactly_once)
+    while True:
+        async with await loop.__anext__() as connection:
+            result = await function(connection, *args)
+        if loop.is_finished:
+            return result
+
+
+def _link(call: Call[None]) -> Link:
+    if call.link is None:
+        raise asyncpg.InternalClientError("a transaction without a connection")
+    return call.link
+
+
+def _is_the_drivers(error: BaseException, link: Link) -> bool:
+    """Whether an error that left the block, once it is unwrapped, can be this connection's."""
+    if isinstance(error, TimeoutError) or wire.is_of_another_connection(error, link):
+        return False
+    return isinstance(error, OSError | asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError)
+
+
+def _is_refusal(error: Exception, link: Link) -> bool:
+    """Whether a failed COMMIT is known to have been refused, or never sent."""
+    return wire.nothing_sent(error, link) or (refuses_commit(error) and not link.connection.is_closed())
+
+
+async def _nothing(_connection: AnyConnection) -> None:
+    return None

@@ -1,0 +1,1 @@
+"""Migrations that wait for the database and run one at a time."""

@@ -1,0 +1,128 @@
+"""The only module that runs a command: beside this process, never left behind by it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from resilient_pool.config.secrets import Secret
+from resilient_pool.migrations.output import Lines
+
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
+_CHUNK = 65536
+_AFTER_THE_END = 1.0
+
+
+def request_to_run(command: Sequence[str], dsn: Secret | None) -> Secret:
+    """Return what the supervisor is told to run: neither a frame of ours nor the supervisor's own arguments show it.
+
+    Args:
+        command: The program and its arguments.
+        dsn: What `DATABASE_URL` says to it; `None` leaves that as it is in this process.
+    """
+    variables = {} if dsn is None else {"DATABASE_URL": _text(dsn.reveal())}
+    return Secret(json.dumps({"command": [_text(word) for word in command], "environment": variables}))
+
+
+def _text(word: str) -> str:
+    # The bytes as they are passed on, one character each: JSON knows no others than those of texts.
+    return os.fsencode(word).decode("latin-1")
+
+
+async def run_command(request: Secret, lines: Lines, *, stop_within: float) -> int:
+    """Run a command to its end and return its exit status, 128 and the number for one that a signal ended.
+
+    It has no standard input, and its error output is read together with its standard output. Cancelled, it interrupts
+    the command and whatever that has started as Ctrl-C would, once, and waits for their end. Should this process die,
+    however suddenly, the same happens. A process that has put itself into a session or a process group of its own is not
+    ended; its output is read for one second more than the command's.
+
+    Args:
+        request: What to run, as `request_to_run` says it. Its environment is this process's.
+        lines: Is given the output as it comes.
+        stop_within: How many seconds it is given to end by itself before it is terminated, and 3 seconds later killed.
+    """
+    # A pipe of our own: one that asyncio makes keeps the process from having ended for as long as anybody holds it.
+    ours, theirs = os.pipe()
+    reader = asyncio.StreamReader()
+    try:
+        pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, "rb", buffering=0)
+        )
+        try:
+            process = await _start(theirs, stop_within)
+        except BaseException:
+            pipe.close()
+            raise
+    finally:
+        os.close(theirs)
+    following = asyncio.ensure_future(_follow(process, reader, pipe, lines))
+    try:
+        await _tell(process, request)
+        return await asyncio.shield(following)
+    finally:
+        if process.stdin is not None:
+            process.stdin.close()  # the supervisor's sign to end it, if it has not ended
+        await to_its_end(following)
+
+
+async def _start(output: int, stop_within: float) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-I", "-S", str(_SUPERVISOR), str(stop_within)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=output,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+async def _tell(process: asyncio.subprocess.Process, request: Secret) -> None:
+    if process.stdin is None:
+        return
+    with contextlib.suppress(OSError):  # it has ended already: its status says so
+        process.stdin.write(request.reveal().encode() + b"\n")
+        await process.stdin.drain()
+
+
+async def _follow(
+    process: asyncio.subprocess.Process, reader: asyncio.StreamReader, pipe: asyncio.ReadTransport, lines: Lines
+) -> int:
+    reading = asyncio.ensure_future(_read(reader, lines))
+    try:
+        status = await process.wait()
+        # What is in the pipe already; its end need not come, since somebody in another session may hold it.
+        await asyncio.wait({reading}, timeout=_AFTER_THE_END)
+    finally:
+        reading.cancel()
+        pipe.close()
+    lines.end()
+    return status
+
+
+async def _read(reader: asyncio.StreamReader, lines: Lines) -> None:
+    while data := await reader.read(_CHUNK):
+        lines.feed(data)
+
+
+async def to_its_end(task: asyncio.Future[Any]) -> None:
+    """Wait for a task that ends by itself soon, also while being cancelled; the cancellation is passed on afterwards."""
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+
+
+async def finish(clean_up: Coroutine[Any, Any, None]) -> None:
+    """Run a bounded clean-up to its end, also while being cancelled."""
+    await to_its_end(asyncio.ensure_future(clean_up))

@@ -1,0 +1,1 @@
+"""Counters, logs, and who is handed events."""

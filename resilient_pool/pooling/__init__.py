@@ -1,0 +1,1 @@
+"""How a connection is had: opened, checked, handed out, reset, closed."""

@@ -1,0 +1,554 @@
+"""The only module that decides who may open a connection, and that tries to reach a server which is not known to be up."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import asyncpg
+
+from resilient_pool.clock import Clock
+from resilient_pool.config.pool_config import PoolConfig
+from resilient_pool.config.secrets import scrub
+from resilient_pool.errors import AcquireTimeoutError
+from resilient_pool.events import Dispatcher, GateClosed, GateOpened, RetryScheduled
+from resilient_pool.observability.stats import Counters
+from resilient_pool.pooling.background import begin
+from resilient_pool.pooling.connect import Connector
+from resilient_pool.pooling.context import judge, nearest_sqlstate
+from resilient_pool.pooling.driver import Link
+from resilient_pool.pooling.maintenance import Upkeep
+from resilient_pool.pooling.resource_pool import Slot, Slots
+from resilient_pool.retry.verdict import Failure, Fault, Phase, Verdict
+
+_LOGGER = logging.getLogger("resilient_pool")
+
+# For so long after the first failure a server that lets nobody in may be one that is waking up: 15 s is usual, 30 s and
+# more after a day of sleep.
+WAKE_WINDOW = 60.0
+# After so many seconds without an answer another attempt is made beside the first: a server that wakes lets attempts hang,
+# but so does an address from which the server has moved away.
+UNANSWERED = 5.0
+_AT_ONCE = 2
+# The server is there, but what the application's `init` has asked it for failed in a curable way.
+_ABOUT_SETTING_UP = frozenset({Fault.CONTENTION, Fault.STATEMENT_CACHE})
+_ABOUT_ONE_MORE_CONNECTION = _ABOUT_SETTING_UP | {Fault.OVERLOADED}
+
+
+class RecoveryGate:
+    """Keeps a crowd from a server that is not known to be up.
+
+    The first connection of a pool, and the first one after an attempt has failed or after the last connection was closed,
+    is opened by one prober, under the `reconnect` policy. Everybody else waits for a slot, each under its own deadline,
+    and holds none. When the prober gets through, waiters are admitted: 1, 2, 4, ... may open at the same time, each step
+    when an opening has succeeded. When nobody waits any more the prober stops.
+
+    The prober makes one attempt at a time, and a second one beside it when that has not been answered for 5 s.
+
+    A server that has no room for one more connection, while others of this pool work, is not away: those serve everybody,
+    no more are opened than there are, and the prober finds out when there is room again.
+
+    Without any observer, too, the log says when the server is away and when it is back: one line each, at WARNING.
+
+    Args:
+        config: The policy and the classifier.
+        slots: Where callers wait, and which is told how many of them may open.
+        upkeep: Opens connections.
+        connector: Knows whether writes are expected to work.
+        clock: Tells the time and waits.
+        counters: Where it counts.
+        dispatcher: Who is told.
+    """
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        slots: Slots[Link],
+        upkeep: Upkeep,
+        connector: Connector,
+        clock: Clock,
+        counters: Counters,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self._config = config
+        self._slots = slots
+        self._upkeep = upkeep
+        self._connector = connector
+        self._clock = clock
+        self._counters = counters
+        self._dispatcher = dispatcher
+        self._outage: _Outage | None = None
+        self._crowd: _Outage | None = None
+        self._is_reported = False
+        self._wake_window = _WakeWindow()
+        self._prober: asyncio.Task[None] | None = None
+        self._attempts: set[asyncio.Task[bool]] = set()
+        self._attempt_began: float | None = None
+        self._delays = config.reconnect.delays()
+        self._not_before = clock.monotonic()
+        self._last_opened: Link | None = None
+        self._is_final = False
+        slots.on_want = self.maintain
+        slots.admit(0)
+
+    def __repr__(self) -> str:
+        return f"<RecoveryGate {'closed' if self.is_closed else 'open'} admitted={self._slots.admitted}>"
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the last attempt to connect failed in a way that waiting cures."""
+        return self._outage is not None
+
+    # For those who want a connection
+
+    def doubt(self) -> None:
+        """Take the server for one that is not known to be up."""
+        self._slots.admit(0)
+
+    def doubt_if_alone(self) -> None:
+        """Doubt, if there is no connection left that has worked."""
+        if self._slots.admitted and not self._slots.has_resources:
+            self.doubt()
+
+    def call(self) -> None:
+        """Let the prober open what nobody else may: while the server is not known to be up, or to keep `min_size`."""
+        needed = not self._slots.admitted or self._slots.size < self._config.min_size or self._crowd is not None
+        if needed and self._prober is None and not self._upkeep.closing:
+            self._upkeep.forsaken = False
+            self._prober = begin(self._probe())
+
+    def maintain(self) -> None:
+        """Let the prober open what is missing, but not for an idle pool that was refused for good, or whose loop ends."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return  # a connection was terminated while no loop runs; the next caller sees to the rest
+        if self._slots.is_awaited or not (self._is_final or self._upkeep.forsaken):
+            self.call()
+
+    def leave(self) -> None:
+        """Stop the prober, if whoever leaves was the last who waited."""
+        if self._prober is not None and not self._slots.wants:
+            self.stop()
+
+    def stop(self) -> None:
+        """Stop the prober, whatever it is doing."""
+        for task in self._working():
+            task.cancel()
+        self._prober = None
+        self._attempts.clear()
+
+    def _working(self) -> set[asyncio.Task[None] | asyncio.Task[bool]]:
+        return {*self._attempts, *([] if self._prober is None else [self._prober])}
+
+    async def rest(self) -> None:
+        """Stop the prober and wait for its end, unless somebody waits for what it does."""
+        if self._slots.waiting:
+            return
+        working = self._working()
+        self.stop()
+        if working:
+            await asyncio.wait(working)
+
+    def restart(self) -> None:
+        """Forget what is known of the server: another one is meant from now on."""
+        self.stop()
+        self.doubt()
+        self._outage = None
+        self._is_final = False
+        self._make_room()
+        self._not_before = self._clock.monotonic()
+        if self._slots.wants:
+            self.call()
+
+    def refusal(self) -> Exception | None:
+        """Return an error for a caller who does not wait any longer: how the last attempt failed. `None` if it did not."""
+        return None if self._outage is None else self._outage.refusal(self._clock.monotonic())
+
+    def most_telling(self, timeout: AcquireTimeoutError) -> Exception:
+        """Choose what a caller sees whose time has run out: why there was no connection, if that is known."""
+        if self._crowd is not None and self._slots.has_resources:
+            return self._crowd.explain(
+                f"no connection became free in time: all {len(self._upkeep.links())} that are open are in use, and the "
+                f"server has no room for another one, up to max_size={self._config.max_size}"
+            )
+        if self._outage is not None and not self._slots.admitted:
+            return self._outage.refusal(self._clock.monotonic())
+        if self._slots.admitted or self._attempt_began is None:
+            return timeout
+        if self._attempts:
+            return self._unanswered_since(self._attempt_began)
+        return AcquireTimeoutError(
+            f"no connection could be opened in time: {len(self._upkeep.links())} are open and in use, and the next attempt "
+            f"is due in {max(self._not_before - self._clock.monotonic(), 0.0):.2f} s; raise deadline"
+        )
+
+    def _unanswered_since(self, instant: float) -> AcquireTimeoutError:
+        return AcquireTimeoutError(
+            "no connection could be opened in time: the last attempt to connect began "
+            f"{self._clock.monotonic() - instant:.2f} s ago, and the server did not answer it; "
+            "raise deadline if it takes longer to wake up"
+        )
+
+    async def open_into(self, slot: Slot[Link], deadline: float | None) -> bool:
+        """Open a connection into an empty slot in the caller's hands, if the caller may.
+
+        Args:
+            slot: The slot.
+            deadline: Until when, on the line of `Clock.monotonic()`.
+
+        Returns:
+            Whether there is a connection now. If not, the slot must be given up, and another one waited for.
+
+        Raises:
+            Exception: What opening raised, if waiting does not cure it or the caller's own time is up.
+        """
+        self.doubt_if_alone()
+        if not self._slots.may_open:
+            return False
+        began = self._clock.monotonic()
+        try:
+            await self._upkeep.open_into(slot, None if deadline is None else deadline - began)
+        except Exception as error:
+            if deadline is not None and self._clock.monotonic() >= deadline:
+                self.doubt()  # an attempt that was cut short tells nothing
+                if isinstance(error, TimeoutError):
+                    raise self._unanswered_since(began) from error
+                raise
+            final = self._failed(error, is_news=self._slots.admitted > 0 and self._crowd is None)
+            if final is not None:
+                raise final() from error.__cause__
+            return False
+        self._succeeded()
+        return True
+
+    # The prober
+
+    async def _probe(self) -> None:
+        try:
+            await self._attempt_until_unwanted()
+        finally:
+            # In the same turn, so that no call is lost between its end and its being forgotten.
+            if self._prober is asyncio.current_task():
+                self._prober = None
+
+    async def _attempt_until_unwanted(self) -> None:
+        wanted = True
+        while wanted:
+            await self._keep_distance()
+            if not self._begin_attempt():
+                return  # whoever gives a place up calls again
+            await self._end_of_attempts()
+            # Once admitted, those who wait open for themselves, as many as there may be.
+            serves_itself = self._slots.admitted and self._slots.waiting and self._crowd is None
+            wanted = self._slots.wants and not serves_itself and (self._slots.is_awaited or not self._is_final)
+
+    async def _keep_distance(self) -> None:
+        delay = self._not_before - self._clock.monotonic()
+        if delay > 0 and not self._may_hurry():
+            await self._clock.sleep(delay)
+        else:
+            await asyncio.sleep(0)  # opening may fail, or succeed, without ever waiting for anything
+
+    def _may_hurry(self) -> bool:
+        """Whether nothing speaks for a distance: the last attempt was a success, or final and somebody new asks."""
+        served = self._last_opened is not None and self._last_opened.has_served
+        if self._crowd is not None:
+            return False
+        return self._slots.admitted > 0 or served or (self._is_final and self._slots.waiting > 0)
+
+    def _begin_attempt(self) -> bool:
+        """Begin an attempt, unless there is no place for it or enough are under way; say whether it was begun."""
+        slot = self._slots.reserve() if len(self._attempts) < _AT_ONCE else None
+        if slot is None:
+            return False
+        self._attempts.add(begin(self._attempt(slot), lambda attempt: self._settle(attempt, slot)))
+        return True
+
+    def _settle(self, attempt: asyncio.Task[bool], slot: Slot[Link]) -> None:
+        # Not in the attempt itself: one that is cancelled before its first step would never give its slot back.
+        if attempt in self._attempts:
+            self._attempts.discard(attempt)
+            self._upkeep.forsaken = self._upkeep.forsaken or attempt.cancelled()
+        broken = None if attempt.cancelled() else attempt.exception()
+        if attempt.cancelled() or broken is not None or not attempt.result():
+            self._upkeep.give_back(slot)
+        if isinstance(broken, Exception):
+            # A jitter of the application's, say. Nobody must wait for a prober that cannot go on.
+            self._slots.dismiss_waiters(_Twin(broken).make)
+
+    async def _end_of_attempts(self) -> None:
+        self._unanswered = self._clock.call_later(UNANSWERED, self._relieve)
+        try:
+            while self._attempts:
+                await asyncio.wait(self._attempts, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._unanswered.cancel()
+
+    def _relieve(self) -> None:
+        self._begin_attempt()
+        self._unanswered = self._clock.call_later(UNANSWERED, self._relieve)
+
+    async def _attempt(self, slot: Slot[Link]) -> bool:
+        """Open a connection into a slot and hand it on, and say whether that was done; otherwise the slot is still ours."""
+        self._attempt_began = self._clock.monotonic()
+        # For the case that it is given up because nobody waits, and somebody comes right after; or that what it opens is of
+        # no use.
+        self._not_before = self._attempt_began + self._config.reconnect.base
+        try:
+            await self._upkeep.open_into(slot, None)
+        except Exception as error:  # noqa: BLE001 - it is classified, and told to those who wait
+            final = self._failed(error, is_news=True)
+            if final is not None:
+                self._refuse(error, final)
+            return False
+        for other in self._attempts - {asyncio.current_task()}:
+            self._attempts.discard(other)
+            other.cancel()
+        self._last_opened = slot.resource
+        self._upkeep.give_back(slot)
+        self._succeeded()
+        return True
+
+    # What follows from an attempt
+
+    def _succeeded(self) -> None:
+        self._end_outage()
+        self._is_final = False
+        if self._crowd is not None and len(self._upkeep.links()) > self._slots.ceiling:
+            self._make_room()
+        if self._crowd is None:
+            self._delays = self._config.reconnect.delays()
+        admitted = self._slots.admitted
+        if admitted < self._config.max_size:
+            # One more for each success makes each round twice as wide as the one before.
+            self._slots.admit(admitted + 1)
+            # Connections that are being reset come back sooner than others could be opened.
+            while self._slots.waiting > self._upkeep.returning and self._slots.offer():
+                pass
+        if self._slots.wants and not self._slots.waiting:
+            self.call()  # for `min_size`
+
+    def _end_outage(self) -> None:
+        outage, self._outage = self._outage, None
+        self._wake_window.close()
+        if outage is not None:
+            elapsed = self._clock.monotonic() - outage.began
+            self._dispatcher.tell(GateOpened(attempts=outage.attempts, elapsed=elapsed))
+        if self._is_reported:
+            self._is_reported = False
+            _LOGGER.warning("the database server is back: connections are opened again")
+
+    def _make_room(self) -> None:
+        self._crowd = None
+        self._slots.restrict(None)
+
+    def _refuse(self, error: Exception, final: Callable[[], Exception]) -> None:
+        """Tell those who wait that the prober was refused for good; if there is nobody, the log."""
+        if not self._slots.is_awaited and not self._is_reported:
+            self._report(error, "the database server refuses connections: min_size is not kept until one is asked for")
+        self._slots.dismiss_waiters(final)
+
+    def _report(self, error: Exception, what: str) -> None:
+        self._is_reported = True
+        reason = scrub(f"{type(error).__name__}: {error}", self._config.secrets())
+        _LOGGER.warning("%s (%s)", what, reason)
+
+    def _failed(self, error: Exception, *, is_news: bool) -> Callable[[], Exception] | None:
+        """Take note of a failed attempt.
+
+        Args:
+            error: How it failed.
+            is_news: Whether it counts. Of several callers that fail at once only the first tells anything.
+
+        Returns:
+            `None` if the server is waited for: nobody may open any more then. Otherwise what makes the error of each
+            caller for whom this was the last attempt.
+        """
+        now = self._clock.monotonic()
+        why = self._connector.read_only if isinstance(error, asyncpg.ReadOnlySQLTransactionError) else None
+        failure = Failure(
+            error=error,
+            phase=Phase.CONNECT,
+            sent=False,
+            waking=self._wake_window.covers(now),
+            writable=self._connector.expects_writes,
+            read_only_asked=why is not None and why.asked,
+            in_recovery=None if why is None else why.in_recovery,
+        )
+        verdict = judge(self._config, failure)
+        self._counters.connect_failures += 1
+        if verdict.fault in _ABOUT_ONE_MORE_CONNECTION and self._upkeep.links():
+            self._be_content(error, failure, verdict, now)
+            return None
+        self._make_room()
+        is_news = is_news or self._outage is None
+        outage = self._outage or _Outage(now)
+        outage.remember(error, verdict.fault, counts=is_news)
+        delay = next(self._delays) if is_news else 0.0
+        self._not_before = max(self._not_before, now + delay)
+        self._last_opened = None
+        self._is_final = verdict.fault is Fault.PERMANENT
+        if not (self._is_final or self._is_reported):
+            away = (
+                "new connections cannot be set up"
+                if verdict.fault in _ABOUT_SETTING_UP
+                else "the database server is away"
+            )
+            self._report(error, f"{away}: callers wait, and one task tries to reach it")
+        if self._is_final or self._is_exhausted(outage):
+            self._outage = None
+            if not self._is_final:
+                self.doubt()
+            return lambda: outage.refusal(now)
+        outage.indulged = outage.indulged or self._is_indulgence(failure)
+        self._shut(outage, failure, verdict, now)
+        if is_news:
+            self._tell_retry(outage, failure, verdict, delay, now)
+        return None
+
+    def _be_content(self, error: Exception, failure: Failure, verdict: Verdict, now: float) -> None:
+        """Serve everybody with the connections there are: the server has no room for another one."""
+        self._end_outage()
+        self._crowd = self._crowd or _Outage(now)
+        self._crowd.remember(error, verdict.fault, counts=True)
+        delay = next(self._delays)
+        self._not_before = max(self._not_before, now + delay)
+        self._last_opened, self._is_final = None, False
+        # With those that are being opened beside this one: they may be let in.
+        self._slots.restrict(len(self._upkeep.links()) + max(self._slots.opening - 1, 0))
+        self._slots.admit(max(self._slots.admitted, 1))  # for those that replace one of them
+        self._tell_retry(self._crowd, failure, verdict, delay, now)
+
+    def _is_exhausted(self, outage: _Outage) -> bool:
+        most = self._config.reconnect.max_attempts
+        return most is not None and outage.attempts >= most
+
+    def _is_indulgence(self, failure: Failure) -> bool:
+        return judge(self._config, replace(failure, waking=False)).fault is Fault.PERMANENT
+
+    def _shut(self, outage: _Outage, failure: Failure, verdict: Verdict, now: float) -> None:
+        if self._outage is None:
+            self._outage = outage
+            self._dispatcher.tell(GateClosed(fault=verdict.fault, sqlstate=nearest_sqlstate(failure)))
+        self.doubt()
+        self._slots.dismiss_impatient(lambda: outage.refusal(now))
+        longest = self._config.reconnect.max_elapsed
+        if longest is not None and now - outage.began >= longest:
+            # Each from its own beginning: one who has just come should not pay for those before.
+            self._slots.dismiss_since(now - longest, lambda: outage.refusal(now))
+
+    def _tell_retry(self, outage: _Outage, failure: Failure, verdict: Verdict, delay: float, now: float) -> None:
+        self._counters.retries[verdict.fault] += 1
+        if self._dispatcher:
+            self._dispatcher.tell(
+                RetryScheduled(
+                    operation="connect",
+                    fault=verdict.fault,
+                    outcome=verdict.outcome,
+                    sqlstate=nearest_sqlstate(failure),
+                    attempt=outage.attempts,
+                    delay=delay,
+                    elapsed=now - outage.began,
+                )
+            )
+
+
+class _Outage:
+    """What is remembered of a server that cannot be reached, until it can.
+
+    Attributes:
+        began: When the first attempt failed.
+        attempts: How many attempts have failed.
+        indulged: Whether one of them would have been the last, had the server not possibly been waking up.
+    """
+
+    __slots__ = ("_error", "_fault", "_is_given", "_twin", "attempts", "began", "indulged")
+
+    def __init__(self, now: float) -> None:
+        self.began = now
+        self.attempts = 0
+        self.indulged = False
+
+    def remember(self, error: Exception, fault: Fault, *, counts: bool) -> None:
+        """Keep how the last attempt failed, for those who wait."""
+        self.attempts += counts
+        self._error = error
+        self._fault = fault
+        # Before anybody raises it: what that caller was handling, and is told, is no other caller's business.
+        self._twin = _Twin(error)
+        self._is_given = False
+
+    def refusal(self, now: float) -> Exception:
+        """Return an exception for one caller, with what was tried in its notes: the last error, or its twin."""
+        refusal = self._twin.make() if self._is_given else self._error
+        self._is_given = True
+        for note in self._notes(now):
+            if note not in getattr(refusal, "__notes__", ()):
+                refusal.add_note(note)
+        return refusal
+
+    def explain(self, text: str) -> AcquireTimeoutError:
+        """Return an error of our own for one caller, with the last error behind it."""
+        explained = AcquireTimeoutError(text)
+        explained.__cause__ = self._twin.make()
+        return explained
+
+    def _notes(self, now: float) -> Iterator[str]:
+        if self.attempts > 1 or self._fault is not Fault.PERMANENT:
+            yield (
+                f"resilient_pool: gave up after {self.attempts} attempt{'s' * (self.attempts > 1)} to connect in "
+                f"{now - self.began:.2f} s; the last fault was {self._fault.value}"
+            )
+        if self.indulged:
+            yield (
+                "resilient_pool: it was tried again because a server that is waking up refuses in the same way, "
+                f"for up to {WAKE_WINDOW:g} s"
+            )
+
+
+class _WakeWindow:
+    """Tells whether a server that lets nobody in may be one that is waking up."""
+
+    __slots__ = ("_last_failure", "_since")
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._last_failure = 0.0
+
+    def covers(self, now: float) -> bool:
+        """Take note of a failure at `now`, and say whether it falls into the window."""
+        if self._since is None or now - self._last_failure > WAKE_WINDOW:
+            self._since = now  # a server that was left alone for so long may have gone to sleep
+        self._last_failure = now
+        return now - self._since < WAKE_WINDOW
+
+    def close(self) -> None:
+        """Take note that the server is awake."""
+        self._since = None
+
+
+class _Twin:
+    """Makes copies of an error, one for each caller: tracebacks, contexts and notes are added to each one's own."""
+
+    __slots__ = ("_behind", "_error", "_notes")
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+        self._behind = (error.__cause__, error.__context__, error.__suppress_context__)
+        self._notes = tuple(getattr(error, "__notes__", ()))
+
+    def make(self) -> Exception:
+        """Return a copy as the error was; an application's own that cannot be copied is shared."""
+        try:
+            twin = copy.copy(self._error)
+        except Exception:  # noqa: BLE001 - whatever its constructor says
+            return self._error
+        if type(twin) is not type(self._error):
+            return self._error
+        twin.__cause__, twin.__context__, twin.__suppress_context__ = self._behind
+        twin.__notes__ = list(self._notes)
+        return twin

@@ -1,0 +1,288 @@
+"""Opens connections: whom to connect as and where, the driver's connect, `init`, and what the first one learns."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import cast
+
+import anyio
+import asyncpg
+
+from resilient_pool.clock import Clock
+from resilient_pool.config.pool_config import PassedOn, PoolConfig
+from resilient_pool.events import Dispatcher, PoolerDetected
+from resilient_pool.observability.stats import Counters
+from resilient_pool.pooling import driver as wire
+from resilient_pool.pooling.context import judge
+from resilient_pool.pooling.credentials import Credentials, Login
+from resilient_pool.pooling.driver import AnyConnection, Link, ReadOnly, ServerFacts
+from resilient_pool.pooling.hosts import Candidate, PinnedLoop, Race, Silence, candidates
+from resilient_pool.retry.classifier import refuses_credentials
+from resilient_pool.retry.verdict import Failure, Fault, Phase
+
+_LOGGER = logging.getLogger("resilient_pool")
+
+# So long a second client may take that is opened to find out what a proxy does: a pooler may let it wait for the first one.
+_SECOND_CLIENT_LIMIT = 2.0
+_STANDBYS = frozenset({"standby", "read-only", "prefer-standby"})
+
+
+class Connector:
+    """Opens one connection at a time, as often as it is asked.
+
+    Args:
+        config: Where to connect, and how.
+        clock: Measures what it takes.
+        counters: Where connections are counted.
+        dispatcher: Who is told of a pooler.
+
+    Attributes:
+        facts: What stands at the other end; `None` before the first connection.
+        read_only: Why the server has last refused a write of `init`, if it has.
+    """
+
+    def __init__(self, config: PoolConfig, clock: Clock, counters: Counters, dispatcher: Dispatcher) -> None:
+        self._config = config
+        self._target = config
+        self._credentials = Credentials(config)
+        self._silence = Silence(clock)
+        self._clock = clock
+        self._counters = counters
+        self._dispatcher = dispatcher
+        self.facts: ServerFacts | None = None
+        self.read_only: ReadOnly | None = None
+
+    @property
+    def expects_writes(self) -> bool:
+        """Whether the server that is connected to should accept writes."""
+        read_only = self._target.server_settings.get("default_transaction_read_only", "off").lower()
+        return self._target.target_session_attrs not in _STANDBYS and read_only not in ("on", "true", "yes", "1")
+
+    def redirect(self, target: PoolConfig) -> None:
+        """Use the connection arguments of `target` for every connection opened from now on."""
+        self._target = target
+        self._credentials = Credentials(target)
+        self.facts = None  # something else may stand there
+
+    def distrust_proxy(self) -> bool:
+        """Take a proxy that seemed to keep a session for each client for a pooler: a prepared statement was not there.
+
+        Returns:
+            Whether that is news: connections that were opened before still have prepared statements.
+        """
+        if self.facts is None or not self.facts.keeps_session:
+            return False
+        self.facts = replace(self.facts, keeps_session=False)
+        self._counters.pooler = True
+        self._tell_of_pooler(self._target, self.facts, "a prepared statement was missing in the session")
+        return True
+
+    async def open(self, seconds: float | None) -> Link:
+        """Open a connection, ready for use.
+
+        Args:
+            seconds: How long it may take; the configured connect `timeout` if that is shorter.
+
+        Raises:
+            Exception: What the driver, a function of the application's or `init` raises. No frame behind it holds a secret.
+        """
+        if self.facts is None:
+            wire.draw_statement_names()
+        target = self._target  # `redirect` may change it meanwhile
+        limits = [limit for limit in (target.timeout, seconds) if limit is not None]
+        ends = self._clock.monotonic() + max(min(limits), 0.001)
+        link = Link(await self._connect(target, ends))
+        ready = False
+        try:
+            with anyio.fail_after(self._left(ends)):
+                await self._prepare(target, link, ends)
+            ready = True
+        finally:
+            if not ready:
+                link.terminate()
+        link.opened_at = self._clock.monotonic()
+        self._counters.opened += 1
+        return link
+
+    def _left(self, ends: float) -> float:
+        return max(ends - self._clock.monotonic(), 0.001)
+
+    async def _connect(self, target: PoolConfig, ends: float) -> AnyConnection:
+        connection = None
+        try:
+            with anyio.fail_after(self._left(ends)):
+                if target.passed is not None:
+                    connection = await self._call(target, target.passed.reveal())
+                else:
+                    connection = await self._log_in(target, self._credentials, ends)
+        finally:
+            if connection is None:
+                # Whatever it is, a cancellation too: the driver's frames hold the password while it connects.
+                wire.forget_locals(sys.exception())
+        return connection
+
+    async def _call(self, target: PoolConfig, passed: PassedOn) -> AnyConnection:
+        """Let the application's `connect=` function connect."""
+        connect = cast("Callable[..., Awaitable[object]]", target.connect)
+        connection = await connect(passed.dsn, **passed.arguments, **self._classes())
+        if not isinstance(connection, self._config.connection_class):
+            raise asyncpg.InterfaceError(
+                f"connect= returned a {type(connection).__name__}, not an instance of connection_class="
+                f"{self._config.connection_class.__name__}"
+            )
+        return connection
+
+    def _classes(self) -> dict[str, object]:
+        return {
+            "loop": self._config.loop,
+            "connection_class": self._config.connection_class,
+            "record_class": self._config.record_class,
+        }
+
+    async def _log_in(self, target: PoolConfig, credentials: Credentials, ends: float) -> AnyConnection:
+        login = await credentials.get()
+        try:
+            return await self._reach(target, login, ends)
+        except Exception as error:
+            # A password that is asked for may have been changed in the meantime.
+            if not credentials.are_asked_for or not refuses_credentials(error):
+                raise
+        return await self._reach(target, await credentials.get(), ends)
+
+    async def _reach(self, target: PoolConfig, login: Login, ends: float) -> AnyConnection:
+        """Connect to the first of the hosts that answers and is of the wanted kind."""
+        hosts = candidates(target.host or (), target.port or ())
+        if not hosts or (len(hosts) == 1 and hosts[0].address is not None):
+            return await self._dial(target, login, ends, {})
+        if target.target_session_attrs != "prefer-standby":
+            return await self._race(target, login, ends, hosts, {})
+        try:
+            return await self._race(target, login, ends, hosts, {"target_session_attrs": "standby"})
+        except asyncpg.TargetServerAttributeNotMatched:
+            pass
+        return await self._race(target, login, ends, hosts, {"target_session_attrs": "any"})
+
+    async def _race(
+        self, target: PoolConfig, login: Login, ends: float, hosts: list[Candidate], wanted: dict[str, object]
+    ) -> AnyConnection:
+        async def dial(candidate: Candidate) -> AnyConnection:
+            where = {"host": candidate.host, "port": candidate.port, **wanted}
+            if candidate.address not in (None, candidate.host):
+                loop = self._config.loop or asyncio.get_running_loop()
+                where["loop"] = PinnedLoop(loop, candidate.address)
+            return await self._dial(target, login, ends, where)
+
+        share = min(self._left(ends), self._config.deadline or math.inf)
+        race = Race(hosts, dial, self._leaves_hope, self._silence, self._clock, share)
+        connection = await race.run()
+        if connection is None:
+            raise self._most_telling(race.errors)
+        return connection
+
+    def _leaves_hope(self, error: Exception) -> bool:
+        """Whether another host may let us in: after what the network says, and what waiting cures."""
+        return isinstance(error, OSError) or self._fault(error) is Fault.UNREACHABLE
+
+    def _fault(self, error: Exception) -> Fault:
+        failure = Failure(error=error, phase=Phase.CONNECT, sent=False, waking=False, writable=self.expects_writes)
+        return judge(self._config, failure).fault
+
+    def _most_telling(self, errors: Mapping[Candidate, Exception]) -> Exception:
+        """Choose from how each host failed: what waiting cures, since that host may be back."""
+        mismatched = asyncpg.TargetServerAttributeNotMatched
+        curable = [error for error in errors.values() if self._fault(error) is Fault.UNREACHABLE]
+        told = next((error for error in curable if isinstance(error, mismatched)), [*errors.values(), *curable][-1])
+        if len(errors) > 1:
+            each = ", ".join(f"{candidate} ({type(error).__name__})" for candidate, error in errors.items())
+            told.add_note(f"resilient_pool: tried {each}")
+        return told
+
+    async def _dial(self, target: PoolConfig, login: Login, ends: float, where: dict[str, object]) -> AnyConnection:
+        arguments = {**target.connect_arguments(), **self._classes(), **where, "timeout": self._left(ends)}
+        if login.user is not None:
+            arguments["user"] = login.user
+        if login.password is not None:
+            # A function: the driver keeps what it is given in its parameters.
+            arguments["password"] = login.password.reveal
+        if self.facts is not None and self.facts.has_pooler and target.statement_cache_size is None:
+            arguments["statement_cache_size"] = 0
+        return cast("AnyConnection", await asyncpg.connect(**arguments))  # type: ignore[call-overload]
+
+    async def _prepare(self, target: PoolConfig, link: Link, ends: float) -> None:
+        link.tune(keepalive=self._config.tcp_keepalive, user_timeout=self._config.tcp_user_timeout)
+        # Several first connections may have been dialled before the first of them had its answer.
+        facts = (
+            self.facts if target is self._target and self.facts is not None else await self._learn(target, link, ends)
+        )
+        link.is_pooled = facts.has_pooler
+        if facts.has_pooler and target.statement_cache_size is None:
+            link.disable_statement_cache()
+        if self._config.init is not None:
+            try:
+                await self._config.init(link.connection)
+            except asyncpg.ReadOnlySQLTransactionError:
+                await link.learn_why_read_only()
+                self.read_only = link.read_only
+                raise
+            await link.keep_roles()
+
+    async def _learn(self, target: PoolConfig, link: Link, ends: float) -> ServerFacts:
+        facts = await link.inspect(None)
+        seen = None
+        if facts.has_proxy and target.statement_cache_size is None:
+            seen = await self._sees_sharing(target, link, facts, ends)
+            facts = replace(facts, keeps_session=seen is None)
+        if self.facts is None and target is self._target:
+            self.facts = facts
+            self._counters.pooler = facts.has_pooler
+            if facts.has_pooler:
+                self._tell_of_pooler(target, facts, seen)
+        return facts
+
+    async def _sees_sharing(self, target: PoolConfig, link: Link, facts: ServerFacts, ends: float) -> str | None:
+        """Return why what made the handshake in the server's place may share its sessions; `None` if it keeps one for each.
+
+        A second client beside this one finds out. An idle pooler gives it the session that the first one has just used; a
+        busy one an older session, or the first one another session afterwards. A proxy that does none of this opened a
+        session for the second client, after that client came.
+        """
+        began = self._clock.monotonic()
+        until = min(began + _SECOND_CLIENT_LIMIT, (began + ends) / 2)
+        try:
+            second = Link(await self._connect(target, until))
+        except Exception as error:  # noqa: BLE001 - there may be no room for a second one
+            return f"a second client was not let in ({type(error).__name__})"
+        try:
+            other = await second.backend(self._left(until))
+            took = self._clock.monotonic() - began
+            same = await link.backend(self._left(until))
+        except Exception as error:  # noqa: BLE001 - it may have to wait for the first one's session
+            return f"a second client was not served ({type(error).__name__})"
+        finally:
+            second.terminate()
+        if other is None or same is None or second.pid in (link.pid, other[0]):
+            return "what stands there cannot be asked"
+        if other[0] == facts.backend_pid or same[0] != facts.backend_pid:
+            return "another client was given the same session"
+        return None if other[1] < took else "another client was given a session that was there before it"
+
+    def _tell_of_pooler(self, target: PoolConfig, facts: ServerFacts, seen: str | None) -> None:
+        self._dispatcher.tell(
+            PoolerDetected(
+                handshake_pid=facts.handshake_pid,
+                backend_pid=facts.backend_pid,
+                statement_cache_size=target.statement_cache_size or 0,
+            )
+        )
+        if seen is not None:
+            _LOGGER.warning(
+                "a pooler stands between the pool and the server (the handshake's process id is not the server process's, and "
+                "%s): statements are not kept prepared, and each query takes two round trips; if it keeps one session for "
+                "each client, or follows prepared statements (PgBouncer 1.21 and up), pass statement_cache_size=100",
+                seen,
+            )

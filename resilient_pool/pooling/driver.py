@@ -1,0 +1,712 @@
+"""With resources.py the only module that touches asyncpg's inside: the socket, its options, liveness, and what a pool must tell a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio.trsock
+import contextlib
+import inspect
+import itertools
+import os
+import re
+import secrets
+import select
+import socket
+import traceback
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import anyio
+import asyncpg
+from asyncpg.connection import _ConnectionProxy
+
+from resilient_pool.retry.classifier import tells_of_a_closed_connection
+from resilient_pool.retry.commit_status import Abilities
+
+ConnectionProxy = _ConnectionProxy
+"""The base that makes `isinstance(lease, asyncpg.Connection)` true."""
+
+AnyConnection: TypeAlias = "asyncpg.Connection[Any]"
+T = TypeVar("T")
+
+# Turns of the event loop granted to a socket that has something to read. At most 5 were needed to see a loss through
+# to its end (asyncio with TLS; 3 on uvloop).
+_TURNS = 32
+# How long an operation that was cancelled may take to end.
+_CUT = 0.5
+# macOS and Windows know no POLLRDHUP; there an orderly close shows as readable, and is found by letting the loop read.
+_RDHUP: int = getattr(select, "POLLRDHUP", 0)
+_DEAD = _RDHUP | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
+_WATCHED = getattr(select, "POLLIN", 0) | _RDHUP
+# From asyncpg 0.32 on, waiting for a pending cancellation takes a time limit.
+_WAITS_WITHIN_A_LIMIT = tuple(map(int, asyncpg.__version__.split(".")[:2])) >= (0, 32)
+
+# asyncpg's own reset leaves both alone: RESET ALL does not touch them. RESET ROLE returns to what the role was given at login.
+_RESET_ROLES = "RESET SESSION AUTHORIZATION;\nRESET ROLE;"
+_ROLES = "SELECT session_user::text, pg_catalog.current_setting('role')"
+
+_FACTS = """
+    SELECT pg_catalog.pg_backend_pid(),
+           pg_catalog.pg_is_in_recovery(),
+           EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8,
+           EXTRACT(epoch FROM pg_catalog.current_setting('idle_in_transaction_session_timeout', true)::interval)::float8,
+           EXTRACT(epoch FROM pg_catalog.current_setting('transaction_timeout', true)::interval)::float8
+"""
+# Whether read-only is the default, and whether by what every server has alike: the session, the role or the database.
+_READ_ONLY = """
+    SELECT pg_catalog.pg_is_in_recovery(), setting = 'on',
+           setting = 'on' AND source NOT IN ('default', 'environment variable', 'configuration file', 'command line')
+    FROM pg_catalog.pg_settings WHERE name = 'default_transaction_read_only'
+"""
+_STATEMENTS = (
+    "_execute",
+    "_executemany",
+    "copy_from_query",
+    "copy_from_table",
+    "copy_records_to_table",
+    "copy_to_table",
+    "execute",
+    "executemany",
+    "fetch",
+    "fetchmany",
+    "fetchrow",
+    "fetchval",
+)
+# For how many seconds a server that has refused a write is asked why.
+_ASK_LIMIT = 2.0
+
+_BACKEND = """
+    SELECT pg_catalog.pg_backend_pid(), EXTRACT(epoch FROM pg_catalog.clock_timestamp() - backend_start)::float8
+    FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid())
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFacts:
+    """What stands at the other end, asked once per pool.
+
+    Attributes:
+        version: The server's major version.
+        in_recovery: Whether it is a standby.
+        idle_session_timeout: After how many idle seconds it closes a session; `None` or 0 for never.
+        idle_in_transaction_session_timeout: Likewise, for a session that is idle in a transaction.
+        transaction_timeout: After how many seconds it ends a transaction, and the session; `None` or 0 for never.
+        handshake_pid: The process id given in the handshake.
+        backend_pid: The process id of the process that answered.
+        keeps_session: Whether what made the handshake in the server's place was seen to keep one server session for each of
+            its clients, as Neon's proxy does.
+    """
+
+    version: int
+    in_recovery: bool
+    idle_session_timeout: float | None
+    idle_in_transaction_session_timeout: float | None = None
+    transaction_timeout: float | None = None
+    handshake_pid: int
+    backend_pid: int
+    keeps_session: bool = False
+
+    @property
+    def has_proxy(self) -> bool:
+        """Whether something else than the backend made the handshake."""
+        return self.handshake_pid != self.backend_pid
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the next transaction may be another server session's."""
+        return self.has_proxy and not self.keeps_session
+
+
+class Borrower(Protocol):
+    """What stands between an application and the connection that is lent to it."""
+
+    def _release_on_close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOnly:
+    """Why a server has refused to write.
+
+    Attributes:
+        in_recovery: Whether it was a standby; `None` if that is not certain.
+        asked: Whether read-only is the default of the session, the role or the database, as on any other server.
+    """
+
+    in_recovery: bool | None = None
+    asked: bool = False
+
+
+def _always_readable(_timeout: int) -> list[tuple[int, int]]:
+    return [(-1, 0)]
+
+
+class Link:
+    """One open connection, seen from below.
+
+    Attributes:
+        connection: The driver's connection.
+        doomed: Whether it must not be used again; it is closed when it is given back.
+        is_customized: Whether an application's class may send more than one statement where one is asked for.
+        is_pooled: Whether a pooler may let another server answer from one query to the next.
+        read_only: Why it has refused to write, if it was asked.
+        has_served: Whether it has answered anything since it was opened, or was closed by the application itself.
+        ended: Whether the application closed it itself.
+        abilities: What can be asked about transactions on it; `None` until that was found out.
+        opened_at: When it was opened, on the line of `Clock.monotonic()`.
+        pid: The process id the server gave in the handshake.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_borrower",
+        "_poll",
+        "_protocol",
+        "_reset_roles",
+        "abilities",
+        "connection",
+        "doomed",
+        "ended",
+        "has_served",
+        "is_customized",
+        "is_pooled",
+        "opened_at",
+        "pid",
+        "read_only",
+    )
+
+    def __init__(self, connection: AnyConnection) -> None:
+        self.connection = connection
+        self.doomed = False
+        self.has_served = False
+        self.ended = False
+        self.opened_at = 0.0
+        self.abilities: Abilities | None = None
+        self.is_pooled = False
+        self.read_only: ReadOnly | None = None
+        self.pid = connection.get_server_pid()
+        self.is_customized = overrides_statements(type(connection))
+        # Of a connection that is closed, too: the driver lets go of it.
+        self._protocol: Any = connection._protocol  # type: ignore[attr-defined] # noqa: SLF001
+        self._poll = self._watch()
+        self._borrower: Borrower | None = None
+        inside: Any = connection
+        if hasattr(connection, "_pool_holder"):
+            # From asyncpg 0.32 on a connection that is closed reports it here; before, to what holds its proxy.
+            inside._pool_holder = weakref.ref(self)  # noqa: SLF001
+        resume = partial(_resume_writing, inside._protocol, inside._loop)  # noqa: SLF001
+        asyncpg.Connection.add_termination_listener(connection, resume)
+        self._reset_roles = ""
+        capabilities: Any = connection._server_caps  # type: ignore[attr-defined] # noqa: SLF001
+        if capabilities.sql_reset and capabilities.plpgsql:  # Redshift, CockroachDB and CrateDB lack one of the two
+            self._reset_roles_with(_RESET_ROLES)
+
+    def _reset_roles_with(self, text: str) -> None:
+        # In the query that asyncpg keeps, so that the driver's own reset() sends it too, in one round trip.
+        connection: Any = self.connection
+        connection._reset_query = None  # noqa: SLF001
+        connection._reset_query = f"{text}\n{asyncpg.Connection.get_reset_query(connection)}"  # noqa: SLF001
+        self._reset_roles = text
+
+    def __repr__(self) -> str:
+        state = "closed" if self.connection.is_closed() else "open"
+        return f"<Link pid={self.pid} {state}{' doomed' if self.doomed else ''}>"
+
+    def _watch(self) -> Callable[[int], list[tuple[int, int]]]:
+        fd = self._fd()
+        if fd is None or not hasattr(select, "poll"):
+            return _always_readable
+        poll = select.poll()
+        poll.register(fd, _WATCHED)
+        return poll.poll
+
+    def _fd(self) -> int | None:
+        transport = getattr(self.connection, "_transport", None)
+        sock = None if transport is None else transport.get_extra_info("socket")
+        return None if sock is None else int(sock.fileno())
+
+    @property
+    def queries(self) -> int:
+        """How many queries were sent on this connection."""
+        return int(self._protocol.queries_count)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the connection is open and wanted."""
+        return not (self.doomed or self.connection.is_closed())
+
+    @property
+    def is_cancelling(self) -> bool:
+        """Whether the driver waits for the server to cancel a statement."""
+        return self.is_usable and bool(self.connection._protocol._is_cancelling())  # type: ignore[attr-defined] # noqa: SLF001
+
+    def is_quiet(self) -> bool:
+        """Whether the connection is open and wanted and nothing at all has happened to its socket. About a microsecond."""
+        return not (self.doomed or self.connection.is_closed() or self._poll(0))
+
+    async def settle(self) -> bool:
+        """Let the loop read until the socket is quiet or the connection closed, and say whether it can be used.
+
+        Something to read is not a loss: a notification, a setting that changed, a record of TLS. No operation may be
+        started in between: it would fail half-way.
+        """
+        for _ in range(_TURNS):
+            if self.connection.is_closed():
+                return False
+            events = self._poll(0)
+            if not events:
+                return True
+            if events[0][1] & _DEAD:
+                return False
+            await asyncio.sleep(0)
+        return self._poll is _always_readable
+
+    async def ping(self, seconds: float) -> bool:
+        """Make one round trip, and say whether it was answered in time."""
+        try:
+            # Not an empty statement: asyncpg 0.32 raises AttributeError on its answer.
+            await asyncpg.Connection.execute(self.connection, "SELECT 1", timeout=seconds)
+        except Exception:  # noqa: BLE001 - whatever it is, there was no answer
+            return False
+        return True
+
+    async def restore(
+        self, reset: Callable[[AnyConnection], Awaitable[None]] | None, seconds: float, *, watched: bool
+    ) -> None:
+        """Wait for a pending cancellation, then reset the session, all within a time limit.
+
+        Args:
+            reset: The application's own reset; `None` for the driver's.
+            seconds: The limit.
+            watched: Whether the caller cancels what takes longer. Then a reset in one query is spared the limit's cost.
+
+        Raises:
+            TimeoutError: It took longer.
+            Exception: Whatever the driver or the application's reset raises. The session is then in an unknown state.
+        """
+        connection: Any = self.connection
+        protocol = connection._protocol  # noqa: SLF001
+        if reset is None and not protocol._is_cancelling():  # noqa: SLF001
+            if not self._resets_in_one_query():
+                await connection.reset(timeout=seconds)
+                return
+            # What follows every write: the same, without a time limit of the driver's kind around it.
+            await connection._reset()  # noqa: SLF001
+            await asyncpg.Connection.execute(connection, self._reset_query(), timeout=None if watched else seconds)
+            return
+        with anyio.fail_after(seconds):
+            if protocol._is_cancelling():  # noqa: SLF001
+                await protocol._wait_for_cancellation(*((seconds,) if _WAITS_WITHIN_A_LIMIT else ()))  # noqa: SLF001
+            if reset is None:
+                await self.connection.reset()
+            else:
+                await connection._reset()  # noqa: SLF001
+                if self._reset_roles:
+                    await asyncpg.Connection.execute(connection, self._reset_roles)
+                await reset(connection)
+
+    def _reset_query(self) -> str:
+        query: str = self.connection.get_reset_query()
+        # An application's class may have a query of its own.
+        return query if query.startswith(self._reset_roles) else f"{self._reset_roles}\n{query}"
+
+    async def keep_roles(self) -> None:
+        """Take the role that the session has now, rather than the one it logged in with, for the one to return to.
+
+        An application's `init` may have set it, and a reset must not give back what it took away.
+        """
+        if not self._reset_roles:
+            return
+        with self._uncached():
+            user, role = await asyncpg.Connection.fetchrow(self.connection, _ROLES)  # type: ignore[misc]
+        if role != "none" or user != self.connection._params.user:  # type: ignore[attr-defined] # noqa: SLF001
+            role = "NONE" if role == "none" else _quoted(role)
+            self._reset_roles_with(f"SET SESSION AUTHORIZATION {_quoted(user)};\nSET ROLE {role};")
+
+    def _resets_in_one_query(self) -> bool:
+        # In a transaction there is a ROLLBACK before. And what an application's class does instead is not to be guessed.
+        connection: Any = self.connection
+        return (
+            type(connection).reset is asyncpg.Connection.reset
+            and connection._top_xact is None  # noqa: SLF001
+            and not connection.is_in_transaction()
+            and bool(connection.get_reset_query())
+        )
+
+    def end(self) -> None:
+        """Take note that the application closes the connection itself: nothing is wrong with the server then."""
+        if self.is_usable:
+            self.ended = self.has_served = True
+
+    async def close(self, seconds: float) -> None:
+        """Say goodbye to the server; after `seconds` without an end, hang up."""
+        try:
+            await self.connection.close(timeout=seconds)
+        except Exception:  # noqa: BLE001 - asyncpg has hung up already; there is nobody to tell
+            self.connection.terminate()
+
+    def terminate(self) -> None:
+        """Hang up at once, unless the connection is closed already. It needs no event loop."""
+        if self.connection.is_closed():
+            return
+        transport: Any = getattr(self.connection, "_transport", None)
+        try:
+            self.connection.terminate()
+        except RuntimeError:
+            # Its event loop is closed. asyncio's own leaves sockets open then; uvloop's has closed them.
+            sock = transport.get_extra_info("socket")
+            if isinstance(sock, asyncio.trsock.TransportSocket):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def disown(self) -> None:
+        """Never touch the connection again: in a forked process it is the parent's, and so is what the loop polls."""
+        self.doomed = True
+        self.connection._aborted = True  # type: ignore[attr-defined] # noqa: SLF001
+
+    async def inspect(self, seconds: float | None) -> ServerFacts:
+        """Ask, in one query that is safe behind any pooler and within `seconds`, what stands at the other end."""
+        try:
+            with self._uncached():
+                row = await asyncpg.Connection.fetchrow(self.connection, _FACTS, timeout=seconds)
+        except asyncpg.PostgresError:
+            # Databases that only speak PostgreSQL's protocol lack some of these functions.
+            if self.connection.is_closed():
+                raise
+            row = None
+        backend_pid, in_recovery, idle, idle_in_transaction, transaction = row or (self.pid, False, None, None, None)
+        return ServerFacts(
+            version=self.connection.get_server_version().major,
+            in_recovery=in_recovery,
+            idle_session_timeout=idle,
+            idle_in_transaction_session_timeout=idle_in_transaction,
+            transaction_timeout=transaction,
+            handshake_pid=self.pid,
+            backend_pid=backend_pid,
+        )
+
+    async def learn_why_read_only(self) -> None:
+        """Find out, after the server has refused a write (25006), whether it was a standby, or was asked to be read-only.
+
+        A server from 14 on reports with each answer whether it is a standby: one that says it is not needs no question. What
+        it answers later is certain only if it explains the refusal: it may have been promoted meanwhile, and behind a pooler
+        another server may answer.
+        """
+        self.read_only = ReadOnly()
+        reported = None
+        try:
+            if not self.is_pooled:
+                reported = getattr(self.connection.get_settings(), "in_hot_standby", None)
+            if reported == "off":
+                self.read_only = ReadOnly(in_recovery=False)
+                return
+            with self._uncached():
+                row = await self.connection.fetchrow(_READ_ONLY, timeout=_ASK_LIMIT)
+        except Exception:  # noqa: BLE001 - whatever it is, there was no answer
+            row = None
+        in_recovery, is_default, asked = row or (None, False, False)
+        if reported == "on":
+            in_recovery = True
+        elif in_recovery is False and not is_default:
+            in_recovery = None
+        self.read_only = ReadOnly(in_recovery=in_recovery, asked=asked)
+
+    async def fetchval_uncached(self, query: str, *args: object, timeout: float | None = None) -> Any:
+        """Ask for one value in a query that is safe behind any pooler."""
+        with self._uncached():
+            return await self.connection.fetchval(query, *args, timeout=timeout)
+
+    async def backend(self, seconds: float) -> tuple[int, float] | None:
+        """Ask which server process answers now, and how many seconds ago it began; `None` if that cannot be known."""
+        try:
+            with self._uncached():
+                row = await self.connection.fetchrow(_BACKEND, timeout=seconds)
+        except asyncpg.PostgresError:
+            return None
+        return None if row is None or row[1] is None else (row[0], row[1])
+
+    @contextlib.contextmanager
+    def _uncached(self) -> Iterator[None]:
+        # Without its cache the driver prepares under no name and in the same message as it executes: all that a pooler
+        # in transaction mode allows.
+        connection: Any = self.connection
+        enabled = connection._stmt_cache_enabled  # noqa: SLF001
+        connection._stmt_cache_enabled = False  # noqa: SLF001
+        try:
+            yield
+        finally:
+            connection._stmt_cache_enabled = enabled  # noqa: SLF001
+
+    def disable_statement_cache(self) -> None:
+        """Prepare under no name from now on."""
+        self.connection._stmt_cache_enabled = False  # type: ignore[attr-defined] # noqa: SLF001
+
+    def drop_statement_cache(self) -> None:
+        """Forget the prepared statements."""
+        self.connection._drop_local_statement_cache()  # type: ignore[attr-defined] # noqa: SLF001
+
+    def drop_type_cache(self) -> None:
+        """Forget what is known of types."""
+        self.connection._drop_local_type_cache()  # type: ignore[attr-defined] # noqa: SLF001
+
+    def lend(self, borrower: Borrower) -> None:
+        """Make `borrower` the face of this connection, for its listeners and caches, and for the news that it is closed."""
+        self.connection._set_proxy(borrower)  # type: ignore[attr-defined] # noqa: SLF001
+        self._borrower = borrower
+
+    def take_back(self, borrower: Borrower) -> None:
+        """End a lease: what was made in it becomes invalid, listeners left behind are warned of. Nothing, if it has ended."""
+        if self._borrower is borrower:
+            self.leave(borrower)
+            self.connection._on_release()  # type: ignore[attr-defined] # noqa: SLF001
+
+    def leave(self, borrower: Borrower) -> None:
+        """End a lease of a connection that is closed. Nothing, if it has ended."""
+        if self._borrower is borrower:
+            self._borrower = None
+            self.connection._set_proxy(None)  # type: ignore[attr-defined] # noqa: SLF001
+
+    @property
+    def _con(self) -> AnyConnection:
+        return self.connection
+
+    def _release_on_close(self) -> None:
+        if self._borrower is not None:
+            self._borrower._release_on_close()  # noqa: SLF001
+
+    def add_query_logger(self, callback: Any) -> bool:
+        """Log queries to `callback`, and say whether they were not logged to it already."""
+        connection: Any = self.connection
+        before = len(connection._query_loggers)  # noqa: SLF001
+        connection.add_query_logger(callback)
+        return len(connection._query_loggers) > before  # noqa: SLF001
+
+    def call_soon(self, callbacks: list[Any], argument: object) -> None:
+        """Call functions and coroutine functions in the connection's event loop, unless it is closed."""
+        loop: asyncio.AbstractEventLoop = self.connection._loop  # type: ignore[attr-defined] # noqa: SLF001
+        if loop.is_closed():
+            return
+        for callback in callbacks:
+            if inspect.iscoroutinefunction(callback):
+                loop.create_task(callback(argument))
+            else:
+                loop.call_soon(callback, argument)
+
+    async def begin(self, *, isolation: str | None, readonly: bool, deferrable: bool) -> None:
+        """Begin a transaction, within which the driver's own `transaction()` makes savepoints."""
+        transaction: Any = asyncpg.Connection.transaction(
+            self.connection,
+            isolation=isolation,  # type: ignore[arg-type]
+            readonly=readonly,
+            deferrable=deferrable,
+        )
+        transaction._managed = True  # noqa: SLF001 - otherwise a reset that finds it open complains to the event loop
+        await transaction.start()
+
+    async def end_transaction(self, command: str, *, timeout: float | None = None) -> str:
+        """Send COMMIT or ROLLBACK for what `begin()` began, and return what the server says that it did.
+
+        Raises:
+            TimeoutError: It took longer than `timeout` seconds, also for an earlier cancellation. The connection is closed.
+        """
+        self.connection._top_xact = None  # type: ignore[attr-defined] # noqa: SLF001
+        if timeout is None:
+            return await asyncpg.Connection.execute(self.connection, command)
+        try:
+            async with asyncio.timeout(timeout):
+                return await asyncpg.Connection.execute(self.connection, command)
+        except TimeoutError:
+            self.terminate()
+            raise
+
+    def tune(self, *, keepalive: bool, user_timeout: float | None) -> None:
+        """Let the kernel notice a peer that vanished. asyncpg sets neither option; unix sockets need none.
+
+        Args:
+            keepalive: Whether to probe an idle peer: after half of `user_timeout`, three times within the other half.
+            user_timeout: After how many seconds unacknowledged data ends the connection; `None` for the kernel's own.
+        """
+        fd = self._fd()
+        if fd is None:
+            return
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                return
+            for option, value in _socket_options(keepalive=keepalive, user_timeout=user_timeout):
+                sock.setsockopt(*option, value)
+
+
+def _socket_options(*, keepalive: bool, user_timeout: float | None) -> Iterator[tuple[tuple[int, int], int]]:
+    # Names that the operating system does not have are left out.
+    def tcp(name: str, value: float) -> Iterator[tuple[tuple[int, int], int]]:
+        if hasattr(socket, name):
+            yield (socket.IPPROTO_TCP, getattr(socket, name)), max(1, int(value))
+
+    if user_timeout is not None:
+        yield from tcp("TCP_USER_TIMEOUT", user_timeout * 1000)
+    if keepalive:
+        whole = 30.0 if user_timeout is None else user_timeout
+        yield (socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1
+        yield from tcp("TCP_KEEPIDLE", whole / 2)
+        yield from tcp("TCP_KEEPINTVL", whole / 6)
+        yield from tcp("TCP_KEEPCNT", 3)
+
+
+def _quoted(name: str) -> str:
+    doubled = name.replace('"', '""')
+    return f'"{doubled}"'
+
+
+# Where asyncpg 0.30 to 0.32 looks before it writes: `_check_state` and `_check_open`, `_ensure_connected`, and `_set_state` for
+# a state in which an operation begins. The other states are entered by an answer.
+_CLOSED = re.compile(r"connection is closed$")
+_NOT_BEGUN = re.compile(r"^(not connected$|cannot switch to state (1[1-8]|21); )")
+
+
+def _resume_writing(protocol: Any, loop: asyncio.AbstractEventLoop, _connection: object) -> None:
+    # The driver leaves those waiting for ever who wait until they may write: `executemany()` of a prepared statement, say.
+    # Later, for what can be cut short is better off: on asyncio's loop all that is left would be written to nowhere.
+    loop.call_later(_CUT, protocol.resume_writing)
+
+
+async def until_lost(connection: AnyConnection, work: Coroutine[Any, Any, T]) -> T:
+    """Run an operation that sends much, and end it when the connection ends or the caller is cancelled.
+
+    The driver itself may wait for ever until it may write to a connection that is lost, or for the next piece of data to send
+    to it; a cancellation does not end that wait either, and an error of uvloop's transport may hide it.
+
+    Args:
+        connection: Where it runs.
+        work: The operation.
+
+    Raises:
+        asyncpg.ConnectionDoesNotExistError: The connection was lost, and the driver did not notice.
+    """
+    lost = asyncio.get_running_loop().create_future()
+    task = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(
+        lambda task: task.cancelled() or task.exception()
+    )  # of one that is cut short nobody asks for it
+
+    def end(_: object) -> None:
+        if not lost.done():
+            lost.set_result(None)
+
+    asyncpg.Connection.add_termination_listener(connection, end)
+    try:
+        await asyncio.wait((task, lost), return_when=asyncio.FIRST_COMPLETED)
+        for _ in range(_TURNS):  # what the driver notices by itself, it knows the reason of
+            if not task.done():
+                await asyncio.sleep(0)
+    finally:
+        asyncpg.Connection.remove_termination_listener(connection, end)
+        cut_short = not task.done()
+        if cut_short:
+            await _cut_short(connection, task)
+    error = None if task.cancelled() else task.exception()
+    fell = error is not None and connection.is_closed() and comes_from_the_transport(error)
+    if isinstance(error, asyncpg.PostgresError) or not (cut_short or fell):
+        return task.result()
+    raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation") from error
+
+
+def comes_from_the_transport(error: BaseException) -> bool:
+    """Whether the driver fell over a connection that was closed under it: it has let go of the transport, or uvloop has."""
+    if not isinstance(error, RuntimeError | AttributeError):
+        return False
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return str(innermost.f_globals.get("__name__", "")).startswith(("asyncpg.", "uvloop."))
+
+
+async def _cut_short(connection: AnyConnection, task: asyncio.Task[Any]) -> None:
+    """Cancel an operation and wait for its end; when it does not come, the connection is closed."""
+    task.cancel()
+    ended = False
+    try:
+        await asyncio.wait((task,), timeout=_CUT)
+        ended = task.done() and not connection.is_closed()
+    finally:
+        if not ended:
+            connection.terminate()
+    if not task.done():
+        await asyncio.wait((task,), timeout=_CUT)
+
+
+def overrides_statements(connection_class: type[AnyConnection]) -> bool:
+    """Whether a class makes something of its own of the methods that send statements."""
+    return any(getattr(connection_class, name) is not getattr(asyncpg.Connection, name) for name in _STATEMENTS)
+
+
+def draw_statement_names() -> None:
+    """Let the driver count its names for statements on from a number that no other process has.
+
+    The driver of each process begins with 1. Behind a pooler, in a session that had prepared the same name for another
+    client, that client's statement would run; a name that nobody else has is an error before anything runs.
+    """
+    asyncpg.connection._uid = secrets.randbits(60)  # type: ignore[attr-defined] # noqa: SLF001
+
+
+def nothing_sent(error: BaseException, link: Link) -> bool:
+    """Whether `error` proves that no byte of an operation left this process.
+
+    It proves that of the one operation which raised it: nothing of what was done on the connection before, and nothing
+    if it comes from within the application's own code that the driver was running, a COPY's source, say.
+
+    asyncpg refuses to begin on a connection that is closed (measured cases B01 to B04 and C24), and on one whose server has
+    spoken its last word while the socket's end is still to come (measured cases B02, B20 and D08b, executed in none).
+
+    Args:
+        error: What the operation raised, unwrapped.
+        link: The connection that it was to run on.
+    """
+    if type(error) is asyncpg.InterfaceError:
+        refused = link.connection.is_closed() and _CLOSED.search(str(error)) is not None
+    else:
+        refused = type(error) is asyncpg.InternalClientError and _NOT_BEGUN.search(str(error)) is not None
+    return refused and _comes_from_the_driver(error) and not _passes_through(error, type(link.connection))
+
+
+def _passes_through(error: BaseException, connection_class: type) -> bool:
+    # A method that an application's own class overrides may have sent something before.
+    own = [kind for kind in connection_class.__mro__ if not kind.__module__.startswith(("asyncpg.", "builtins"))]
+    codes = {getattr(found, "__code__", None) for kind in own for found in vars(kind).values()}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def is_of_another_connection(error: BaseException, link: Link) -> bool:
+    """Whether `error` tells of a lost connection while this one is open: one that a COPY's source reads from, say.
+
+    Args:
+        error: What was raised while this connection was in use, unwrapped.
+        link: This connection.
+    """
+    if link.connection.is_closed() or isinstance(error, TimeoutError):
+        return False
+    return isinstance(error, OSError) or tells_of_a_closed_connection(error)
+
+
+def _comes_from_the_driver(error: BaseException) -> bool:
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    within = itertools.dropwhile(lambda module: not module.startswith("asyncpg."), modules)
+    return all(module.startswith("asyncpg.") for module in within)
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Clear the local variables of every finished frame behind `error`, along its whole chain.
+
+    The driver's frames hold the password while a connection is being made; a report with captured locals would show it.
+    """
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        link = queue.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        if link.__traceback__ is not None:
+            traceback.clear_frames(link.__traceback__)
+        queue += [link.__cause__, link.__context__]
+        if isinstance(link, BaseExceptionGroup):
+            queue += link.exceptions

@@ -1,0 +1,440 @@
+"""What becomes of a connection after use: given back, reset, aged, replaced, closed. No caller ever waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from typing import TypeVar
+
+import asyncpg
+
+from resilient_pool.clock import Clock, Timer
+from resilient_pool.config.pool_config import PoolConfig
+from resilient_pool.config.secrets import scrub
+from resilient_pool.events import ConnectionDiscarded, ConnectionOpened, DiscardReason, Dispatcher
+from resilient_pool.observability.stats import Counters
+from resilient_pool.pooling.background import begin
+from resilient_pool.pooling.connect import Connector
+from resilient_pool.pooling.driver import Link
+from resilient_pool.pooling.resource_pool import Slot, Slots
+from resilient_pool.pooling.timeouts import TimeLimits
+
+T = TypeVar("T")
+
+_LOGGER = logging.getLogger("resilient_pool")
+
+_CLOSE_LIMIT = 2.0
+# 50 s where the server closes idle sessions after 60 s.
+_SHARE_OF_THE_SERVERS_PATIENCE = 5 / 6
+# These connections are beyond a goodbye: it could only hang.
+_HANG_UP = frozenset(
+    {
+        DiscardReason.STALE,
+        DiscardReason.PING_FAILED,
+        DiscardReason.FAILED,
+        DiscardReason.RESET_FAILED,
+        DiscardReason.CLOSED,
+    }
+)
+
+
+class Upkeep:
+    """Keeps the slots of one pool fit, in the background.
+
+    Args:
+        config: Lifetimes, limits and the application's `reset`.
+        slots: Whose connections are kept.
+        connector: Opens them.
+        clock: Tells ages.
+        lifetime: Gives one connection's lifetime in seconds; called once for each.
+        counters: Where it counts.
+        dispatcher: Who is told.
+
+    Attributes:
+        closing: Whether connections are no longer kept.
+        returning: How many of them are expected back within a round trip: those that have nothing to cancel before.
+        forsaken: Whether a task of ours was cancelled, though not by us: the event loop is about to end.
+    """
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        slots: Slots[Link],
+        connector: Connector,
+        clock: Clock,
+        lifetime: Callable[[], float],
+        counters: Counters,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self._config = config
+        self._slots = slots
+        self._connector = connector
+        self._clock = clock
+        self._lifetime = lifetime
+        self._counters = counters
+        self._dispatcher = dispatcher
+        self._background: set[asyncio.Task[object]] = set()
+        self._chores: set[asyncio.Task[object]] = set()
+        self._resets: dict[Slot[Link], asyncio.Task[None]] = {}
+        self._is_reset_reported = False
+        self._openings: set[asyncio.Timeout] = set()
+        self._cut: set[asyncio.Task[object]] = set()
+        self._watched: TimeLimits[asyncio.Task[None]] = TimeLimits(clock, lambda task, _: self._cut_short(task))
+        self._reaper: Timer | None = None
+        self._generation = 0
+        self._pid = os.getpid()
+        self.closing = False
+        self.returning = 0
+        self.forsaken = False
+        slots.on_return = self.give_back
+
+    # Opening
+
+    async def open_into(self, slot: Slot[Link], seconds: float | None) -> None:
+        """Open a connection into an empty slot; `seconds` bound it. Raises whatever opening raises; the slot stays empty."""
+        self.require_open()
+        generation = self._generation
+        started = self._clock.now()
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._openings.add(scope)
+                link = await self._connector.open(seconds)
+        except TimeoutError:
+            self.require_open()
+            raise
+        finally:
+            self._openings.discard(scope)
+        if self.closing:
+            link.terminate()
+            self.require_open()
+        if link.connection.is_closed():
+            raise asyncpg.InterfaceError("the server closed a connection as soon as it was made: connection is closed")
+        now = self._clock.now()
+        slot.fill(
+            link,
+            now=now,
+            expires_at=now + self._lifetime(),
+            generation=generation,
+            asked_at=started,
+            uses=link.queries,
+        )
+        if self._dispatcher:
+            self._dispatcher.tell(ConnectionOpened(elapsed=now - started, server_pid=link.pid, size=self._slots.size))
+
+    def require_open(self) -> None:
+        """Raise if no connection is opened any more."""
+        if self.closing:
+            where = "closing" if self._pid == os.getpid() else "used in a forked process"
+            raise asyncpg.InterfaceError(f"pool is {where}: no connection is opened any more")
+
+    # Giving back
+
+    def give_back(self, slot: Slot[Link]) -> None:
+        """Take back a slot whose session is as it was: close what is unfit, and keep the rest for the next caller.
+
+        Every slot comes back through here: after use, after a reset, newly opened, handed to a caller who was cancelled
+        meanwhile, emptied or never filled.
+        """
+        if slot.resource is not None:
+            reason = self._unfit(slot)
+            if reason is None:
+                slot.idle_since = self._clock.now()
+            else:
+                self.close_connection(slot, reason)
+        self._slots.put(slot)
+        if self._reaper is None:
+            self._schedule_reaping()
+
+    def recondition(self, slot: Slot[Link], seconds: float | None = None) -> asyncio.Task[None] | None:
+        """Take back a slot whose session may have changed: reset it in the background, or give it up.
+
+        Args:
+            slot: The slot.
+            seconds: How long the reset may take; by default `reset_timeout`.
+
+        Returns:
+            The reset. Nobody has to wait for it, and whoever does must not cancel it. `None` if there is nothing to
+            reset.
+        """
+        reason = self._unfit(slot)
+        if reason is not None:
+            self.give_back(slot)
+            return None
+        slot.taken_at = self._clock.now()
+        prompt = slot.resource is not None and not slot.resource.is_cancelling
+        self.returning += prompt
+        # Whoever waits for it is to learn that its time is up; if nobody does, a limit that costs less is enough.
+        watched = seconds is None and self._config.session_reset != "on_release"
+        limit = self._config.reset_timeout if seconds is None else seconds
+        # The slot is not given back by the task itself: one that is cancelled before its first step would never do it.
+        task = begin(self._reset(slot, limit, watched=watched), lambda task: self._settle(slot, task, prompt=prompt))
+        self._resets[slot] = task
+        self._background.add(task)
+        if watched:
+            self._watched.begin(task, limit)
+        return task
+
+    async def _reset(self, slot: Slot[Link], seconds: float, *, watched: bool) -> None:
+        link = slot.resource
+        # What failed on it may have been judged by now, and the connection with it.
+        if link is not None and self._unfit(slot) is None:
+            self._counters.resets += 1
+            await link.restore(self._config.reset, seconds, watched=watched)
+
+    def _settle(self, slot: Slot[Link], task: asyncio.Task[None], *, prompt: bool) -> None:
+        self._background.discard(task)
+        self._watched.waiting.pop(task, None)
+        if task.cancelled() and task not in self._cut:
+            self.forsaken = True
+        self._cut.discard(task)
+        del self._resets[slot]
+        self.returning -= prompt
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._discard_after(error, slot)
+        elif task.cancelled():
+            self.discard(slot, DiscardReason.RESET_FAILED)
+        else:
+            self.give_back(slot)
+
+    def _discard_after(self, error: BaseException, slot: Slot[Link]) -> None:
+        reason = scrub(f"{type(error).__name__}: {error}", self._config.secrets())
+        link = slot.resource
+        # A loss is no news. What the application's own reset met has no caller who could see it.
+        is_ours = self._config.reset is not None and link is not None and not link.connection.is_closed()
+        if is_ours and not self._is_reset_reported:
+            self._is_reset_reported = True
+            _LOGGER.warning("reset= failed, so its connection was closed: %s (said once; stats() counts them)", reason)
+        self.close_connection(slot, DiscardReason.RESET_FAILED, error=reason)
+        self.give_back(slot)
+
+    def _unfit(self, slot: Slot[Link]) -> DiscardReason | None:
+        """Say why a slot's connection must not be kept, or `None`, and take note of what it has answered."""
+        link = slot.resource
+        if link is None or link.doomed or link.connection.is_closed():
+            if link is not None and link.ended:
+                return DiscardReason.CLOSED
+            return DiscardReason.CLOSING if self.closing else DiscardReason.FAILED
+        uses = link.queries
+        if uses != slot.uses:
+            slot.uses, slot.asked_at = uses, slot.taken_at
+            if not (link.has_served or link.is_cancelling):
+                link.has_served = True
+        if self.closing:
+            return DiscardReason.CLOSING
+        if slot.generation != self._generation:
+            return DiscardReason.GENERATION
+        if uses >= self._config.max_queries and link.has_served:  # what was asked to open it counts, but not alone
+            return DiscardReason.MAX_QUERIES
+        return None
+
+    @property
+    def resetting(self) -> int:
+        """How many connections are being reset now."""
+        return len(self._resets)
+
+    @property
+    def lone_reset(self) -> asyncio.Task[None] | None:
+        """The reset of the connection used last, if it is prompt and nothing else is under way: only one caller is about."""
+        if self.returning != 1 or len(self._resets) != 1 or self._slots.size != self._slots.idle + 1:
+            return None
+        ((slot, reset),) = self._resets.items()
+        newest = self._slots.newest
+        return reset if newest is None or newest.idle_since <= slot.taken_at else None
+
+    def links(self) -> list[Link]:
+        """List the open connections, whatever they are doing."""
+        links = (slot.resource for slot in self._slots)
+        return [link for link in links if link is not None and not link.connection.is_closed()]
+
+    # Discarding
+
+    def is_outdated(self, slot: Slot[Link]) -> bool:
+        """Whether a slot is older than the last `expire()`."""
+        return slot.generation != self._generation
+
+    def close_connection(self, slot: Slot[Link], reason: DiscardReason, *, error: str | None = None) -> None:
+        """Close a slot's connection without waiting, and keep the slot, now empty."""
+        link = slot.empty()
+        if link is None:
+            return
+        self._counters.discarded[reason] += 1
+        if self._dispatcher:
+            self._dispatcher.tell(
+                ConnectionDiscarded(
+                    reason=reason, age=self._clock.now() - slot.opened_at, server_pid=link.pid, error=error
+                )
+            )
+        if reason in _HANG_UP or link.connection.is_closed():
+            link.terminate()
+        else:
+            self._background.add(begin(link.close(_CLOSE_LIMIT), lambda task: self._closed(link, task)))
+
+    def discard(self, slot: Slot[Link], reason: DiscardReason) -> None:
+        """Close a slot's connection without waiting, and give the slot to whoever waits for one."""
+        self.close_connection(slot, reason)
+        self.give_back(slot)
+
+    def expire(self) -> None:
+        """Condemn every connection opened before now: the idle ones at once, the others when they are given back."""
+        self._generation += 1
+        for slot in self._slots.withdraw(lambda _: True):
+            self.discard(slot, DiscardReason.GENERATION)
+
+    def condemn(self, asked_at: float, reason: DiscardReason = DiscardReason.PING_FAILED) -> None:
+        """Discard every connection that was asked last then or earlier: one like them was just found dead."""
+        for slot in self._slots.withdraw(lambda slot: slot.asked_at <= asked_at):
+            self.discard(slot, reason)
+
+    # Ageing
+
+    @property
+    def _idle_limit(self) -> float:
+        """How long a connection may be idle, in seconds: less than the server's own patience, if it has one; 0 for ever."""
+        own, facts = self._config.max_inactive_connection_lifetime, self._connector.facts
+        servers = 0.0 if facts is None else (facts.idle_session_timeout or 0.0) * _SHARE_OF_THE_SERVERS_PATIENCE
+        return min(own, servers) if own and servers else own or servers
+
+    def retire(self, slot: Slot[Link]) -> None:
+        """Close the connection of a slot that was just taken, if it was idle for too long.
+
+        The timer does that in time, unless the process was frozen.
+        """
+        limit, idle = self._idle_limit, self._clock.now() - slot.idle_since
+        if limit and idle >= limit and self._slots.size > self._config.min_size:
+            self.close_connection(slot, DiscardReason.IDLE)
+
+    def _schedule_reaping(self) -> None:
+        limit = self._idle_limit
+        oldest = self._slots.oldest_idle_since
+        if not limit or oldest is None or self.closing or self._slots.size <= self._config.min_size:
+            return
+        self._reaper = self._clock.call_later(max(oldest + limit - self._clock.now(), 0.0), self._reap)
+
+    def _reap(self) -> None:
+        self._reaper = None
+        # A timer may fire a little early; whoever is as good as due goes too, or the timer would have to run again.
+        due = self._clock.now() - self._idle_limit + 0.01
+        for slot in self._slots.withdraw(lambda slot: slot.idle_since <= due, keep=self._config.min_size):
+            self.discard(slot, DiscardReason.IDLE)
+        self._schedule_reaping()
+
+    # The end
+
+    def begin_closing(self) -> None:
+        """Keep nothing from now on, and close what is idle."""
+        self.closing = True
+        with contextlib.suppress(
+            RuntimeError
+        ):  # terminate() needs no running loop; what runs in none waits for nothing
+            for opening in self._openings:
+                opening.reschedule(asyncio.get_running_loop().time())
+        if self._reaper is not None:
+            self._reaper.cancel()
+            self._reaper = None
+        for chore in self._chores:
+            self._cut_short(chore)
+        for slot in self._slots.withdraw(lambda _: True):
+            self.discard(slot, DiscardReason.CLOSING)
+
+    async def finish(self, seconds: float | None) -> bool:
+        """Wait until every connection is back and closed.
+
+        Only what the application holds may take long: resets, attempts to connect and goodbyes have limits of their own,
+        and what does not even then end is waited for no more.
+
+        Returns:
+            Whether everything came back within `seconds`.
+        """
+        limit = self._clock.call_later(self._config.reset_timeout + _CLOSE_LIMIT, self._abandon_our_own)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._slots.drained()
+        except TimeoutError:
+            _LOGGER.warning(
+                "closing the pool: %d connections were not released within %g s, and are cut off",
+                self._slots.size,
+                seconds,
+            )
+            return False
+        finally:
+            limit.cancel()
+        ends = self._clock.monotonic() + 2 * _CLOSE_LIMIT
+        while self._background and self._clock.monotonic() < ends:
+            await asyncio.wait(self._background, timeout=2 * _CLOSE_LIMIT)
+        self._watched.stop()
+        return not self._background
+
+    def _abandon_our_own(self) -> None:
+        for slot in self._slots:
+            if slot.resource is None or slot in self._resets:
+                self.close_connection(slot, DiscardReason.CLOSING)
+                self._slots.drop(slot)
+
+    async def rest(self, seconds: float | None) -> None:
+        """Wait until nothing is done in the background; what is not done after `seconds` is cut short."""
+        ends = None if seconds is None else self._clock.monotonic() + seconds
+        try:
+            busy: set[asyncio.Task[object]] = set()
+            while self._background and not busy:  # what ends may begin something else, such as a goodbye
+                left = None if ends is None else max(ends - self._clock.monotonic(), 0.0)
+                _, busy = await asyncio.wait(self._background, timeout=left)
+        finally:
+            for task in self._background:
+                self._cut_short(task)
+        if self._background:
+            await asyncio.wait(self._background, timeout=_CLOSE_LIMIT)
+
+    def report_long_close(self, seconds: float) -> None:
+        """Warn that connections have not come back, and say how many."""
+        _LOGGER.warning(
+            "closing the pool takes over %g s: %d connections have not been released", seconds, self._slots.size
+        )
+
+    def cut_off(self) -> None:
+        """Close every connection at once, also those in use, and do nothing that needs an event loop."""
+        self.closing = True  # first: a lease whose connection is closed gives its slot back
+        for slot in self._slots:
+            if slot.resource is not None:
+                slot.resource.doomed = True
+                slot.resource.terminate()
+
+    def disown(self) -> None:
+        """Touch nothing any more: in a forked process all connections are the parent's."""
+        self.closing = True
+        for link in self.links():
+            link.disown()
+
+    def hang_up(self) -> None:
+        """Close every connection at once, also those in use. It needs no running event loop."""
+        self.cut_off()
+        self.begin_closing()
+        for task in self._background:
+            self._cut_short(task)
+        self._watched.stop()
+        self._slots.abandon()
+
+    def run_in_background(self, work: Coroutine[object, object, object]) -> None:
+        """Do something that nobody waits for, and that is given up when the pool is closed."""
+        if self.closing:
+            work.close()
+        else:
+            chore = begin(work, self._forget)
+            self._background.add(chore)
+            self._chores.add(chore)
+
+    def _forget(self, task: asyncio.Task[object]) -> None:
+        self._background.discard(task)
+        self._chores.discard(task)
+        self._cut.discard(task)
+
+    def _closed(self, link: Link, task: asyncio.Task[object]) -> None:
+        self._forget(task)
+        link.terminate()
+
+    def _cut_short(self, task: asyncio.Task[object]) -> None:
+        self._cut.add(task)
+        task.cancel()

@@ -1,0 +1,337 @@
+"""The generic pool: an idle stack, fair waiters, lifetimes. It knows no PostgreSQL, does no I/O and retries nothing.
+
+Every method changes the state first and returns what its caller has to close or to open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from resilient_pool.clock import Clock
+from resilient_pool.errors import AcquireTimeoutError
+from resilient_pool.pooling.timeouts import TimeLimits
+
+R = TypeVar("R")
+
+
+class Slot(Generic[R]):
+    """A place for one resource. Whoever holds a slot without a resource has the right to open one.
+
+    Attributes:
+        resource: What stands in this place, or `None`.
+        opened_at: When the resource was opened, on the line of `Clock.now()`.
+        expires_at: When it is to be replaced.
+        idle_since: When it was given back last.
+        taken_at: When it was taken last, or what was asked of it last was begun.
+        asked_at: When that was asked which it answered last. An answer proves nothing about any later time: it may have
+            been read long after it came.
+        uses: How much had been asked of it when it was given back last.
+        generation: Of which generation it is.
+    """
+
+    __slots__ = (
+        "asked_at",
+        "expires_at",
+        "generation",
+        "idle_since",
+        "opened_at",
+        "resource",
+        "taken_at",
+        "uses",
+    )
+
+    def __init__(self) -> None:
+        self.resource: R | None = None
+        self.opened_at = 0.0
+        self.expires_at = 0.0
+        self.idle_since = self.taken_at = self.asked_at = 0.0
+        self.uses = 0
+        self.generation = 0
+
+    def fill(
+        self,
+        resource: R,
+        *,
+        now: float,
+        expires_at: float,
+        generation: int,
+        asked_at: float | None = None,
+        uses: int = 0,
+    ) -> None:
+        """Put a newly opened resource here, whose opening was begun at `asked_at`; by default now."""
+        self.resource = resource
+        self.opened_at = self.idle_since = now
+        self.taken_at = self.asked_at = now if asked_at is None else asked_at
+        self.uses = uses
+        self.expires_at = expires_at
+        self.generation = generation
+
+    def empty(self) -> R | None:
+        """Take the resource away and return it."""
+        resource, self.resource = self.resource, None
+        return resource
+
+
+class Slots(Generic[R]):
+    """At most `max_size` slots: last in, first out for the idle, first come, first served for those who wait.
+
+    One rule holds after every method: while somebody waits no slot is idle. So a caller who takes an idle one has
+    overtaken nobody.
+
+    How many resources may be opened at the same time is limited as well; at first by `max_size` only. A place for which
+    nobody may open is given up, and whoever waits goes on waiting. So is, for a while, how many there may be: see `restrict`.
+
+    Args:
+        max_size: How many slots there can be.
+        clock: Times the waiting.
+        min_size: How many there should be.
+
+    Attributes:
+        on_want: Called when a slot was given up although somebody waits, or although fewer than `min_size` are left.
+        on_return: Called with a slot whose taker was cancelled before it had it. It must `put` the slot.
+    """
+
+    __slots__ = (
+        "_admitted",
+        "_all",
+        "_ceiling",
+        "_drained",
+        "_idle",
+        "_impatient",
+        "_limits",
+        "_max_size",
+        "_min_size",
+        "_waiters",
+        "on_return",
+        "on_want",
+    )
+
+    def __init__(self, max_size: int, clock: Clock, *, min_size: int = 0) -> None:
+        self._max_size = self._admitted = self._ceiling = max_size
+        self._min_size = min_size
+        self._all: set[Slot[R]] = set()
+        self._idle: list[Slot[R]] = []
+        self._limits: TimeLimits[asyncio.Future[Slot[R]]] = TimeLimits(clock, self._time_is_up)
+        self._waiters = self._limits.waiting
+        self._impatient: set[asyncio.Future[Slot[R]]] = set()
+        self._drained = asyncio.Event()
+        self.on_want: Callable[[], None] = _nothing
+        self.on_return: Callable[[Slot[R]], None] = self.put
+
+    def __repr__(self) -> str:
+        return f"<Slots size={self.size} idle={self.idle} waiting={self.waiting} max_size={self._max_size}>"
+
+    def __iter__(self) -> Iterator[Slot[R]]:
+        return iter(tuple(self._all))
+
+    @property
+    def size(self) -> int:
+        """How many slots exist, whatever they are doing."""
+        return len(self._all)
+
+    @property
+    def idle(self) -> int:
+        """How many slots could be taken at once."""
+        return len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        """How many callers wait."""
+        return len(self._waiters)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anybody waits who has not been served or cancelled yet."""
+        return any(not ticket.done() for ticket in self._waiters)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many slots as there may be at present."""
+        return len(self._all) >= self._ceiling
+
+    @property
+    def ceiling(self) -> int:
+        """How many slots there may be at present."""
+        return self._ceiling
+
+    @property
+    def wants(self) -> bool:
+        """Whether another resource would serve anybody."""
+        return bool(self._waiters) or len(self._all) < self._min_size
+
+    @property
+    def opening(self) -> int:
+        """How many slots are in the hands of somebody who is about to fill them."""
+        return sum(slot.resource is None for slot in self._all)
+
+    @property
+    def admitted(self) -> int:
+        """How many resources may be opened at the same time."""
+        return self._admitted
+
+    @property
+    def may_open(self) -> bool:
+        """Whether whoever holds an empty slot may fill it."""
+        return self.opening <= self._admitted and len(self._all) <= self._ceiling
+
+    @property
+    def has_resources(self) -> bool:
+        """Whether any slot is filled."""
+        return any(slot.resource is not None for slot in self._all)
+
+    def idle_resources(self) -> Iterator[R]:
+        """Iterate over the resources of the idle slots."""
+        return (slot.resource for slot in self._idle if slot.resource is not None)
+
+    @property
+    def oldest_idle_since(self) -> float | None:
+        """Since when the longest unused slot is idle, or `None` if none is."""
+        return min((slot.idle_since for slot in self._idle), default=None)
+
+    @property
+    def newest(self) -> Slot[R] | None:
+        """The idle slot that was used last, which `take` would take, or `None` if none is idle."""
+        return self._idle[-1] if self._idle else None
+
+    def take(self) -> Slot[R] | None:
+        """Take the slot that was used last, else a new one to fill, else `None`: the caller has to wait."""
+        if self._idle:
+            return self._idle.pop()
+        return self._grow()
+
+    def _grow(self) -> Slot[R] | None:
+        return None if self.is_full or self.opening >= self._admitted else self.reserve()
+
+    def reserve(self) -> Slot[R] | None:
+        """Take a new and empty slot, admitted or not, or `None` if there are `max_size` already."""
+        if len(self._all) >= self._max_size:
+            return None
+        slot: Slot[R] = Slot()
+        self._all.add(slot)
+        return slot
+
+    def admit(self, number: int) -> None:
+        """Let that many resources be opened at the same time."""
+        self._admitted = number
+
+    def restrict(self, ceiling: int | None) -> None:
+        """Let no more than that many slots be made by `take` and `offer`; `None` for `max_size`."""
+        self._ceiling = self._max_size if ceiling is None else min(ceiling, self._max_size)
+
+    def offer(self) -> bool:
+        """Give whoever waits first a new slot to fill, if another one may be, and say whether that was so."""
+        slot = self._grow() if self._waiters else None
+        if slot is not None:
+            self.put(slot)
+        return slot is not None
+
+    async def wait(self, seconds: float | None, *, impatient: bool = False) -> Slot[R]:
+        """Wait for a slot, behind everybody who waits already.
+
+        Args:
+            seconds: For how long at most; `None` for ever. The end may be noticed late, by a fiftieth of that time and
+                never by more than 0.05 s.
+            impatient: Whether `dismiss_impatient` ends it.
+
+        Raises:
+            AcquireTimeoutError: None became free in time.
+        """
+        ticket: asyncio.Future[Slot[R]] = asyncio.get_running_loop().create_future()
+        self._limits.begin(ticket, seconds)
+        if impatient:
+            self._impatient.add(ticket)
+            ticket.add_done_callback(self._impatient.discard)
+        served = False
+        try:
+            slot = await ticket
+            served = True
+        finally:
+            if not served:
+                self._leave(ticket)
+        return slot
+
+    def _leave(self, ticket: asyncio.Future[Slot[R]]) -> None:
+        self._waiters.pop(ticket, None)
+        # The slot may have been handed over in the same turn of the loop as a cancellation. The pool may be closing since.
+        if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
+            self.on_return(ticket.result())
+
+    def _time_is_up(self, ticket: asyncio.Future[Slot[R]], seconds: float) -> None:
+        if not ticket.done():
+            ticket.set_exception(
+                AcquireTimeoutError(
+                    f"no connection became free within {max(seconds, 0.0):.3g} s: {'all ' * self.is_full}{len(self._all)} of "
+                    f"max_size={self._max_size} are in use and {len(self._waiters)} more callers wait; "
+                    "raise max_size or deadline, or hold connections for a shorter time"
+                )
+            )
+
+    def put(self, slot: Slot[R]) -> None:
+        """Give a slot back: to whoever waits first, else to the idle stack. An empty slot that nobody may fill is gone."""
+        while self._waiters and (slot.resource is not None or self.may_open):
+            ticket, _ = self._waiters.popitem(last=False)
+            if not ticket.done():
+                ticket.set_result(slot)
+                return
+        if slot.resource is None:
+            self._forget(slot)
+        else:
+            self._idle.append(slot)
+
+    def withdraw(self, condition: Callable[[Slot[R]], bool], *, keep: int = 0) -> list[Slot[R]]:
+        """Take all idle slots that meet a condition, the longest unused first, while more than `keep` slots remain."""
+        spare = len(self._all) - keep
+        chosen = [slot for slot in self._idle if condition(slot)][: max(spare, 0)]
+        for slot in chosen:
+            self._idle.remove(slot)
+        return chosen
+
+    def dismiss_waiters(self, error: Callable[[], Exception]) -> None:
+        """Let everybody who waits fail, each with an error of its own."""
+        self._limits.stop()
+        while self._waiters:
+            ticket, _ = self._waiters.popitem(last=False)
+            if not ticket.done():
+                ticket.set_exception(error())
+
+    def dismiss_impatient(self, error: Callable[[], Exception]) -> None:
+        """Let those who wait impatiently fail, each with an error of its own."""
+        for ticket in tuple(self._impatient):
+            self._waiters.pop(ticket, None)
+            if not ticket.done():
+                ticket.set_exception(error())
+
+    def dismiss_since(self, instant: float, error: Callable[[], Exception]) -> None:
+        """Let those fail who have waited since then or longer, each with an error of its own."""
+        for ticket, (_, since) in list(self._waiters.items()):
+            if since <= instant:
+                del self._waiters[ticket]
+                if not ticket.done():
+                    ticket.set_exception(error())
+
+    def drop(self, slot: Slot[R]) -> None:
+        """Count a slot no more that is not coming back."""
+        self._forget(slot)
+
+    async def drained(self) -> None:
+        """Wait until no slot is left, or until waiting for it has no more sense: see `abandon`."""
+        if self._all:
+            self._drained.clear()
+            await self._drained.wait()
+
+    def abandon(self) -> None:
+        """Let `drained` end although slots are left: nobody knows when they will come back."""
+        self._drained.set()
+
+    def _forget(self, slot: Slot[R]) -> None:
+        self._all.discard(slot)
+        if not self._all:
+            self._drained.set()
+        if self.wants:
+            self.on_want()
+
+
+def _nothing() -> None:
+    """Nobody cares what is wanted."""

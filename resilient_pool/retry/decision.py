@@ -1,0 +1,189 @@
+"""Whether, and when, a failed call is tried again: `decide`. It waits for nothing and reads no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from resilient_pool.retry.backoff import OPERATION_BACKOFF, RECONNECT_BACKOFF, BackoffPolicy
+from resilient_pool.retry.budget import RetryBudget
+from resilient_pool.retry.verdict import Fault, Outcome, Phase, Verdict
+
+_AWAY = frozenset({Fault.UNREACHABLE, Fault.WRONG_SERVER})
+_CURED_BY_A_FRESH_START = frozenset({Fault.STALE, Fault.STATEMENT_CACHE, Fault.DISCONNECTED, Fault.POISONED})
+_LOSSES = frozenset({Fault.DISCONNECTED, Fault.POISONED})
+
+
+class GiveUpReason(Enum):
+    """Why a call is not tried again."""
+
+    PERMANENT = "permanent"
+    """Neither waiting nor reconnecting helps."""
+    OUTCOME_UNKNOWN = "outcome_unknown"
+    """It may have taken effect, and repeating it could do harm."""
+    ATTEMPTS = "attempts"
+    """It was tried as often as the policy allows."""
+    DEADLINE = "deadline"
+    """No time is left: neither before the call's deadline nor, if that ends earlier, of the policy's `max_elapsed`."""
+    ABSENT = "absent"
+    """No connection could be opened for as long as one was waited for."""
+    BUDGET = "budget"
+    """The server is up but failing, and the retries it can bear are spent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """Try again.
+
+    Attributes:
+        delay: How long to wait before, in seconds.
+    """
+
+    delay: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveUp:
+    """Let the error go to the caller.
+
+    Attributes:
+        reason: Why.
+    """
+
+    reason: GiveUpReason
+
+
+class _Course:
+    """How far one call has come under one policy."""
+
+    __slots__ = ("attempts", "delays", "policy", "since")
+
+    def __init__(self, policy: BackoffPolicy) -> None:
+        self.policy = policy
+        self.attempts = 0
+        self.since = 0.0
+        self.delays: Iterator[float] | None = None
+
+    def count(self, now: float) -> None:
+        if not self.attempts:
+            self.since = now
+        self.attempts += 1
+
+    def next_delay(self) -> float:
+        if self.delays is None:
+            self.delays = self.policy.delays()
+        return next(self.delays)
+
+    @property
+    def is_exhausted(self) -> bool:
+        most = self.policy.max_attempts
+        return most is not None and self.attempts >= most
+
+    def time_left(self, now: float, deadline: float | None) -> float | None:
+        ends = [] if deadline is None else [deadline]
+        if self.policy.max_elapsed is not None:
+            ends.append(self.since + self.policy.max_elapsed)
+        return min(ends) - now if ends else None
+
+
+class RetryState:
+    """What one call remembers of its failures. One per call, made at its start or at its first failure.
+
+    Args:
+        operations: The policy for a failing operation.
+        reconnect: The policy for an absent server.
+        contention: The policy for conflicts with other transactions; by default the one for failing operations.
+        started: When the call began, in seconds on the line of the `now` that `decide` is given.
+    """
+
+    __slots__ = ("_contention", "_operations", "_reconnect", "fresh_starts", "losses", "started")
+
+    def __init__(
+        self,
+        *,
+        operations: BackoffPolicy = OPERATION_BACKOFF,
+        reconnect: BackoffPolicy = RECONNECT_BACKOFF,
+        contention: BackoffPolicy | None = None,
+        started: float = 0.0,
+    ) -> None:
+        self._operations = _Course(operations)
+        self._contention = self._operations if contention is None else _Course(contention)
+        self._reconnect = _Course(reconnect)
+        self.started = started
+        self.fresh_starts = 0
+        self.losses = 0
+
+    @property
+    def attempts(self) -> int:
+        """How many attempts have failed, under all policies."""
+        conflicts = 0 if self._contention is self._operations else self._contention.attempts
+        return self._operations.attempts + self._reconnect.attempts + conflicts
+
+    def elapsed(self, now: float) -> float:
+        """Tell how long the call has lasted, in seconds."""
+        return now - self.started
+
+    def note(self, fault: Fault, phase: Phase, now: float) -> _Course:
+        """Count one failure and return the course that it belongs to."""
+        away = fault in _AWAY or (fault is Fault.OVERLOADED and phase is Phase.CONNECT)
+        conflict = self._contention if fault is Fault.CONTENTION else self._operations
+        course = self._reconnect if away else conflict
+        course.count(now)
+        self.fresh_starts += fault in _CURED_BY_A_FRESH_START
+        self.losses += fault in _LOSSES
+        return course
+
+
+def decide(
+    verdict: Verdict,
+    state: RetryState,
+    *,
+    phase: Phase,
+    repeatable: bool,
+    now: float,
+    deadline: float | None,
+    budget: RetryBudget | None,
+    had_served: bool = True,
+) -> Retry | GiveUp:
+    """Count one failure in `state` and say what follows from it.
+
+    Args:
+        verdict: What is known about the failure.
+        state: The call's memory. It is changed.
+        phase: What the pool was doing; a server that cannot take another connection is waited for as an absent one is.
+        repeatable: Whether the call may run twice without harm.
+        now: The present instant, in seconds.
+        deadline: The instant at which the last attempt may start, on the same line, or `None` for no bound.
+        budget: Is asked for a token only while the server is up and failing; `None` for no bound.
+        had_served: Whether the connection had worked before. A server that restarts takes such connections along; one
+            that loses others too is up and failing.
+
+    Returns:
+        `Retry` with a delay that does not outlast the deadline, or `GiveUp`. A call that may have taken effect is
+        never retried unless it is repeatable.
+    """
+    course = state.note(verdict.fault, phase, now)
+    if verdict.fault is Fault.PERMANENT:
+        return GiveUp(reason=GiveUpReason.PERMANENT)
+    if verdict.outcome is Outcome.UNKNOWN and not repeatable:
+        return GiveUp(reason=GiveUpReason.OUTCOME_UNKNOWN)
+    if course.is_exhausted:
+        return GiveUp(reason=GiveUpReason.ATTEMPTS)
+    left = course.time_left(now, deadline)
+    if left is not None and left <= 0:
+        return GiveUp(reason=GiveUpReason.DEADLINE)
+    burdens = _burdens_the_server(verdict.fault, state, had_served=had_served)
+    if burdens and budget is not None and not budget.withdraw():
+        return GiveUp(reason=GiveUpReason.BUDGET)
+    delay = 0.0 if _is_cured_at_once(verdict.fault, state) else course.next_delay()
+    return Retry(delay=delay if left is None else min(delay, left))
+
+
+def _burdens_the_server(fault: Fault, state: RetryState, *, had_served: bool) -> bool:
+    return fault is Fault.OVERLOADED or (fault in _LOSSES and (state.losses > 1 or not had_served))
+
+
+def _is_cured_at_once(fault: Fault, state: RetryState) -> bool:
+    # A fresh connection is the cure. When that one fails as well, it is not.
+    return fault in _CURED_BY_A_FRESH_START and state.fresh_starts == 1

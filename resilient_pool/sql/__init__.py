@@ -1,0 +1,1 @@
+"""What a statement's text says. Pure: no I/O."""

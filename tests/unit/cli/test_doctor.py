@@ -1,0 +1,82 @@
+"""What the doctor says of a server and a configuration, without either."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from resilient_pool.cli.doctor import Facts, diagnose
+from resilient_pool.config.pool_config import PoolConfig
+
+HEALTHY = Facts(
+    version=180001,
+    standby=False,
+    idle=None,
+    commits="on",
+    tls=True,
+    tls_version="TLSv1.3",
+    remote=True,
+    may_terminate=True,
+    role="shop",
+    skew=0.1,
+    pooler=False,
+)
+
+
+def findings(config: dict, **facts: object) -> dict[str, tuple[str, str, str]]:
+    found = diagnose(dataclasses.replace(HEALTHY, **facts), PoolConfig.from_arguments(None, **config))
+    return {finding.check: (finding.level, finding.text, finding.change) for finding in found}
+
+
+def test_of_a_healthy_database_all_is_well():
+    """Nothing is advised for the sake of advising, and nothing is to be changed."""
+    found = [*findings({}).values(), *findings({}, may_terminate=False).values()]
+    assert {(level, change) for level, _, change in found} == {("ok", "")}
+
+
+@pytest.mark.parametrize(
+    ("check", "facts", "config", "level", "text", "change"),
+    [
+        ("server version", {"version": 120005}, {}, "problem", "PostgreSQL 12", "resolve_commit=False"),
+        ("server version", {"version": 140005}, {}, "advice", "tested on 16", "upgrade to PostgreSQL 16"),
+        ("idle sessions", {"idle": 20.0}, {}, "advice", "idle for 20 s", "max_inactive_connection_lifetime=15"),
+        ("idle sessions", {"idle": 60.0}, {}, "ok", "the default max_inactive_connection_lifetime (50)", ""),
+        (
+            "idle sessions",
+            {"idle": 60.0},
+            {"max_inactive_connection_lifetime": 30},
+            "ok",
+            "with max_inactive_connection_lifetime=30",
+            "",
+        ),
+        ("pausing", {}, {}, "ok", "with the default min_size (0)", ""),
+        ("keepalive", {}, {}, "ok", "with the default tcp_user_timeout (30)", ""),
+        (
+            "idle sessions",
+            {"idle": 60.0},
+            {"max_inactive_connection_lifetime": 0},
+            "advice",
+            "for 60 s",
+            "max_inactive_connection_lifetime=55",
+        ),
+        ("pausing", {}, {"min_size": 2}, "advice", "min_size=2", "min_size=0"),
+        ("keepalive", {}, {"tcp_user_timeout": None}, "advice", "quarter of an hour", "tcp_user_timeout=30"),
+        ("keepalive", {}, {"tcp_keepalive": False}, "advice", "quarter of an hour", "tcp_keepalive=True"),
+        ("pooler", {"pooler": True}, {}, "ok", "without named prepared statements", ""),
+        ("pooler", {"pooler": True}, {"statement_cache_size": 100}, "problem", "another query's result", "=0"),
+        ("encryption", {"tls": False}, {}, "advice", "over a network", "sslmode=verify-full"),
+        ("encryption", {"tls": False, "remote": False}, {}, "ok", "same machine", ""),
+        ("durability", {"commits": "off"}, {}, "advice", "loses", "synchronous_commit=on"),
+        ("permissions", {"may_terminate": False}, {}, "ok", "GRANT pg_signal_backend TO shop", ""),
+        ("clock", {"skew": -7.2}, {}, "advice", "7.2 s", "NTP"),
+        ("role", {"standby": True}, {}, "problem", "no writes", "target_session_attrs=primary"),
+        ("role", {"standby": True}, {"target_session_attrs": "standby"}, "ok", "a standby", ""),
+    ],
+)
+def test_what_is_found_is_told_with_the_setting_to_change(check, facts, config, level, text, change):
+    """In plain words, of the one thing that is not as it should be."""
+    found = findings(config, **facts)[check]
+    assert found[0] == level
+    assert text in found[1]
+    assert change in found[2]

@@ -1,0 +1,85 @@
+"""The output of a command: whole lines, no secrets, whatever the pieces in which it comes."""
+
+from __future__ import annotations
+
+import pytest
+
+from resilient_pool.config.secrets import Secret
+from resilient_pool.migrations.output import Lines, guarded, secrets_around
+
+CANARY = "c@n/a:r%y-7391"
+
+
+def heard(data: bytes, size: int, secrets=()) -> list[str]:
+    told = []
+    lines = Lines(secrets, told.append)
+    for start in range(0, len(data), size):
+        lines.feed(data[start : start + size])
+    lines.end()
+    assert list(lines.told) == told
+    return told
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_lines_are_told_whole_and_without_secrets_however_they_are_cut(size):
+    """Also a letter of several bytes is put together, and a last line without an end is told."""
+    data = f"one\r\n\nthe password is {CANARY}!\nfür".encode()
+    assert heard(data, size, [Secret(CANARY)]) == ["one", "", "the password is ****!", "für"]
+
+
+def test_nothing_is_told_before_its_line_has_ended():
+    """The rest of a secret might still come."""
+    told = []
+    lines = Lines([Secret(CANARY)], told.append)
+    lines.feed(CANARY[:7].encode())
+    assert told == []
+    lines.feed(CANARY[7:].encode() + b"\n")
+    assert told == ["****"]
+
+
+@pytest.mark.parametrize("before", range(65536 - 20, 65536, 6))
+def test_an_endless_line_is_cut_short_and_tells_no_part_of_a_secret(before):
+    """Wherever in the secret the limit falls; the line after it is told again."""
+    (line, after) = heard(b"x" * before + CANARY.encode() * 10 + b"\nafter", 5000, [Secret(CANARY)])
+    assert line.endswith("x (the line goes on)")
+    assert not any(CANARY[start : start + 4] in line for start in range(len(CANARY) - 3))
+    assert after == "after"
+
+
+def test_a_listener_that_fails_is_not_told_any_more(caplog):
+    """The migration goes on, and its last lines are kept; of a broken pipe no traceback is shown."""
+    calls = []
+
+    def broken(line: str) -> None:
+        calls.append(line)
+        raise BrokenPipeError
+
+    lines = Lines((), guarded(broken))
+    lines.feed(b"one\ntwo\n")
+    assert calls == ["one"]
+    assert list(lines.told) == ["one", "two"]
+    assert "cannot be told any more: BrokenPipeError()" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_passwords_are_found_in_the_urls_of_arguments_and_environment():
+    """As they are written, and unquoted."""
+    environment = {"PGPASSWORD": "first", "SHOP_URL": "mysql://me:sec%2Fond@host/db", "HOME": "/root"}
+    found = secrets_around(["--url=postgresql://me:third@host/db", "plain"], environment)
+    assert {secret.reveal() for secret in found} == {"first", "sec%2Fond", "sec/ond", "third"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("DB_PASSWORD", "a b", "a b"),
+        ("mysql_passwd", "word", "word"),
+        ("OPTIONS", "host=db password=word user=me", "word"),
+        ("OPTIONS", "host=db password = 'a \\'b' user=me", "a 'b"),
+        ("SHOP_URL", "postgresql://host/db?user=me&password=a%20b&sslmode=require", "a b"),
+    ],
+)
+def test_passwords_are_found_by_the_name_of_a_variable_and_in_pairs(name, value, secret):
+    """Where people put them, other than into URLs."""
+    assert secret in {found.reveal() for found in secrets_around([], {name: value})}
+    assert list(secrets_around([], {"DB_PASSWORD": "", "PASSWORD_FILE": "/run/it", "NOTE": "password="})) == []

@@ -1,0 +1,80 @@
+"""What a server's word about a transaction means."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from resilient_pool.retry.commit_status import RETENTION, Answer, Epoch, Mark, Reply, Token, judge, judge_token
+
+EPOCH = Epoch(system="7", timeline="00000003", stats_reset="1.5")
+TOKEN = Token(value="t", log="5/6", written_at=1000.0)
+MARK = Mark(xid=753, epoch=EPOCH)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("committed", Answer.COMMITTED),
+        ("aborted", Answer.ABORTED),
+        ("in progress", Answer.IN_PROGRESS),
+        (None, Answer.UNKNOWN),
+        ("something new", Answer.UNKNOWN),
+    ],
+)
+def test_in_the_same_epoch_the_status_counts(status, expected):
+    """And what the server has forgotten is unknown."""
+    assert judge(MARK, Reply(status=status, epoch=EPOCH)) is expected
+
+
+@pytest.mark.parametrize("status", ["committed", "aborted", "in progress", None])
+@pytest.mark.parametrize(
+    ("mark", "reply"),
+    [
+        (MARK, {"epoch": replace(EPOCH, timeline="0000000A")}),
+        (MARK, {"epoch": replace(EPOCH, stats_reset="2.5")}),
+        (MARK, {"epoch": None}),
+        (Mark(xid=753), {"epoch": EPOCH}),
+        (Mark(xid=753), {"epoch": None}),
+        (Mark(epoch=EPOCH), {"epoch": EPOCH}),
+    ],
+    ids=["timeline", "crash", "no epoch now", "no epoch then", "no epoch ever", "no id"],
+)
+def test_otherwise_no_status_is_believed(mark, reply, status):
+    """The id may be a stranger's."""
+    assert judge(mark, Reply(status=status, **reply)) is Answer.UNKNOWN
+
+
+@pytest.mark.parametrize("status", ["committed", "aborted", "in progress", None])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"epoch": EPOCH, "in_recovery": True},
+        {"epoch": None, "in_recovery": True},
+        {"epoch": replace(EPOCH, system="8")},
+        {"epoch": replace(EPOCH, timeline="00000002")},
+    ],
+    ids=["a standby", "a standby of any epoch", "another system", "a server left behind by a failover"],
+)
+def test_a_server_that_cannot_know_is_not_the_last_to_be_asked(reply, status):
+    """Its word is its own: another one may know."""
+    assert judge(MARK, Reply(status=status, **reply)) is Answer.ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("fenced", "log", "age", "expected"),
+    [
+        (True, "5/6", 0.0, Answer.ABORTED),
+        (True, "5/6", RETENTION - 1, Answer.ABORTED),
+        (True, "5/6", RETENTION, Answer.UNKNOWN),
+        (True, "5/7", 0.0, Answer.UNKNOWN),
+        (False, "5/6", 0.0, Answer.COMMITTED),
+        (False, "5/6", RETENTION * 2, Answer.COMMITTED),
+        (False, "5/7", 0.0, Answer.COMMITTED),
+        (None, "5/6", 0.0, Answer.IN_PROGRESS),
+    ],
+)
+def test_a_tokens_row_says_who_was_first_as_long_as_none_was_deleted(fenced, log, age, expected):
+    """Absence proves nothing after the retention time, nor in a table that was made anew or emptied."""
+    assert judge_token(TOKEN, fenced=fenced, log=log, now=TOKEN.written_at + age) is expected
