@@ -372,14 +372,9 @@ async def test_a_pool_works_with_a_stand_in_alone():
     ]
 
 
-async def test_a_pool_waits_for_a_pooler_whose_server_is_away_and_then_hands_over(postgres):
-    """A hundred callers, one prober."""
-    waking = Refusal(
-        at=Point.STARTUP,
-        sqlstate="08P01",
-        message="server login has been failing, cached error: connect failed (server_login_retry)",
-        seconds=1.5,
-    )
+async def test_a_hundred_callers_are_served_by_an_endpoint_that_takes_three_seconds_to_wake(postgres):
+    """As Neon's proxy says it, after a login that succeeds; one prober asks for all."""
+    waking = refusal(Point.LOGIN, severity_en="", message="Couldn't connect to compute node", seconds=3.0)
     with ScriptedServer(waking, host=postgres.host, port=postgres.port) as server:
         async with ResilientPool(server.dsn(postgres.dsn()), max_size=5) as pool:
             answers = await asyncio.gather(*(pool.fetchval("SELECT $1::int", number) for number in range(100)))
@@ -388,9 +383,12 @@ async def test_a_pool_waits_for_a_pooler_whose_server_is_away_and_then_hands_ove
 
 
 async def test_nobody_fails_at_a_pooler_that_has_room_for_two(postgres):
-    """What there is circulates; the refusals of more are no outage."""
+    """As Supavisor says it in session mode: what there is circulates, and the refusals of more are no outage."""
     full = Refusal(
-        at=Point.STARTUP, sqlstate="08P01", message="no more connections allowed (max_client_conn)", beyond=2
+        at=Point.STARTUP,
+        sqlstate="XX000",
+        message="(EMAXCONNSESSION) max clients reached in session mode - max clients are limited to pool_size: 2",
+        beyond=2,
     )
     with ScriptedServer(full, host=postgres.host, port=postgres.port) as server:
         async with ResilientPool(server.dsn(postgres.dsn()), max_size=10) as pool:
