@@ -357,7 +357,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         """Become the face of the connection in this loan's slot, set it up if it is new here, and return it."""
         link = None if self._slot is None else self._slot.resource
         if link is None:
-            raise asyncpg.InterfaceError("connection is closed: it was lost while it was being set up")
+            raise asyncpg.ConnectionDoesNotExistError("connection was closed while it was being set up")
         if link is not self._linked:
             self._leave()
             link.lend(self)
@@ -416,9 +416,15 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         return self._cursors(query, make)
 
     def _cursors(self, query: str, make: Callable[[AnyConnection], CursorFactory[Any]]) -> CursorFactory[Any]:
-        if self._state is _FRESH:
-            return LeaseCursors(self._begin, self._present.connection, query, make)
-        return make(self._keep("cursor", query))
+        if self._state is not _FRESH:
+            return make(self._keep("cursor", query))
+
+        def current() -> AnyConnection:
+            if self._state is _FRESH:
+                raise asyncpg.NoActiveSQLTransactionError("cursor cannot be created outside of a transaction")
+            return self._keep("cursor", query)
+
+        return LeaseCursors(current, self._present.connection, query, make)
 
     def transaction(self, *, isolation: Any = None, readonly: bool = False, deferrable: bool = False) -> Transaction:
         """Make a transaction, or inside one a savepoint; nothing in it is repeated, only its beginning.
@@ -615,9 +621,10 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
     def get_settings(self) -> ConnectionSettings:
         """Return the connection's settings: those that the server reports, and what the driver knows of types."""
         connection = self._look("get_settings")
-        if connection.is_closed():
-            raise asyncpg.InterfaceError("cannot call Connection.get_settings(): connection is closed")
-        return connection.get_settings()
+        try:
+            return connection.get_settings()
+        except AttributeError as error:  # the driver has let go of what knew them
+            raise asyncpg.InterfaceError("cannot call Connection.get_settings(): connection is closed") from error
 
 
 def _add(callbacks: list[Callback], callback: Callback) -> None:

@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeAlias
 
-import asyncpg
-from asyncpg.cursor import Cursor, CursorFactory
+from asyncpg.cursor import Cursor, CursorFactory, CursorIterator
 from asyncpg.transaction import Transaction, TransactionState
 
 from resilient_pool.pooling.driver import AnyConnection
@@ -141,52 +140,27 @@ class LeaseCursors(CursorFactory):
     """A factory of cursors that looks for its lease's connection when it is used.
 
     Args:
-        begin: See `Begin`.
+        current: Returns that connection, or raises when it can have no transaction open, which a cursor needs.
         connection: The lease's connection at present.
         query: The query.
         make: Makes the driver's own factory on a connection.
     """
 
-    __slots__ = ("_begin", "_make")
+    __slots__ = ("_current", "_make")
 
     def __init__(
-        self, begin: Begin, connection: AnyConnection, query: str, make: Callable[[AnyConnection], CursorFactory[Any]]
+        self,
+        current: Callable[[], AnyConnection],
+        connection: AnyConnection,
+        query: str,
+        make: Callable[[AnyConnection], CursorFactory[Any]],
     ) -> None:
         super().__init__(connection, query, None, (), None, None, None)
-        self._begin = begin
+        self._current = current
         self._make = make
 
-    async def _factory(self) -> CursorFactory[Any]:
-        async def make(connection: AnyConnection) -> CursorFactory[Any]:
-            return self._make(connection)
-
-        factory: CursorFactory[Any] = await self._begin("Connection.cursor", make)
-        return factory
-
-    def __aiter__(self) -> Any:
-        return _Rows(self._factory)
+    def __aiter__(self) -> CursorIterator[Any]:
+        return self._make(self._current()).__aiter__()
 
     def __await__(self) -> Generator[Any, None, Cursor[Any]]:
-        return self._open().__await__()
-
-    async def _open(self) -> Cursor[Any]:
-        return await (await self._factory())
-
-
-class _Rows:
-    """Iterates over the rows of a query, on the connection that the lease has at the first of them."""
-
-    __slots__ = ("_factory", "_rows")
-
-    def __init__(self, factory: Callable[[], Awaitable[CursorFactory[Any]]]) -> None:
-        self._factory = factory
-        self._rows: Any = None
-
-    def __aiter__(self) -> _Rows:
-        return self
-
-    async def __anext__(self) -> asyncpg.Record:
-        if self._rows is None:
-            self._rows = (await self._factory()).__aiter__()
-        row: asyncpg.Record = await self._rows.__anext__()
-        return row
+        return self._make(self._current()).__await__()

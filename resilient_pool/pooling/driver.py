@@ -665,14 +665,7 @@ def nothing_sent(error: BaseException, link: Link) -> bool:
         refused = link.connection.is_closed() and _CLOSED.search(str(error)) is not None
     else:
         refused = type(error) is asyncpg.InternalClientError and _NOT_BEGUN.search(str(error)) is not None
-    return refused and _comes_from_the_driver(error) and not _passes_through(error, type(link.connection))
-
-
-def _passes_through(error: BaseException, connection_class: type) -> bool:
-    # A method that an application's own class overrides may have sent something before.
-    own = [kind for kind in connection_class.__mro__ if not kind.__module__.startswith(("asyncpg.", "builtins"))]
-    codes = {getattr(found, "__code__", None) for kind in own for found in vars(kind).values()}
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+    return refused and _comes_from_the_driver(error)
 
 
 def is_of_another_connection(error: BaseException, link: Link) -> bool:
