@@ -102,7 +102,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
     transactions, cursors, prepared statements.
     """
 
-    __slots__ = ("_attached", "_lender", "_linked", "_slot", "_state", "_tracker")
+    __slots__ = ("_attached", "_interrupted", "_lender", "_linked", "_slot", "_state", "_tracker")
 
     def __init__(self, lender: Lender, slot: Slot[Link]) -> None:
         self._state = _FRESH
@@ -110,6 +110,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         self._slot: Slot[Link] | None = slot
         # The connection of this moment, or, of a loan that lost it and may replace it, the last one: to look at.
         self._linked: Link | None = None
+        self._interrupted = False
         self._attached: _Attachments | None = None
         self._tracker: Callable[[str | None], None] | None = None
 
@@ -267,8 +268,13 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         if self._state is _USED or self._state is _ADOPTING:
             if self._tracker is not None:
                 self._tracker("COPY" if sql is None else sql)
+            if self._interrupted:
+                await self._end_of_interruption(operation)
             try:
                 return await execute(self._linked.connection)  # type: ignore[union-attr]
+            except (asyncio.CancelledError, TimeoutError):
+                self._interrupted = True
+                raise
             except AttributeError as error:
                 self._explain(operation, error)
                 raise
@@ -298,6 +304,8 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         if self._state is _USED or self._state is _ADOPTING:
             if self._tracker is not None and sql is not None:
                 self._tracker(sql)
+            if self._interrupted:
+                await self._end_of_interruption(operation)
             return await execute(self._present.connection)
         self._require_loan(operation)
         call = self._lender.call(operation, None, execute, idempotent=True, deadline=None)
@@ -324,9 +332,16 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             self._explain(call.operation, error)
             raise
         finally:
+            self._interrupted = fresh is None
             if self._state is _TRYING:
                 self._settle(fresh=self._lender.is_untouched(call) if fresh is None else fresh)
         return result
+
+    async def _end_of_interruption(self, operation: str) -> None:
+        """Wait for the end of a statement that was cancelled, which the driver does too, but for ever."""
+        await self._present.end_of_cancellation(self._lender.reset_timeout)
+        self._interrupted = False
+        self._require_loan(operation)
 
     def _explain(self, operation: str, error: Exception) -> None:
         """Raise what stands behind an error of the driver, if it fell over a loan that was ended under it."""

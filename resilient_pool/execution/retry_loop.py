@@ -435,8 +435,8 @@ class Runner:
             return replace(verdict, outcome=call.settled, fault=Fault.DISCONNECTED if lost else verdict.fault)
         # The classifier sees no text, and so cannot see that a part of it may have been committed before the error.
         partly = call.sql is not None and not self._reader.read(call.sql).is_atomic
-        partly = partly or self._is_about_the_last_of_several(call, verdict)
-        if failure.sent and partly and verdict.outcome is not Outcome.UNKNOWN:
+        partly = (partly and failure.sent) or self._is_about_the_last_of_several(call, verdict)
+        if partly and verdict.outcome is not Outcome.UNKNOWN:
             return replace(verdict, outcome=Outcome.UNKNOWN)
         return verdict
 

@@ -272,6 +272,14 @@ class Link:
             return False
         return True
 
+    async def end_of_cancellation(self, seconds: float) -> None:
+        """Wait until the server has confirmed a cancellation; hang up if that takes longer than `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._protocol._wait_for_cancellation()  # noqa: SLF001
+        except TimeoutError:
+            self.terminate()
+
     async def restore(
         self, reset: Callable[[AnyConnection], Awaitable[None]] | None, seconds: float, *, watched: bool
     ) -> None:

@@ -73,7 +73,6 @@ LOOKS = {
     "reset_type_codec": lambda connection: connection.reset_type_codec("int4", schema="pg_catalog"),
     "a refused read": lambda connection: refused(connection, "SELECT 1 / 0"),
     "a refused read of a table": lambda connection: refused(connection, "SELECT * FROM nowhere"),
-    "a refused statement": lambda connection: refused(connection, "SELECT FROM WHERE"),
     "a refused preparation": lambda connection: refused_to_prepare(connection, "SELECT * FROM nowhere"),
 }
 
@@ -99,8 +98,6 @@ async def cut(connection, bystander):
 @pytest.mark.parametrize("look", LOOKS)
 async def test_looking_is_no_use(make_pool, bystander, look):
     """The first operation after it is repaired as if nothing had been looked at, before a loss and after it."""
-    if look == "a refused statement":
-        pytest.xfail("a text that cannot be parsed is not known to be a read")
     async with make_pool(max_size=1) as pool, pool.acquire() as connection:
         for _ in range(2):
             looked = LOOKS[look](connection)
@@ -507,6 +504,41 @@ async def test_a_time_out_around_a_transaction_ends_it_when_nothing_is_answered(
         assert time.monotonic() - started < 4
         await asyncio.to_thread(proxy.restore)
         assert await pool.fetchval("SELECT 1") == 1
+
+
+@both_loops
+@pytest.mark.parametrize("way", ["time-out", "cancellation"])
+async def test_an_operation_after_a_cancelled_one_does_not_wait_for_ever(make_pool, proxy, dsn, way):
+    """When the cancellation is lost: the lease ends, and the place is free."""
+    async with (
+        make_pool(proxy.dsn(dsn), ssl=False, max_size=1, reset_timeout=0.5) as pool,
+        pool.acquire() as connection,
+    ):
+        await connection.execute("SELECT 1")
+        await asyncio.to_thread(proxy.hang)
+        with pytest.raises(TimeoutError):
+            if way == "time-out":
+                await connection.execute("SELECT pg_sleep(30)", timeout=0.2)
+            else:
+                async with asyncio.timeout(0.2):
+                    await connection.execute("SELECT pg_sleep(30)")
+        started = time.monotonic()
+        with pytest.raises(asyncpg.InterfaceError, match="closed"):
+            await connection.execute("SELECT 1")
+        assert time.monotonic() - started < 3
+        await asyncio.to_thread(proxy.restore)
+        assert await pool.fetchval("SELECT 1") == 1
+
+
+async def test_an_operation_after_a_cancelled_one_is_served(make_pool):
+    """On the same connection, as soon as the server has confirmed the cancellation."""
+    async with make_pool(max_size=1) as pool, pool.acquire() as connection:
+        for first in (True, False):
+            pid = connection.get_server_pid()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await connection.execute("SELECT pg_sleep(30)")
+            assert await connection.fetchval("SELECT pg_backend_pid()") == pid, first
 
 
 @both_loops
