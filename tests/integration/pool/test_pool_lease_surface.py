@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 from asyncpg.transaction import Transaction
 
-from resilient_pool.connection import ResilientConnection
+from resilient_pool.execution.connection import ResilientConnection
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 

@@ -101,20 +101,26 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(index=INDEX)
     def release(self, index):
-        self.loop.run_until_complete(self._release(self.pick(self.leases, index)))
+        self.calls.append(self.begin(self._release(self.pick(self.leases, index))))
 
     @precondition(lambda self: self.leases and (self.calls or self.borrowing))
     @rule(index=INDEX, other=INDEX)
     def release_and_cancel_in_the_same_turn(self, index, other):
         async def both():
-            await self._release(self.pick(self.leases, index))
-            self.pick([*self.calls, *self.borrowing], other).cancel()
+            waiting = [*self.calls, *self.borrowing]
+            self.calls.append(asyncio.ensure_future(self._release(self.pick(self.leases, index))))
+            await asyncio.sleep(0)
+            self.pick(waiting, other).cancel()
 
         self.loop.run_until_complete(both())
 
     async def _release(self, lease):
-        self.leases.remove(lease)
-        await self.pool.release(lease)
+        if lease in self.leases:
+            self.leases.remove(lease)
+        try:
+            await self.pool.release(lease)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # what the reset raised, if it was waited for
+            assert self.session_reset == "on_release", error
 
     @precondition(lambda self: self.calls or self.borrowing)
     @rule(index=INDEX)
