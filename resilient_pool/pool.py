@@ -347,7 +347,8 @@ class ResilientPool(Queries):
         """Release an acquired connection. Releasing it twice does no harm.
 
         The session is reset in the background, unless the pool was made with `session_reset="on_release"`: then the
-        reset is waited for, and what it raises is raised here.
+        reset is waited for, and what it raises is raised here, also that it found the connection lost. One that is known to
+        be lost is not reset. It is as with asyncpg's own pool.
 
         Args:
             connection: What `acquire()` returned.

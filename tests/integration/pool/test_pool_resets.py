@@ -56,6 +56,26 @@ async def test_whoever_waits_for_a_reset_learns_that_it_took_too_long(make_pool,
         proxy.restore()
 
 
+async def test_a_loss_that_the_reset_on_release_meets_reaches_the_releaser(make_pool, dsn, proxy, eventually):
+    """As with asyncpg's pool: the reset's error is raised, and a connection that is known to be lost is not reset."""
+    async with make_pool(proxy.dsn(dsn), max_size=1, session_reset="on_release") as pool:
+        connection = await pool.acquire()
+        await connection.execute(LEAVE)
+        proxy.blackhole()
+        release = asyncio.ensure_future(pool.release(connection))
+        await eventually(lambda: pool.stats().resetting == 1)
+        proxy.fin()
+        proxy.restore()
+        with pytest.raises((asyncpg.ConnectionDoesNotExistError, ConnectionResetError)):
+            await release
+        connection = await pool.acquire()
+        await connection.execute(LEAVE)
+        proxy.fin()
+        await eventually(connection.is_closed)
+        await pool.release(connection)
+        assert not await pool.fetchval(LOOK)
+
+
 async def test_a_pool_that_was_closed_leaves_no_timer_of_its_resets(make_pool, dsn):
     """However it ends."""
     for end in ("close", "terminate"):
