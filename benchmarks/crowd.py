@@ -20,7 +20,7 @@ import backoff
 
 import resilient_pool.pool
 from resilient_pool import BackoffPolicy, ResilientPool
-from resilient_pool.pooling.resource_pool import Slots
+from resilient_pool.pooling.resource_pool import ResourcePool
 
 OURS = "resilient_pool"
 NO_JITTER = "resilient_pool, no jitter"
@@ -47,20 +47,20 @@ class Order:
     seconds: float
 
 
-class AdmittingSlots(Slots[Any]):
-    """Slots that admit everybody as soon as anybody is admitted: 1, then all, in place of 1, 2, 4, ..."""
+class AdmittingSlots(ResourcePool[Any]):
+    """ResourcePool that admit everybody as soon as anybody is admitted: 1, then all, in place of 1, 2, 4, ..."""
 
     __slots__ = ()
 
     def admit(self, number: int) -> None:
-        super().admit(self._max_size if number else 0)
+        super().set_connect_limit(self._max_size if number else 0)
 
 
 @contextlib.asynccontextmanager
 async def resilient(order: Order) -> AsyncIterator[Ask]:
     if order.contestant in {NO_ADMISSION, NEITHER}:
         # There is no argument that switches admission off, and for a comparison alone there should be none.
-        resilient_pool.pool.Slots = AdmittingSlots
+        resilient_pool.pool.ResourcePool = AdmittingSlots
     policies = {"reconnect": UNJITTERED} if order.contestant in {NO_JITTER, NEITHER} else {}
     async with ResilientPool(order.dsn, ssl=False, max_size=order.connections, **policies) as pool:
         yield lambda: pool.fetchval("SELECT 1 FROM pg_sleep($1)", order.seconds, idempotent=True)

@@ -174,7 +174,7 @@ class OutcomeResolved(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GateClosed(Event):
+class CircuitOpened(Event):
     """The server cannot be reached: one prober tries, and everybody else waits.
 
     Attributes:
@@ -182,13 +182,13 @@ class GateClosed(Event):
         sqlstate: The nearest SQLSTATE, or `None` if the server sent none.
     """
 
-    name: ClassVar[str] = "pool.gate.closed"
+    name: ClassVar[str] = "pool.circuit.opened"
     fault: Fault
     sqlstate: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GateOpened(Event):
+class CircuitClosed(Event):
     """The server was reached again.
 
     Attributes:
@@ -196,7 +196,7 @@ class GateOpened(Event):
         elapsed: Seconds since the first of them.
     """
 
-    name: ClassVar[str] = "pool.gate.opened"
+    name: ClassVar[str] = "pool.circuit.closed"
     attempts: int
     elapsed: float
 
@@ -314,7 +314,7 @@ class Dispatcher:
     def __bool__(self) -> bool:
         return bool(self._observers)
 
-    def tell(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         """Hand `event` to every observer; an observer's exception is logged, once for each observer, and forgotten."""
         for position, observer in enumerate(self._observers):
             try:

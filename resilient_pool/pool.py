@@ -19,21 +19,21 @@ from resilient_pool.clock import Clock, SystemClock
 from resilient_pool.config.arguments import ConnectArguments, PoolArguments
 from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal
 from resilient_pool.events import Dispatcher
-from resilient_pool.execution.commit_resolver import Inquiry
-from resilient_pool.execution.connection import Lender, ResilientConnection
+from resilient_pool.execution.commit_resolver import CommitResolver
+from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.connection_class import lease_class
 from resilient_pool.execution.invocation import Invocation
 from resilient_pool.execution.query_methods import Queries
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import Call, Runner
+from resilient_pool.execution.retry_loop import Call, RetryLoop
 from resilient_pool.execution.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
 from resilient_pool.observability.stats import Counters, PoolStats
-from resilient_pool.pooling.acquire import Checkout
-from resilient_pool.pooling.circuit_breaker import RecoveryGate
+from resilient_pool.pooling.acquire import Acquirer
+from resilient_pool.pooling.circuit_breaker import CircuitBreaker
 from resilient_pool.pooling.connect import Connector
-from resilient_pool.pooling.driver import AnyConnection, Link, overrides_statements
-from resilient_pool.pooling.maintenance import Upkeep
-from resilient_pool.pooling.resource_pool import Slot, Slots
+from resilient_pool.pooling.driver import AnyConnection, DriverConnection, overrides_statements
+from resilient_pool.pooling.maintenance import Maintenance
+from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
 from resilient_pool.sql.read_only import StatementReader
 
 T = TypeVar("T")
@@ -98,31 +98,37 @@ class ResilientPool(Queries):
         self._clock = clock
         self._counters = Counters()
         dispatcher = Dispatcher(config.observers)
-        self._slots: Slots[Link] = Slots(config.max_size, clock, min_size=config.min_size)
+        self._resources: ResourcePool[DriverConnection] = ResourcePool(config.max_size, clock, min_size=config.min_size)
         self._reader = StatementReader(config.pure_functions)
         read_check = ReadCheck(self._reader)
         self._connector = Connector(config, clock, self._counters, dispatcher)
-        self._upkeep = Upkeep(
-            config, self._slots, self._connector, clock, self._draw_lifetime, self._counters, dispatcher
+        self._maintenance = Maintenance(
+            config, self._resources, self._connector, clock, self._draw_lifetime, self._counters, dispatcher
         )
-        self._gate = RecoveryGate(config, self._slots, self._upkeep, self._connector, clock, self._counters, dispatcher)
-        self._checkout = Checkout(config, self._slots, self._upkeep, self._gate, clock, self._counters)
-        self._runner = Runner(
-            config, self._reader, read_check, self._upkeep, self._connector, clock, self._counters, dispatcher
+        self._circuit_breaker = CircuitBreaker(
+            config, self._resources, self._maintenance, self._connector, clock, self._counters, dispatcher
+        )
+        self._acquirer = Acquirer(
+            config, self._resources, self._maintenance, self._circuit_breaker, clock, self._counters
+        )
+        self._retry_loop = RetryLoop(
+            config, self._reader, read_check, self._maintenance, self._connector, clock, self._counters, dispatcher
         )
         self._deposit = config.retry_budget.deposit
-        self._lender = Lender(
+        self._leases = LeaseManager(
             config,
-            self._checkout,
-            self._upkeep,
-            self._runner,
+            self._acquirer,
+            self._maintenance,
+            self._retry_loop,
             self._reader,
             read_check,
             clock,
             lease_class(config.connection_class),
         )
-        inquiry = Inquiry(config, self._lender, clock, dispatcher)
-        self._transactions = Transactions(config, self._lender, self._reader, inquiry, clock, self._require_open)
+        commit_resolver = CommitResolver(config, self._leases, clock, dispatcher)
+        self._transactions = Transactions(
+            config, self._leases, self._reader, commit_resolver, clock, self._require_open
+        )
         self._sets_up = config.setup is not None
         # Of what an application's class makes of a statement a failure tells less, so its attempts are watched from the start.
         self._watches = self._sets_up or overrides_statements(config.connection_class)
@@ -134,7 +140,7 @@ class ResilientPool(Queries):
 
     def __repr__(self) -> str:
         # Also of a pool whose arguments are being refused: a report of that may show it.
-        return f"<{type(self).__name__} {self._state.name.lower()} {getattr(self, '_slots', None)!r}>"
+        return f"<{type(self).__name__} {self._state.name.lower()} {getattr(self, '_resources', None)!r}>"
 
     def _draw_lifetime(self) -> float:
         longest = self._config.max_lifetime
@@ -165,16 +171,16 @@ class ResilientPool(Queries):
         if not self._watches:
             self._deposit()
             try:
-                slot = self._checkout.at_once()
-                if slot is None:
-                    until, hastily = self._lender.patience(started, deadline, fail_fast)
-                    slot = await self._checkout.take(until, fail_fast=hastily)
-                link = slot.resource
-                return await self._use(slot, sql, execute)
+                entry = self._acquirer.try_acquire()
+                if entry is None:
+                    until, hastily = self._leases.deadline_for(started, deadline, fail_fast)
+                    entry = await self._acquirer.acquire(until, fail_fast=hastily)
+                link = entry.resource
+                return await self._use(entry, sql, execute)
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                 failure = error
         # Only what has to be tried again, or takes a lease, needs to be remembered.
-        call = self._lender.call(
+        call = self._leases.call(
             operation,
             sql,
             execute,
@@ -186,38 +192,40 @@ class ResilientPool(Queries):
         )
         if link is not None:
             call.reach(link)
-        return await self._runner.run(call, self._attempt, failure)
+        return await self._retry_loop.run(call, self._attempt, failure)
 
     async def _attempt(self, call: Call[T]) -> T:
         self._require_open()
-        slot = await self._checkout.take(call.deadline, fail_fast=call.fail_fast)
+        entry = await self._acquirer.acquire(call.deadline, fail_fast=call.fail_fast)
         if self._sets_up:
-            return await self._attempt_on_loan(await self._lender.lend_slot(slot, call), call)
-        link = cast("Link", slot.resource)
-        return await self._use(slot, call.sql, lambda _: self._runner.run_on(call, link))
+            return await self._attempt_on_loan(await self._leases.lease_entry(entry, call), call)
+        link = cast("DriverConnection", entry.resource)
+        return await self._use(entry, call.sql, lambda _: self._retry_loop.run_on(call, link))
 
-    async def _use(self, slot: Slot[Link], sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]]) -> T:
+    async def _use(
+        self, entry: PoolEntry[DriverConnection], sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]]
+    ) -> T:
         answered, reset = False, None
         try:
-            result = await execute(slot.resource.connection)  # type: ignore[union-attr]
+            result = await execute(entry.resource.connection)  # type: ignore[union-attr]
             answered = True
         except asyncpg.ReadOnlySQLTransactionError:
-            await slot.resource.learn_why_read_only()  # type: ignore[union-attr]
+            await entry.resource.learn_why_read_only()  # type: ignore[union-attr]
             raise
         finally:
             if answered and (self._never_resets or (self._trusts_texts and self._keeps_session(sql))):
-                self._upkeep.give_back(slot)
+                self._maintenance.release(entry)
             else:
-                reset = self._upkeep.recondition(slot)
+                reset = self._maintenance.reset_and_release(entry)
         if self._waits_for_reset:
             await _end_of(reset)
         return result
 
     async def _attempt_on_loan(self, lease: ResilientConnection, call: Call[T]) -> T:
         try:
-            result = await self._runner.run_on(call, await self._lender.adopt(lease, call))
+            result = await self._retry_loop.run_on(call, await self._leases.adopt(lease, call))
         finally:
-            reset = self._lender.take_back(lease)
+            reset = self._leases.release(lease)
         if self._waits_for_reset:
             await _end_of(reset)
         return result
@@ -319,7 +327,7 @@ class ResilientPool(Queries):
             TimeoutError: The time was up before the block had ended.
         """
         self._require_open()
-        return Invocation(self._gate, self._upkeep, self._clock, deadline)
+        return Invocation(self._circuit_breaker, self._maintenance, self._clock, deadline)
 
     # Lending
 
@@ -340,7 +348,7 @@ class ResilientPool(Queries):
 
     async def _acquire(self, timeout: float | None, *, fail_fast: bool | None) -> ResilientConnection:
         self._require_open()
-        return await self._lender.lend(timeout, fail_fast=fail_fast)
+        return await self._leases.lease(timeout, fail_fast=fail_fast)
 
     @names_nearest
     async def release(self, connection: ResilientConnection, *, timeout: float | None = None) -> None:
@@ -358,14 +366,14 @@ class ResilientPool(Queries):
             asyncpg.InterfaceError: The connection was not acquired from this pool.
         """
         require_seconds("timeout", timeout)
-        if not isinstance(connection, ResilientConnection) or not self._lender.owns(connection):
+        if not isinstance(connection, ResilientConnection) or not self._leases.owns(connection):
             raise asyncpg.InterfaceError(
                 f"ResilientPool.release() received invalid connection: {connection!r} is not a member of this pool"
             )
         if connection.is_released:
             return
         self._require_loop()
-        reset = self._lender.take_back(connection, timeout)
+        reset = self._leases.release(connection, timeout)
         error = await _end_of(reset) if self._waits_for_reset else None
         if error is not None:
             raise error
@@ -405,27 +413,29 @@ class ResilientPool(Queries):
                 self._hang_up()
         if not opened:
             raise self._refusal()
-        if self._slots.wants:
-            self._gate.maintain()
+        if self._resources.is_connection_needed:
+            self._circuit_breaker.maintain()
         return self
 
     async def _open_connections(self, number: int) -> None:
-        # Each holds a slot until all have one, so that none gets what another one has opened.
+        # Each holds an entry until all have one, so that none gets what another one has opened.
         openings = [asyncio.ensure_future(self._open_connection()) for _ in range(number)]
         try:
             await asyncio.gather(*openings)
         finally:
             for opening in openings:
                 if opening.done() and not opening.cancelled() and opening.exception() is None:
-                    self._upkeep.give_back(opening.result())
+                    self._maintenance.release(opening.result())
                 opening.cancel()
 
-    async def _open_connection(self) -> Slot[Link]:
-        async def attempt(call: Call[Slot[Link]]) -> Slot[Link]:
-            return await self._checkout.take(call.deadline, fail_fast=call.fail_fast)
+    async def _open_connection(self) -> PoolEntry[DriverConnection]:
+        async def attempt(call: Call[PoolEntry[DriverConnection]]) -> PoolEntry[DriverConnection]:
+            return await self._acquirer.acquire(call.deadline, fail_fast=call.fail_fast)
 
-        call: Call[Slot[Link]] = self._lender.call("open", None, _nothing, idempotent=True, deadline=None)
-        return await self._runner.run(call, attempt)
+        call: Call[PoolEntry[DriverConnection]] = self._leases.call(
+            "open", None, _nothing, idempotent=True, deadline=None
+        )
+        return await self._retry_loop.run(call, attempt)
 
     @names_nearest
     async def close(self, *, timeout: float | None = None) -> None:
@@ -450,13 +460,13 @@ class ResilientPool(Queries):
         self._require_usable()
         self._require_loop()
         self._state = _State.CLOSING
-        self._slots.dismiss_waiters(self._refusal)
-        self._gate.stop()
-        self._upkeep.begin_closing()
+        self._resources.fail_waiters(self._refusal)
+        self._circuit_breaker.stop()
+        self._maintenance.begin_closing()
         warning = self._clock.call_later(_LONG_CLOSE, self._warn_of_long_close)
         closed = False
         try:
-            closed = await self._upkeep.finish(timeout)
+            closed = await self._maintenance.finish(timeout)
         finally:
             warning.cancel()
             if not closed:
@@ -472,17 +482,17 @@ class ResilientPool(Queries):
         if state in (_State.NEW, _State.CLOSED, _State.FORKED):
             return
         if self._loop is not None and self._loop.is_closed():
-            self._upkeep.cut_off()  # what waited in that loop cannot be told any more
+            self._maintenance.cut_off()  # what waited in that loop cannot be told any more
             return
-        self._slots.dismiss_waiters(self._refusal)
+        self._resources.fail_waiters(self._refusal)
         self._hang_up()
 
     def _hang_up(self) -> None:
-        self._gate.stop()
-        self._upkeep.hang_up()
+        self._circuit_breaker.stop()
+        self._maintenance.terminate()
 
     def _warn_of_long_close(self) -> None:
-        self._upkeep.report_long_close(_LONG_CLOSE)
+        self._maintenance.report_long_close(_LONG_CLOSE)
 
     def _refusal(self) -> Exception:
         return asyncpg.InterfaceError(f"pool {self._state.value}")
@@ -490,7 +500,7 @@ class ResilientPool(Queries):
     def _disown(self) -> None:
         if self._state not in (_State.NEW, _State.CLOSED):
             self._state = _State.FORKED
-            self._upkeep.disown()
+            self._maintenance.disown()
 
     def _require_open(self) -> None:
         if self._state is not _OPEN:
@@ -512,7 +522,7 @@ class ResilientPool(Queries):
 
     async def expire_connections(self) -> None:
         """Replace every connection that is open now before its next use."""
-        self._upkeep.expire()
+        self._maintenance.expire()
 
     def set_connect_args(self, dsn: str | None = None, /, **connect_kwargs: Unpack[ConnectArguments]) -> None:
         """Use other connection arguments for every connection opened from now on.
@@ -528,7 +538,7 @@ class ResilientPool(Queries):
         sealed, settled = seal(dsn, connect_kwargs, passes_on=self._config.connect is not None)
         del dsn, connect_kwargs
         self._connector.redirect(self._config.redirected(sealed, settled))
-        self._gate.restart()
+        self._circuit_breaker.restart()
 
     def is_closing(self) -> bool:
         """Whether the pool is closing or closed."""
@@ -541,11 +551,11 @@ class ResilientPool(Queries):
 
     def get_size(self) -> int:
         """How many connections are open."""
-        return len(self._upkeep.links())
+        return len(self._maintenance.connections())
 
     def get_idle_size(self) -> int:
         """How many open connections could be handed out at once."""
-        return sum(not link.connection.is_closed() for link in self._slots.idle_resources())
+        return sum(not link.connection.is_closed() for link in self._resources.idle_resources())
 
     def get_min_size(self) -> int:
         """Return `min_size`."""
@@ -561,16 +571,16 @@ class ResilientPool(Queries):
 
     def stats(self) -> PoolStats:
         """Take a snapshot of the pool and of what it has done so far."""
-        size, idle, resetting = self.get_size(), self.get_idle_size(), self._upkeep.resetting
+        size, idle, resetting = self.get_size(), self.get_idle_size(), self._maintenance.resetting
         return self._counters.snapshot(
             size=size,
             idle=idle,
             in_use=max(size - idle - resetting, 0),
             resetting=resetting,
-            waiting=self._slots.waiting,
+            waiting=self._resources.waiting,
             min_size=self._config.min_size,
             max_size=self._config.max_size,
-            gate_closed=self._gate.is_closed,
+            circuit_open=self._circuit_breaker.is_open,
         )
 
 

@@ -14,10 +14,19 @@ import asyncpg
 from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.events import Dispatcher, OutcomeResolved
-from resilient_pool.execution.connection import Lender
-from resilient_pool.pooling.driver import AnyConnection, Link
-from resilient_pool.pooling.resource_pool import Slot
-from resilient_pool.retry.commit_status import Abilities, Answer, Epoch, Mark, Reply, Token, judge, judge_token
+from resilient_pool.execution.connection import LeaseManager
+from resilient_pool.pooling.driver import AnyConnection, DriverConnection
+from resilient_pool.pooling.resource_pool import PoolEntry
+from resilient_pool.retry.commit_status import (
+    Abilities,
+    CommitStatus,
+    CommitToken,
+    Epoch,
+    Token,
+    XactStatusReply,
+    interpret_status,
+    interpret_token,
+)
 
 _LOGGER = logging.getLogger("resilient_pool")
 
@@ -117,22 +126,22 @@ _LAST_WORD = 5.0
 _PRUNE_EVERY = 3600.0
 _SAVEPOINT = "resilient_pool"
 
-Question = Callable[[Link, bool, bool], Awaitable[Answer]]
+Question = Callable[[DriverConnection, bool, bool], Awaitable[CommitStatus]]
 
 
-class Inquiry:
+class CommitResolver:
     """Asks, on behalf of one pool.
 
     Args:
         config: The name of the commit log, and how to wait.
-        lender: Where connections come from.
+        leases: Where connections come from.
         clock: Counts the deadline.
         dispatcher: Is told what was resolved.
     """
 
-    def __init__(self, config: PoolConfig, lender: Lender, clock: Clock, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: PoolConfig, leases: LeaseManager, clock: Clock, dispatcher: Dispatcher) -> None:
         self._config = config
-        self._lender = lender
+        self._leases = leases
         self._clock = clock
         self._dispatcher = dispatcher
         self._log = config.commit_log
@@ -146,7 +155,7 @@ class Inquiry:
 
     # Before COMMIT
 
-    async def learn(self, link: Link) -> None:
+    async def detect_capabilities(self, link: DriverConnection) -> None:
         """Find out, once for each connection, what can be asked on it, and make the commit log. No transaction may be open.
 
         What could not be found out now, for want of time, say, is asked again before the next transaction.
@@ -192,7 +201,7 @@ class Inquiry:
             )
         return True
 
-    async def mark(self, link: Link, *, readonly: bool, may_change_session: bool) -> Mark:
+    async def prepare(self, link: DriverConnection, *, readonly: bool, may_change_session: bool) -> CommitToken:
         """Ask, inside a transaction, who it is. One round trip; two when a failure of the question is to be undone.
 
         Args:
@@ -207,7 +216,7 @@ class Inquiry:
         known = Abilities(ids=True, epoch=True, log=self._log is not None) if abilities is None else abilities
         logs = known.log and not readonly
         if not (logs or known.ids):
-            return Mark()
+            return CommitToken()
         doubtful = may_change_session and (logs or not known.epoch_for_all)
         if abilities is None or self._careful or doubtful:
             return await self._mark_carefully(link, known, logs=logs)
@@ -219,7 +228,7 @@ class Inquiry:
                 link.abilities, self._careful = None, True
             raise
 
-    async def _mark_carefully(self, link: Link, known: Abilities, *, logs: bool) -> Mark:
+    async def _mark_carefully(self, link: DriverConnection, known: Abilities, *, logs: bool) -> CommitToken:
         await asyncpg.Connection.execute(link.connection, f"SAVEPOINT {_SAVEPOINT}")
         for attempt, with_log in ((known, True), (known, False), (replace(known, epoch=False), False)):
             if with_log and not logs:
@@ -232,9 +241,9 @@ class Inquiry:
                 await asyncpg.Connection.execute(link.connection, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
                 if with_log and _state(error) != _READ_ONLY:
                     self._warn(str(error))
-        return Mark()
+        return CommitToken()
 
-    async def _ask_for_mark(self, link: Link, known: Abilities, *, logs: bool) -> Mark:
+    async def _ask_for_mark(self, link: DriverConnection, known: Abilities, *, logs: bool) -> CommitToken:
         told = f"{_ID if known.ids else _NO_ID}, {_EPOCH if known.epoch else _NO_EPOCH}"
         token = None
         if logs:
@@ -246,9 +255,9 @@ class Inquiry:
         else:
             row = await asyncpg.Connection.fetchrow(link.connection, f"SELECT {told}")
         if row is None:
-            return Mark()
+            return CommitToken()
         xid = None if row["xid"] is None else int(row["xid"])
-        return Mark(xid=xid, epoch=_epoch(row), token=token, nothing_written=row["in_recovery"])
+        return CommitToken(xid=xid, epoch=_epoch(row), token=token, nothing_written=row["in_recovery"])
 
     def _warn(self, reason: str) -> None:
         if not self._warned:
@@ -262,32 +271,39 @@ class Inquiry:
 
     # After it
 
-    async def resolve(self, slot: Slot[Link] | None, mark: Mark, deadline: float | None) -> Answer:
+    async def resolve(
+        self, entry: PoolEntry[DriverConnection] | None, mark: CommitToken, deadline: float | None
+    ) -> CommitStatus:
         """Find out what became of a transaction.
 
         Args:
-            slot: Where its COMMIT was lost. Its connection is closed and replaced, and it is taken back.
+            entry: Where its COMMIT was lost. Its connection is closed and replaced, and it is taken back.
             mark: What was known before.
             deadline: Until when to ask, on the line of `Clock.monotonic()`; at least for five seconds.
         """
         started = self._clock.monotonic()
         answer = await self._ask_until(
-            slot, lambda link, insist, patient: self._ask(link, mark, insist=insist, patient=patient), deadline
+            entry, lambda link, insist, patient: self._ask(link, mark, insist=insist, patient=patient), deadline
         )
-        if answer in (Answer.COMMITTED, Answer.ABORTED):
+        if answer in (CommitStatus.COMMITTED, CommitStatus.ABORTED):
             elapsed = self._clock.monotonic() - started
-            self._dispatcher.tell(
+            self._dispatcher.emit(
                 OutcomeResolved(operation="transaction", answer=answer.value, xid=mark.xid, elapsed=elapsed)
             )
         return answer
 
     async def vet(
-        self, slot: Slot[Link] | None, texts: tuple[str, ...], deadline: float | None, *, decides: bool | None
-    ) -> Answer:
+        self,
+        entry: PoolEntry[DriverConnection] | None,
+        texts: tuple[str, ...],
+        deadline: float | None,
+        *,
+        decides: bool | None,
+    ) -> CommitStatus:
         """Find out whether a transaction of nothing but reads, whose COMMIT was lost, left anything to be done.
 
         Args:
-            slot: Where its COMMIT was lost. Its connection is closed and replaced, and it is taken back.
+            entry: Where its COMMIT was lost. Its connection is closed and replaced, and it is taken back.
             texts: What it sent. Each looks like a read.
             deadline: Until when to ask.
             decides: Whether its COMMIT can still have refused what was read; `None` if it ran under the default isolation,
@@ -297,28 +313,30 @@ class Inquiry:
             `COMMITTED` if there is nothing to be done, `ABORTED` if it may be run again under READ ONLY, `UNKNOWN`.
         """
 
-        async def ask(link: Link, _insist: bool, _patient: bool) -> Answer:
-            if not await self._lender.read_check.allows(link, texts):
-                return Answer.UNKNOWN
+        async def query_status(link: DriverConnection, _insist: bool, _patient: bool) -> CommitStatus:
+            if not await self._leases.read_check.allows(link, texts):
+                return CommitStatus.UNKNOWN
             refuses = decides
             if refuses is None:
                 levels = await asyncpg.Connection.fetchrow(link.connection, _ISOLATION, timeout=_ONE_QUESTION)
                 # A default that the application may have set in the session that was lost is not known.
                 refuses = self._sets_up_sessions or levels is None or "serializable" in tuple(levels)
-            return Answer.ABORTED if refuses else Answer.COMMITTED
+            return CommitStatus.ABORTED if refuses else CommitStatus.COMMITTED
 
-        return await self._ask_until(slot, ask, deadline)
+        return await self._ask_until(entry, query_status, deadline)
 
-    async def _ask_until(self, slot: Slot[Link] | None, question: Question, deadline: float | None) -> Answer:
-        if slot is not None and slot.resource is not None:
-            slot.resource.doomed = True
-        asking = _Asking(self, slot, question, self._clock.monotonic(), deadline)
+    async def _ask_until(
+        self, entry: PoolEntry[DriverConnection] | None, question: Question, deadline: float | None
+    ) -> CommitStatus:
+        if entry is not None and entry.resource is not None:
+            entry.resource.invalidated = True
+        asking = _Asking(self, entry, question, self._clock.monotonic(), deadline)
         try:
             return await asking.run()
         finally:
             asking.finish()
 
-    async def _ask(self, link: Link, mark: Mark, *, insist: bool, patient: bool) -> Answer:
+    async def _ask(self, link: DriverConnection, mark: CommitToken, *, insist: bool, patient: bool) -> CommitStatus:
         """Ask once.
 
         Args:
@@ -328,19 +346,19 @@ class Inquiry:
             patient: Whether to spare it while it is working on its COMMIT.
         """
         answer = await self._ask_status(link.connection, mark)
-        if answer is Answer.IN_PROGRESS and insist and mark.xid is not None:
+        if answer is CommitStatus.IN_PROGRESS and insist and mark.xid is not None:
             with contextlib.suppress(asyncpg.PostgresError):  # the role may not
                 await asyncpg.Connection.fetch(
                     link.connection, _TERMINATE, str(mark.xid % 2**32), not patient, timeout=_ONE_QUESTION
                 )
-        if answer is Answer.UNKNOWN and mark.token is not None:
+        if answer is CommitStatus.UNKNOWN and mark.token is not None:
             return await self._fence(link.connection, mark.token)
         return answer
 
-    async def _ask_status(self, connection: AnyConnection, mark: Mark) -> Answer:
+    async def _ask_status(self, connection: AnyConnection, mark: CommitToken) -> CommitStatus:
         epoch = mark.epoch
         if mark.xid is None or epoch is None:
-            return Answer.UNKNOWN
+            return CommitStatus.UNKNOWN
         try:
             row = await asyncpg.Connection.fetchrow(
                 connection,
@@ -355,12 +373,14 @@ class Inquiry:
             if _state(error)[:2] not in (*_CANNOT_BE_ASKED, "22"):
                 raise
             # Another server than the one that told the id, or the role may not ask any more.
-            return Answer.UNKNOWN if mark.token is not None else Answer.ELSEWHERE
+            return CommitStatus.UNKNOWN if mark.token is not None else CommitStatus.ELSEWHERE
         if row is None:
-            return Answer.UNKNOWN
-        return judge(mark, Reply(status=row["status"], in_recovery=row["in_recovery"], epoch=_epoch(row)))
+            return CommitStatus.UNKNOWN
+        return interpret_status(
+            mark, XactStatusReply(status=row["status"], in_recovery=row["in_recovery"], epoch=_epoch(row))
+        )
 
-    async def _fence(self, connection: AnyConnection, token: Token) -> Answer:
+    async def _fence(self, connection: AnyConnection, token: Token) -> CommitStatus:
         """Insert the token ourselves. It waits for a transaction that has inserted it and is not decided yet."""
         try:
             await asyncpg.Connection.execute(
@@ -371,26 +391,26 @@ class Inquiry:
             )
         except asyncpg.PostgresError as error:
             if _state(error) == _READ_ONLY:
-                return Answer.ELSEWHERE
+                return CommitStatus.ELSEWHERE
             if _state(error)[:2] in _CANNOT_BE_ASKED:
-                return Answer.UNKNOWN
+                return CommitStatus.UNKNOWN
             raise
         if row is None:
-            return Answer.UNKNOWN
-        return judge_token(token, fenced=row["fenced"], log=row["log"], now=row["now"])
+            return CommitStatus.UNKNOWN
+        return interpret_token(token, fenced=row["fenced"], log=row["log"], now=row["now"])
 
-    async def find(self, slot: Slot[Link] | None, deadline: float) -> Slot[Link]:
-        """Return a slot with a healthy connection: this one if it can be mended."""
-        return await self._lender.mend(slot, deadline)
+    async def acquire(self, entry: PoolEntry[DriverConnection] | None, deadline: float) -> PoolEntry[DriverConnection]:
+        """Return an entry with a healthy connection: this one if it can be mended."""
+        return await self._leases.ensure_healthy(entry, deadline)
 
     @property
     def is_over(self) -> bool:
         """Whether nothing can be asked any more, because the pool is closing."""
-        return self._lender.is_closing
+        return self._leases.is_closing
 
-    def give_back(self, slot: Slot[Link]) -> None:
-        """Take back a slot that was asked on."""
-        self._lender.recondition(slot)
+    def release(self, entry: PoolEntry[DriverConnection]) -> None:
+        """Take back an entry that was asked on."""
+        self._leases.reset_and_release(entry)
 
     @property
     def clock(self) -> Clock:
@@ -409,72 +429,77 @@ class Inquiry:
         if self._log is None or (self._pruned is not None and now - self._pruned < _PRUNE_EVERY):
             return
         self._pruned = now
-        self._lender.run_in_background(self._prune())
+        self._leases.run_in_background(self._prune())
 
     async def _prune(self) -> None:
         with contextlib.suppress(Exception):  # nothing waits for it, and the next hour brings another chance
-            slot = await self._lender.mend(None, self._clock.monotonic() + _LAST_WORD)
+            entry = await self._leases.ensure_healthy(None, self._clock.monotonic() + _LAST_WORD)
             try:
-                await self._prune_on(slot)
+                await self._prune_on(entry)
             finally:
-                self._lender.recondition(slot)
+                self._leases.reset_and_release(entry)
 
-    async def _prune_on(self, slot: Slot[Link]) -> None:
+    async def _prune_on(self, entry: PoolEntry[DriverConnection]) -> None:
         done = None
-        while done != "DELETE 0" and slot.resource is not None and not self.is_over:
+        while done != "DELETE 0" and entry.resource is not None and not self.is_over:
             done = await asyncpg.Connection.execute(
-                slot.resource.connection, _PRUNE.format(log=self._log), timeout=_LAST_WORD
+                entry.resource.connection, _PRUNE.format(log=self._log), timeout=_LAST_WORD
             )
 
 
 class _Asking:
-    """One question, asked until it is answered or time is up, and the slot that it is asked on."""
+    """One question, asked until it is answered or time is up, and the entry that it is asked on."""
 
     def __init__(
-        self, inquiry: Inquiry, slot: Slot[Link] | None, question: Question, now: float, deadline: float | None
+        self,
+        commit_resolver: CommitResolver,
+        entry: PoolEntry[DriverConnection] | None,
+        question: Question,
+        now: float,
+        deadline: float | None,
     ) -> None:
-        self._inquiry = inquiry
-        self._slot = slot
+        self._commit_resolver = commit_resolver
+        self._entry = entry
         self._question = question
         # What is unknown stays unknown for ever, so a transaction that used all its time still gets a last word.
         self._ends = max(now + _LAST_WORD, now + 60.0 if deadline is None else deadline)
         self._impatient_from = now + (self._ends - now) / 2
 
-    async def run(self) -> Answer:
-        clock, delays, insist = self._inquiry.clock, self._inquiry.delays(), False
+    async def run(self) -> CommitStatus:
+        clock, delays, insist = self._commit_resolver.clock, self._commit_resolver.delays(), False
         while True:
             patient = clock.monotonic() < self._impatient_from
             answer = await self._ask(insist=insist, patient=patient)
-            if answer not in (Answer.IN_PROGRESS, Answer.ELSEWHERE):
+            if answer not in (CommitStatus.IN_PROGRESS, CommitStatus.ELSEWHERE):
                 return answer
             left = self._ends - clock.monotonic()
-            if left <= 0 or self._inquiry.is_over:
-                return Answer.UNKNOWN
+            if left <= 0 or self._commit_resolver.is_over:
+                return CommitStatus.UNKNOWN
             insist = True
             await clock.sleep(min(next(delays), left))
 
-    async def _ask(self, *, insist: bool, patient: bool) -> Answer:
-        slot, self._slot = self._slot, None  # while it is mended it may be lost
+    async def _ask(self, *, insist: bool, patient: bool) -> CommitStatus:
+        entry, self._entry = self._entry, None  # while it is mended it may be lost
         try:
-            self._slot = slot = await self._inquiry.find(slot, self._ends)
-            if slot.resource is None:
-                return Answer.IN_PROGRESS
-            answer = await self._question(slot.resource, insist, patient)
+            self._entry = entry = await self._commit_resolver.acquire(entry, self._ends)
+            if entry.resource is None:
+                return CommitStatus.IN_PROGRESS
+            answer = await self._question(entry.resource, insist, patient)
         except Exception as error:  # noqa: BLE001 - what could not be asked is asked again
             denied = isinstance(error, asyncpg.PostgresError) and _state(error)[:2] in _CANNOT_BE_ASKED
-            return Answer.ELSEWHERE if denied else Answer.IN_PROGRESS
-        if answer is Answer.ELSEWHERE:
-            slot.resource.doomed = True  # the next connection may lead to another server
+            return CommitStatus.ELSEWHERE if denied else CommitStatus.IN_PROGRESS
+        if answer is CommitStatus.ELSEWHERE:
+            entry.resource.invalidated = True  # the next connection may lead to another server
         return answer
 
     def finish(self) -> None:
-        slot, self._slot = self._slot, None
-        if slot is not None:
-            self._inquiry.give_back(slot)
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._commit_resolver.release(entry)
 
 
-def is_our_own_fault(error: Exception, link: Link) -> bool:
-    """Whether an error of `Inquiry.mark` is the question's alone: without it the transaction could have gone on."""
+def is_our_own_fault(error: Exception, link: DriverConnection) -> bool:
+    """Whether an error of `CommitResolver.mark` is the question's alone: without it the transaction could have gone on."""
     if not isinstance(error, asyncpg.PostgresError) or link.connection.is_closed():
         return False
     state = _state(error)

@@ -20,13 +20,13 @@ from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransaction
 from resilient_pool.execution.query_methods import Queries
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import Call, Runner
+from resilient_pool.execution.retry_loop import Call, RetryLoop
 from resilient_pool.pooling import driver as wire
-from resilient_pool.pooling.acquire import Checkout
+from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.deadlines import deadline_after
-from resilient_pool.pooling.driver import AnyConnection, Link
-from resilient_pool.pooling.maintenance import Upkeep
-from resilient_pool.pooling.resource_pool import Slot
+from resilient_pool.pooling.driver import AnyConnection, DriverConnection
+from resilient_pool.pooling.maintenance import Maintenance
+from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.verdict import Phase
 from resilient_pool.sql.read_only import StatementReader
 
@@ -75,7 +75,7 @@ class _Attachments:
         self.loggers: list[Callback] = []
         self.ends: list[Callback] = []
 
-    async def attach_to(self, link: Link) -> None:
+    async def attach_to(self, link: DriverConnection) -> None:
         """Attach everything to another connection."""
         for callback in self.logs:
             link.connection.add_log_listener(callback)
@@ -83,7 +83,7 @@ class _Attachments:
         for set_codec in self.codecs:
             await set_codec(link.connection)
 
-    def detach_from(self, link: Link) -> None:
+    def detach_from(self, link: DriverConnection) -> None:
         """Take the loggers of queries away: the driver would leave them to the next caller."""
         for callback in self.loggers:
             link.connection.remove_query_logger(callback)
@@ -102,14 +102,14 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
     transactions, cursors, prepared statements.
     """
 
-    __slots__ = ("_attached", "_interrupted", "_lender", "_linked", "_slot", "_state", "_tracker")
+    __slots__ = ("_attached", "_entry", "_interrupted", "_leases", "_linked", "_state", "_tracker")
 
-    def __init__(self, lender: Lender, slot: Slot[Link]) -> None:
+    def __init__(self, leases: LeaseManager, entry: PoolEntry[DriverConnection]) -> None:
         self._state = _FRESH
-        self._lender = lender
-        self._slot: Slot[Link] | None = slot
+        self._leases = leases
+        self._entry: PoolEntry[DriverConnection] | None = entry
         # The connection of this moment, or, of a loan that lost it and may replace it, the last one: to look at.
-        self._linked: Link | None = None
+        self._linked: DriverConnection | None = None
         self._interrupted = False
         self._attached: _Attachments | None = None
         self._tracker: Callable[[str | None], None] | None = None
@@ -131,7 +131,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         if self._linked is not None:
             found = getattr(self._linked.connection, name)
             return self._guard(name, found) if inspect.ismethod(found) else found
-        found = getattr(self._lender.connection_class, name, None)
+        found = getattr(self._leases.connection_class, name, None)
         if inspect.isfunction(found) and not name.startswith("_"):
             return self._guard(name, found)  # it says why it cannot be called any more
         raise AttributeError(f"{name!r} of a connection that has been released back to the pool")
@@ -162,8 +162,8 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         return self
 
     @property
-    def _pool(self) -> Lender:
-        return self._lender
+    def _pool(self) -> LeaseManager:
+        return self._leases
 
     def _release_on_close(self) -> None:
         """The connection was closed, by whatever side: its place is free, except while a transaction's block needs it."""
@@ -174,9 +174,9 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         if self._state is _USED or (self._state is _FRESH and self._hears_of_its_end) or self.is_released:
             self._end()
             return
-        slot, self._slot = self._slot, None
-        if slot is not None:
-            self._lender.recondition(slot)
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._leases.reset_and_release(entry)
 
     @property
     def _hears_of_its_end(self) -> bool:
@@ -200,7 +200,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         return self._present.connection
 
     @property
-    def _present(self) -> Link:
+    def _present(self) -> DriverConnection:
         if self._linked is None:
             raise asyncpg.InternalClientError("a loan without a connection")
         return self._linked
@@ -218,12 +218,12 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         self._state = _USED
         self._tracker = sent
 
-    def _detach(self) -> Slot[Link] | None:
+    def _detach(self) -> PoolEntry[DriverConnection] | None:
         """End the loan and return what was lent; `None` if that came back before. The connection is still to be left."""
-        slot, self._slot = self._slot, None
+        entry, self._entry = self._entry, None
         if self._state is not _CLOSED:
             self._state = _RELEASED
-        return slot
+        return entry
 
     def _leave(self) -> None:
         """Be the face of no connection any more. Raises the driver's warning of listeners where warnings are errors."""
@@ -231,17 +231,17 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         if link is not None:
             if self._attached is not None:
                 self._attached.detach_from(link)
-            link.take_back(self)
+            link.detach_proxy(self)
 
     def _end(self) -> None:
         """End the loan with its connection, which is closed."""
         self._state = _CLOSED
         link, self._linked = self._linked, None
-        slot, self._slot = self._slot, None
+        entry, self._entry = self._entry, None
         if link is not None:
             link.leave(self)
-        if slot is not None:
-            self._lender.recondition(slot)
+        if entry is not None:
+            self._leases.reset_and_release(entry)
         if link is not None and self._attached is not None:
             link.call_soon(self._attached.ends, self)
             self._attached = None
@@ -279,7 +279,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
                 self._explain(operation, error)
                 raise
         self._require_loan(operation)
-        call = self._lender.call(
+        call = self._leases.call(
             operation,
             sql,
             execute,
@@ -308,7 +308,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
                 await self._end_of_interruption(operation)
             return await execute(self._present.connection)
         self._require_loan(operation)
-        call = self._lender.call(operation, None, execute, idempotent=True, deadline=None)
+        call = self._leases.call(operation, None, execute, idempotent=True, deadline=None)
         return await self._try(call, harmless=True, keeps=keeps)
 
     async def _begin(self, method: str, execute: Callable[[AnyConnection], Awaitable[Any]]) -> Any:
@@ -325,21 +325,21 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         self._state = _TRYING
         fresh = None
         try:
-            result = await self._lender.runner.run(call, self._attempt)
+            result = await self._leases.retry_loop.run(call, self._attempt)
             fresh = keeps
         except Exception as error:
-            fresh = self._lender.is_untouched(call, error, harmless=harmless)
+            fresh = self._leases.is_untouched(call, error, harmless=harmless)
             self._explain(call.operation, error)
             raise
         finally:
             self._interrupted = fresh is None
             if self._state is _TRYING:
-                self._settle(fresh=self._lender.is_untouched(call) if fresh is None else fresh)
+                self._settle(fresh=self._leases.is_untouched(call) if fresh is None else fresh)
         return result
 
     async def _end_of_interruption(self, operation: str) -> None:
         """Wait for the end of a statement that was cancelled, which the driver does too, but for ever."""
-        await self._present.end_of_cancellation(self._lender.reset_timeout)
+        await self._present.end_of_cancellation(self._leases.reset_timeout)
         self._interrupted = False
         self._require_loan(operation)
 
@@ -354,40 +354,40 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
     def _settle(self, *, fresh: bool) -> None:
         self._state = _FRESH if fresh else _USED
         # The connection may have been lost as soon as it had answered.
-        if self._slot is None and (not fresh or self._hears_of_its_end):
+        if self._entry is None and (not fresh or self._hears_of_its_end):
             self._end()
 
     async def _attempt(self, call: Call[T]) -> T:
         self._require_loan(call.operation)
-        slot, self._slot = self._slot, None  # while it is mended it may be lost
-        self._slot = await self._lender.mend(slot, call.deadline, fail_fast=call.fail_fast)
-        if self._state is not _TRYING:  # the loan was ended by another task, which found no slot to give back
-            self._lender.take_back(self)
+        entry, self._entry = self._entry, None  # while it is mended it may be lost
+        self._entry = await self._leases.ensure_healthy(entry, call.deadline, fail_fast=call.fail_fast)
+        if self._state is not _TRYING:  # the loan was ended by another task, which found no entry to give back
+            self._leases.release(self)
             self._require_loan(call.operation)
         link = await self._adopt(call)
         self._require_loan(call.operation)
-        return await self._lender.runner.run_on(call, link)
+        return await self._leases.retry_loop.run_on(call, link)
 
-    async def _adopt(self, call: Call[T]) -> Link:
-        """Become the face of the connection in this loan's slot, set it up if it is new here, and return it."""
-        link = None if self._slot is None else self._slot.resource
+    async def _adopt(self, call: Call[T]) -> DriverConnection:
+        """Become the face of the connection in this loan's entry, set it up if it is new here, and return it."""
+        link = None if self._entry is None else self._entry.resource
         if link is None:
             raise asyncpg.ConnectionDoesNotExistError("connection was closed while it was being set up")
         if link is not self._linked:
             self._leave()
-            link.lend(self)
+            link.attach_proxy(self)
             self._linked = link
             call.phase, call.link = Phase.CHECKOUT, link
-            if self._lender.sets_up or self._attached is not None:
+            if self._leases.sets_up or self._attached is not None:
                 await self._equip(link, call)
         return link
 
-    async def _equip(self, link: Link, call: Call[T]) -> None:
+    async def _equip(self, link: DriverConnection, call: Call[T]) -> None:
         # What `setup` does is part of getting the connection: it fails as a whole, and is repeated as a whole.
         before, self._state = self._state, _ADOPTING
         ready = False
         try:
-            await self._lender.set_up(self, call.deadline)
+            await self._leases.set_up(self, call.deadline)
             if self._attached is not None:
                 await self._attached.attach_to(link)
             ready = True
@@ -395,8 +395,8 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             if self._state is _ADOPTING:
                 self._state = before
             if not ready:
-                link.doomed = True
-                link.take_back(self)
+                link.invalidated = True
+                link.detach_proxy(self)
 
     # asyncpg's other methods
 
@@ -450,13 +450,13 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         connection = self._look("transaction")
         if self._state is not _FRESH and connection.is_closed():
             raise asyncpg.InterfaceError("connection is closed")
-        limit = self._lender.reset_timeout
+        limit = self._leases.reset_timeout
         return LeaseTransaction(
             self._begin, connection, limit, isolation=isolation, readonly=readonly, deferrable=deferrable
         )
 
     def _transaction(self, made: Transaction) -> Transaction:
-        return LeaseTransaction.like(made, self._begin, self._lender.reset_timeout)
+        return LeaseTransaction.like(made, self._begin, self._leases.reset_timeout)
 
     async def add_listener(self, channel: str, callback: Callback) -> None:
         """Listen to a channel until the connection is released.
@@ -575,8 +575,8 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
     async def reload_schema_state(self) -> None:
         """Forget what all connections of the pool know of types and statements: the schema has changed."""
         self._require_loan("reload_schema_state")
-        self._lender._drop_type_cache()  # noqa: SLF001
-        self._lender._drop_statement_cache()  # noqa: SLF001
+        self._leases._drop_type_cache()  # noqa: SLF001
+        self._leases._drop_statement_cache()  # noqa: SLF001
 
     async def reset(self, *, timeout: float | None = None) -> None:
         """Reset the session: roll back, stop listening, release locks, and return to the role and settings of the login."""
@@ -652,7 +652,7 @@ def _remove(callbacks: list[Callback], callback: Callback) -> None:
         callbacks.remove(callback)
 
 
-class Lender:
+class LeaseManager:
     """Lends connections and takes them back.
 
     Attributes:
@@ -662,9 +662,9 @@ class Lender:
 
     Args:
         config: The application's `setup`, and the pool's deadline.
-        checkout: Finds healthy connections.
-        upkeep: Makes them fit for the next one.
-        runner: Repeats what fails.
+        acquirer: Finds healthy connections.
+        maintenance: Makes them fit for the next one.
+        retry_loop: Repeats what fails.
         reader: Knows what a text may do.
         read_check: What it remembers of the server's catalog ends with the driver's caches.
         clock: Counts deadlines.
@@ -674,9 +674,9 @@ class Lender:
     def __init__(
         self,
         config: PoolConfig,
-        checkout: Checkout,
-        upkeep: Upkeep,
-        runner: Runner,
+        acquirer: Acquirer,
+        maintenance: Maintenance,
+        retry_loop: RetryLoop,
         reader: StatementReader,
         read_check: ReadCheck,
         clock: Clock,
@@ -684,13 +684,13 @@ class Lender:
     ) -> None:
         self._lease_class = lease_class
         self._config = config
-        self._checkout = checkout
-        self._upkeep = upkeep
+        self._acquirer = acquirer
+        self._maintenance = maintenance
         self._clock = clock
         self.reset_timeout = config.reset_timeout
         self.sets_up = config.setup is not None
         self.connection_class = config.connection_class
-        self.runner = runner
+        self.retry_loop = retry_loop
         self._reader = reader
         self.read_check = read_check
 
@@ -709,12 +709,12 @@ class Lender:
         """Begin a call. Its deadline is `deadline` seconds after it `started`, by default the pool's, and now."""
         if started is None:
             started = self._clock.monotonic()
-        ends, hastily = self.patience(started, deadline, fail_fast)
+        ends, hastily = self.deadline_for(started, deadline, fail_fast)
         return Call(
             operation, sql, execute, started, ends, idempotent=idempotent, replayable=replayable, fail_fast=hastily
         )
 
-    def patience(self, started: float, deadline: float | None, fail_fast: bool | None) -> tuple[float | None, bool]:
+    def deadline_for(self, started: float, deadline: float | None, fail_fast: bool | None) -> tuple[float | None, bool]:
         """Say until when a call that `started` then waits, and whether it fails fast, where `None` is the pool's default."""
         config = self._config
         ends = deadline_after(started, config.deadline if deadline is None else deadline)
@@ -723,46 +723,48 @@ class Lender:
     @property
     def is_closing(self) -> bool:
         """Whether nothing is lent any more."""
-        return self._upkeep.closing
+        return self._maintenance.closing
 
     def run_in_background(self, work: Coroutine[object, object, None]) -> None:
         """Do something that nobody waits for, except the pool's `close()`."""
-        self._upkeep.run_in_background(work)
+        self._maintenance.run_in_background(work)
 
-    def recondition(self, slot: Slot[Link]) -> None:
-        """Take back a slot that was in nobody's hands but ours."""
-        self._upkeep.recondition(slot)
+    def reset_and_release(self, entry: PoolEntry[DriverConnection]) -> None:
+        """Take back an entry that was in nobody's hands but ours."""
+        self._maintenance.reset_and_release(entry)
 
-    async def lend(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection:
+    async def lease(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection:
         """Lend a healthy connection within `seconds`."""
         call: Call[ResilientConnection] = self.call(
             "acquire", None, _nothing, idempotent=True, deadline=seconds, fail_fast=fail_fast
         )
-        return await self.runner.run(call, self.lend_once)
+        return await self.retry_loop.run(call, self.lease_for)
 
-    async def lend_once(self, call: Call[Any]) -> ResilientConnection:
+    async def lease_for(self, call: Call[Any]) -> ResilientConnection:
         """Lend a connection for one attempt of a call."""
-        return await self.lend_slot(await self._checkout.take(call.deadline, fail_fast=call.fail_fast), call)
+        return await self.lease_entry(await self._acquirer.acquire(call.deadline, fail_fast=call.fail_fast), call)
 
-    async def lend_slot(self, slot: Slot[Link], call: Call[T]) -> ResilientConnection:
-        """Lend the connection of a slot, set up for the application. If that fails the connection is closed."""
-        lease = self._lease_class(self, slot)
+    async def lease_entry(self, entry: PoolEntry[DriverConnection], call: Call[T]) -> ResilientConnection:
+        """Lend the connection of an entry, set up for the application. If that fails the connection is closed."""
+        lease = self._lease_class(self, entry)
         lent = False
         try:
             await lease._adopt(call)  # noqa: SLF001
             lent = True
         finally:
             if not lent:
-                self.take_back(lease)
+                self.release(lease)
         return lease
 
-    async def mend(self, slot: Slot[Link] | None, deadline: float | None, *, fail_fast: bool = False) -> Slot[Link]:
-        """Return a slot with a healthy connection: this one if it can be mended, else another."""
-        if slot is not None and await self._checkout.mend(slot, deadline):
-            return slot
-        return await self._checkout.take(deadline, fail_fast=fail_fast)
+    async def ensure_healthy(
+        self, entry: PoolEntry[DriverConnection] | None, deadline: float | None, *, fail_fast: bool = False
+    ) -> PoolEntry[DriverConnection]:
+        """Return an entry with a healthy connection: this one if it can be mended, else another."""
+        if entry is not None and await self._acquirer.ensure_healthy(entry, deadline):
+            return entry
+        return await self._acquirer.acquire(deadline, fail_fast=fail_fast)
 
-    async def adopt(self, lease: ResilientConnection, call: Call[T]) -> Link:
+    async def adopt(self, lease: ResilientConnection, call: Call[T]) -> DriverConnection:
         """Return the connection of a lease that was just lent."""
         return await lease._adopt(call)  # noqa: SLF001
 
@@ -797,7 +799,7 @@ class Lender:
 
     def owns(self, lease: ResilientConnection) -> bool:
         """Whether a connection was lent here."""
-        return lease._lender is self  # noqa: SLF001
+        return lease._leases is self  # noqa: SLF001
 
     def bind(self, lease: ResilientConnection, sent: Callable[[str | None], None]) -> None:
         """Keep the present connection of a lease to the end, and its place in the pool, also when the connection is lost.
@@ -808,31 +810,31 @@ class Lender:
         """
         lease._bind(sent)  # noqa: SLF001
 
-    def detach(self, lease: ResilientConnection) -> Slot[Link] | None:
-        """End a loan and return its slot; `None` if that came back before. `take_back` is still to be called."""
+    def detach(self, lease: ResilientConnection) -> PoolEntry[DriverConnection] | None:
+        """End a loan and return its entry; `None` if that came back before. `release` is still to be called."""
         return lease._detach()  # noqa: SLF001
 
-    def take_back(self, lease: ResilientConnection, seconds: float | None = None) -> asyncio.Task[None] | None:
+    def release(self, lease: ResilientConnection, seconds: float | None = None) -> asyncio.Task[None] | None:
         """End a loan; the connection is reset in the background. Returns what can be waited for."""
-        slot = lease._detach()  # noqa: SLF001
+        entry = lease._detach()  # noqa: SLF001
         reset = None
         try:
             lease._leave()  # noqa: SLF001
         finally:
-            if slot is not None:
-                reset = self._upkeep.recondition(slot, seconds)
+            if entry is not None:
+                reset = self._maintenance.reset_and_release(entry, seconds)
         return reset
 
     # What asyncpg asks of the pool behind a connection when the schema has changed.
 
     def _drop_statement_cache(self) -> None:
         self.read_check.forget()
-        for link in self._upkeep.links():
+        for link in self._maintenance.connections():
             link.drop_statement_cache()
 
     def _drop_type_cache(self) -> None:
         self.read_check.forget()
-        for link in self._upkeep.links():
+        for link in self._maintenance.connections():
             link.drop_type_cache()
 
 

@@ -9,9 +9,9 @@ from typing import Self
 
 from resilient_pool._validation import require_seconds
 from resilient_pool.clock import Clock
-from resilient_pool.pooling.circuit_breaker import RecoveryGate
-from resilient_pool.pooling.deadlines import limited
-from resilient_pool.pooling.maintenance import Upkeep
+from resilient_pool.pooling.circuit_breaker import CircuitBreaker
+from resilient_pool.pooling.deadlines import deadline_scope
+from resilient_pool.pooling.maintenance import Maintenance
 
 # What is kept back of the time: for cancelling a statement that still runs, and for resetting its connection.
 _KEPT_BACK, _LONGEST_KEPT_BACK = 0.1, 1.0
@@ -23,16 +23,18 @@ class Invocation:
     """Enter it with `async with` around what one invocation does; see `ResilientPool.invocation`.
 
     Args:
-        gate: Whose prober must not go on.
-        upkeep: Whose background work is ended.
+        circuit_breaker: Whose prober must not go on.
+        maintenance: Whose background work is ended.
         clock: Counts the time.
         seconds: The time left; `None` for no limit.
     """
 
-    def __init__(self, gate: RecoveryGate, upkeep: Upkeep, clock: Clock, seconds: float | None) -> None:
+    def __init__(
+        self, circuit_breaker: CircuitBreaker, maintenance: Maintenance, clock: Clock, seconds: float | None
+    ) -> None:
         require_seconds("deadline", seconds)
-        self._gate = gate
-        self._upkeep = upkeep
+        self._circuit_breaker = circuit_breaker
+        self._maintenance = maintenance
         self._clock = clock
         self._seconds = seconds
         self._ends: float | None = None
@@ -47,7 +49,7 @@ class Invocation:
             limit = now + max(block - _EARLIER, block / 2)
         self._stack.push_async_callback(self._rest)
         self._timeout = await self._stack.enter_async_context(asyncio.timeout(block))
-        self._stack.enter_context(limited(limit))
+        self._stack.enter_context(deadline_scope(limit))
         return self
 
     async def __aexit__(
@@ -64,6 +66,6 @@ class Invocation:
             ) from error
 
     async def _rest(self) -> None:
-        await self._gate.rest()
+        await self._circuit_breaker.wait_until_stopped()
         left = None if self._ends is None else max(self._ends - self._clock.monotonic(), 0.0)
-        await self._upkeep.rest(left)
+        await self._maintenance.wait_for_background(left)

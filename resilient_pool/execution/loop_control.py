@@ -18,7 +18,7 @@ _ENDS = frozenset({"RETURN_VALUE", "RETURN_CONST", "RERAISE", "RAISE_VARARGS"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class FramePosition:
     """A place in a running frame.
 
     Attributes:
@@ -32,7 +32,7 @@ class Place:
     offset: int
 
     @classmethod
-    def of(cls, frame: FrameType) -> Place:
+    def of(cls, frame: FrameType) -> FramePosition:
         """Return where `frame` stands now."""
         return cls(frame=id(frame), code=frame.f_code, offset=frame.f_lasti)
 
@@ -42,7 +42,7 @@ class Place:
         step = _step_at(_steps(self.code), self.offset)
         return step is not None and step.opname == "GET_ANEXT"
 
-    def leads_to(self, head: Place, *, swallowing: bool) -> bool:
+    def leads_to(self, head: FramePosition, *, swallowing: bool) -> bool:
         """Whether the end of an `async with` block, awaited here, is certain to be followed by the next item of a loop.
 
         That is so if nothing but jumps stands between. The compiler gives every way out of a block (its end,

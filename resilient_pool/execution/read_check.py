@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import asyncpg
 
-from resilient_pool.pooling.driver import Link
+from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.sql.function_effects import FUNCTIONS_WITH_EFFECTS, HARMLESS_FUNCTIONS
 from resilient_pool.sql.read_only import StatementReader
 
@@ -141,7 +141,7 @@ class ReadCheck:
         self._reader = reader
         self._answers: dict[tuple[frozenset[str], frozenset[str]], bool] = {}
 
-    async def allows(self, link: Link, texts: Iterable[str], *, timeout: float | None = None) -> bool:
+    async def allows(self, link: DriverConnection, texts: Iterable[str], *, timeout: float | None = None) -> bool:
         """Whether everything callable that `texts` name is stable or immutable on the server behind `link`.
 
         The repeat itself must run inside BEGIN READ ONLY: this is one of three conditions. It takes one query for texts
@@ -175,7 +175,9 @@ class ReadCheck:
         self._answers[names, operators] = answer
         return answer
 
-    async def _ask(self, link: Link, names: frozenset[str], operators: frozenset[str], timeout: float | None) -> bool:
+    async def _ask(
+        self, link: DriverConnection, names: frozenset[str], operators: frozenset[str], timeout: float | None
+    ) -> bool:
         # In a database of a single-byte encoding PostgreSQL folds letters outside ASCII, too.
         spellings = sorted(names | {name.lower() for name in names})
         arguments = (spellings, sorted(operators), _EFFECTS, _HARMLESS, sorted(self._reader.pure))

@@ -17,8 +17,8 @@ from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import judge, nearest_sqlstate, unwrap
-from resilient_pool.pooling.driver import AnyConnection, Link
-from resilient_pool.pooling.maintenance import Upkeep
+from resilient_pool.pooling.driver import AnyConnection, DriverConnection
+from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.retry.backoff import OPERATION_BACKOFF
 from resilient_pool.retry.decision import GiveUp, GiveUpReason, Retry, RetryState, decide
 from resilient_pool.retry.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
@@ -131,7 +131,7 @@ class Call(Generic[T]):
         self.started = started
         self.deadline = deadline
         self.phase = Phase.CONNECT
-        self.link: Link | None = None
+        self.link: DriverConnection | None = None
         self.telling: Exception | None = None
         self.loss: Loss | None = None
         self.harmless = False
@@ -157,19 +157,19 @@ class Call(Generic[T]):
         """Choose what the caller sees in the end: not that time ran out, if it is known what it ran out with."""
         return self.telling if self.telling is not None and isinstance(last, TimeoutError) else last
 
-    def reach(self, link: Link) -> None:
+    def reach(self, link: DriverConnection) -> None:
         """Remember that the present attempt has come to execute on a connection."""
         self.phase, self.link, self.asked = Phase.EXECUTE, link, link.queries
 
 
-class Runner:
+class RetryLoop:
     """Runs calls until they succeed or must not be tried again.
 
     Args:
         config: Policies, budget and classifier.
         reader: Tells which statements look like reads.
         read_check: Asks the server whether they are.
-        upkeep: Expires connections when a verdict says so.
+        maintenance: Expires connections when a verdict says so.
         connector: Knows whether writes are expected to work.
         clock: Waits.
         counters: Where it counts.
@@ -181,7 +181,7 @@ class Runner:
         config: PoolConfig,
         reader: StatementReader,
         read_check: ReadCheck,
-        upkeep: Upkeep,
+        maintenance: Maintenance,
         connector: Connector,
         clock: Clock,
         counters: Counters,
@@ -190,7 +190,7 @@ class Runner:
         self._config = config
         self._reader = reader
         self._read_check = read_check
-        self._upkeep = upkeep
+        self._maintenance = maintenance
         self._connector = connector
         self._clock = clock
         self._counters = counters
@@ -244,7 +244,7 @@ class Runner:
             except Exception as failure:  # noqa: BLE001 - every error is classified, none is swallowed
                 error = failure
 
-    async def run_on(self, call: Call[T], link: Link) -> T:
+    async def run_on(self, call: Call[T], link: DriverConnection) -> T:
         """Execute a call on a connection; guarded, if an earlier attempt of it may have taken effect.
 
         A guarded attempt runs in a read-only transaction, after the server's catalog has said that the text calls nothing
@@ -259,7 +259,7 @@ class Runner:
             await link.learn_why_read_only()
             raise
 
-    async def _run_guarded(self, call: Call[T], sql: str, link: Link) -> T:
+    async def _run_guarded(self, call: Call[T], sql: str, link: DriverConnection) -> T:
         call.phase = Phase.CHECKOUT  # what comes before the statement is part of getting the connection
         if not await self._read_check.allows(link, (sql,), timeout=self._limit(call)):
             raise RefusedError
@@ -276,10 +276,10 @@ class Runner:
             ended = await self._end_guard(call, link)
         finally:
             if not ended:
-                link.doomed = True
+                link.invalidated = True
         return result
 
-    async def _end_guard(self, call: Call[T], link: Link) -> bool:
+    async def _end_guard(self, call: Call[T], link: DriverConnection) -> bool:
         """Commit what only read, and say whether the connection can be used again."""
         try:
             await link.connection.execute("COMMIT", timeout=self._limit(call))
@@ -312,10 +312,10 @@ class Runner:
         """
         if isinstance(error, RefusedError) and call.loss is not None:
             raise self._unknown(call, state, call.loss)
-        failure = self._see(call, error)
+        failure = self._build_failure(call, error)
         verdict = self._heed_limits(call, failure, self._judge(call, failure))
-        verdict = self._weigh(call, failure, verdict)
-        self._take_measures(call, failure, verdict)
+        verdict = self._override_outcome(call, failure, verdict)
+        self._invalidate_connections(call, failure, verdict)
         if call.loss is None and self._needs_guard(call, verdict):
             call.loss = Loss(error=error, fault=verdict.fault, sqlstate=nearest_sqlstate(failure))
         now = self._clock.monotonic()
@@ -329,7 +329,7 @@ class Runner:
             else:
                 error.add_note(hindrance)
         if isinstance(decision, GiveUp):
-            raise self._farewell(call, state, failure, verdict, decision.reason)
+            raise self._final_error(call, state, failure, verdict, decision.reason)
         call.remember(error)
         call.scheduled = RetryScheduled(
             operation=call.operation,
@@ -348,13 +348,13 @@ class Runner:
         scheduled, call.scheduled = call.scheduled, None
         if scheduled is not None:
             self._counters.retries[scheduled.fault] += 1
-            self._dispatcher.tell(scheduled)
+            self._dispatcher.emit(scheduled)
 
     def _decide(
         self, call: Call[T], state: RetryState, failure: Failure, verdict: Verdict, now: float
     ) -> Retry | GiveUp:
         if failure.phase is Phase.CONNECT and verdict.fault is not Fault.PERMANENT:
-            # The gate has waited already, for as long as there was sense in it.
+            # The circuit breaker has waited already, for as long as there was sense in it.
             state.note(verdict.fault, failure.phase, now)
             return GiveUp(reason=GiveUpReason.ABSENT)
         unknown = verdict.outcome is Outcome.UNKNOWN
@@ -372,7 +372,7 @@ class Runner:
             return GiveUp(reason=GiveUpReason.OUTCOME_UNKNOWN if unknown else GiveUpReason.PERMANENT)
         return decision
 
-    def _see(self, call: Call[T], error: Exception) -> Failure:
+    def _build_failure(self, call: Call[T], error: Exception) -> Failure:
         link, inner = call.link, unwrap(self._config, error)
         refused = call.phase is Phase.EXECUTE and link is not None and wire.nothing_sent(inner, link)
         why = None
@@ -408,7 +408,7 @@ class Runner:
             return verdict
         lasted = 0.0 if call.began is None else self._clock.monotonic() - call.began
         for sqlstate, setting, kind in _LIMITS:
-            seconds = None if self._connector.facts is None else getattr(self._connector.facts, setting)
+            seconds = None if self._connector.server_info is None else getattr(self._connector.server_info, setting)
             limit = f"{setting}{f' ({seconds:g} s)' if seconds else ''}"
             if sqlstate in told and verdict.fault is Fault.PERMANENT:
                 failure.error.add_note(
@@ -428,7 +428,7 @@ class Runner:
                 return replace(verdict, fault=Fault.PERMANENT)
         return verdict
 
-    def _weigh(self, call: Call[T], failure: Failure, verdict: Verdict) -> Verdict:
+    def _override_outcome(self, call: Call[T], failure: Failure, verdict: Verdict) -> Verdict:
         if call.settled is not None:
             # One whose fate nobody could tell is not the application's own time-out any more.
             lost = call.settled is Outcome.UNKNOWN and verdict.fault is Fault.PERMANENT
@@ -447,20 +447,20 @@ class Runner:
             return False
         return call.link.queries - call.asked > (verdict.outcome is Outcome.ROLLED_BACK)
 
-    def _take_measures(self, call: Call[T], failure: Failure, verdict: Verdict) -> None:
+    def _invalidate_connections(self, call: Call[T], failure: Failure, verdict: Verdict) -> None:
         # The connection is on its way back already; it is looked at again before anyone gets it.
         # After an error of the application's own making a reset is enough, and it has begun.
         discard = verdict.connection is Disposition.DISCARD and verdict.fault is not Fault.PERMANENT
         if call.link is not None and discard:
-            call.link.doomed = True
+            call.link.invalidated = True
         if verdict.others is Disposition.EXPIRE and not self._concerns_one_connection(call, verdict):
-            self._upkeep.expire()
+            self._maintenance.expire()
         elif verdict.fault is Fault.POISONED and not failure.sent:
             # Its server said goodbye while it was idle, and no socket shows that yet: others may be in the same state, and
             # trying them in turn would use up the attempts.
-            self._upkeep.condemn(self._clock.now(), DiscardReason.STALE)
+            self._maintenance.discard_idle_since(self._clock.now(), DiscardReason.STALE)
         if verdict.fault is Fault.STATEMENT_CACHE and "26000" in failure.sqlstates and self._connector.distrust_proxy():
-            self._upkeep.expire()
+            self._maintenance.expire()
 
     @staticmethod
     def _concerns_one_connection(call: Call[T], verdict: Verdict) -> bool:
@@ -482,7 +482,7 @@ class Runner:
             or (call.sql is not None and self._reader.looks_like_read(call.sql))
         )
 
-    def _farewell(
+    def _final_error(
         self, call: Call[T], state: RetryState, failure: Failure, verdict: Verdict, reason: GiveUpReason
     ) -> Exception:
         # What the statement itself met is told as it is, also that the time it was given has run out.
@@ -505,7 +505,7 @@ class Runner:
         if reason is GiveUpReason.PERMANENT:
             return error
         self._counters.exhausted += 1
-        self._dispatcher.tell(
+        self._dispatcher.emit(
             RetryExhausted(
                 operation=call.operation,
                 reason=reason.value,
@@ -520,7 +520,7 @@ class Runner:
 
     def _unknown(self, call: Call[T], state: RetryState, loss: Loss) -> Exception:
         self._counters.outcomes_unknown += 1
-        self._dispatcher.tell(
+        self._dispatcher.emit(
             OutcomeUnknown(
                 operation=call.operation,
                 fault=loss.fault,

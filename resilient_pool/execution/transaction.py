@@ -14,15 +14,15 @@ import asyncpg
 
 from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import PoolConfig
-from resilient_pool.execution.commit_resolver import Inquiry, is_our_own_fault
-from resilient_pool.execution.connection import Lender, ResilientConnection
-from resilient_pool.execution.loop_control import Place
+from resilient_pool.execution.commit_resolver import CommitResolver, is_our_own_fault
+from resilient_pool.execution.connection import LeaseManager, ResilientConnection
+from resilient_pool.execution.loop_control import FramePosition
 from resilient_pool.execution.retry_loop import Call, RefusedError
 from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.context import unwrap
-from resilient_pool.pooling.driver import AnyConnection, Link
+from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.retry.classifier import refuses_commit
-from resilient_pool.retry.commit_status import Answer, Mark
+from resilient_pool.retry.commit_status import CommitStatus, CommitToken
 from resilient_pool.retry.verdict import Outcome, Phase
 from resilient_pool.sql.read_only import StatementReader
 from resilient_pool.sql.statement_tracker import StatementTracker
@@ -61,28 +61,28 @@ class Transactions:
 
     Args:
         config: The pool's.
-        lender: Lends their connections.
+        leases: Lends their connections.
         reader: Knows which texts look like reads.
-        inquiry: Asks what became of them.
+        commit_resolver: Asks what became of them.
         clock: Waits.
         require_open: Raises if the pool cannot be used.
     """
 
-    __slots__ = ("clock", "config", "inquiry", "lender", "reader", "require_open")
+    __slots__ = ("clock", "commit_resolver", "config", "leases", "reader", "require_open")
 
     def __init__(
         self,
         config: PoolConfig,
-        lender: Lender,
+        leases: LeaseManager,
         reader: StatementReader,
-        inquiry: Inquiry,
+        commit_resolver: CommitResolver,
         clock: Clock,
         require_open: Callable[[], None],
     ) -> None:
         self.config = config
-        self.lender = lender
+        self.leases = leases
         self.reader = reader
-        self.inquiry = inquiry
+        self.commit_resolver = commit_resolver
         self.clock = clock
         self.require_open = require_open
 
@@ -113,7 +113,7 @@ class RetriedTransaction:
         self._shared = shared
         self._options = options
         self._always_goes_on = always_goes_on
-        self._call: Call[None] = shared.lender.call(
+        self._call: Call[None] = shared.leases.call(
             "transaction",
             None,
             _nothing,
@@ -123,10 +123,10 @@ class RetriedTransaction:
         )
         self._call.exactly_once = exactly_once
         self._call.read_only = options.get("readonly", False)
-        self._runner = shared.lender.runner
-        self._memory = self._runner.begin_transaction(self._call)
+        self._retry_loop = shared.leases.retry_loop
+        self._memory = self._retry_loop.begin_transaction(self._call)
         self._state = _State.READY
-        self._head: Place | None = None
+        self._head: FramePosition | None = None
         self._delay = 0.0
         self._number = 0
         self._reads: tuple[str, ...] = ()
@@ -137,7 +137,7 @@ class RetriedTransaction:
     def __anext__(self) -> Awaitable[Attempt]:
         # Not a coroutine function: its body has to run while the loop's own frame stands right behind it.
         if self._head is None and not self._always_goes_on:
-            self._head = Place.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
+            self._head = FramePosition.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
         return self._next()
 
     async def _next(self) -> Attempt:
@@ -160,11 +160,11 @@ class RetriedTransaction:
         """Make no further attempt."""
         self._state = _State.FINISHED
 
-    def weigh(self, error: Exception, *, hindrance: str | None = None) -> float:
+    def next_delay(self, error: Exception, *, hindrance: str | None = None) -> float:
         """Return how long to wait before the next attempt, in seconds, or raise what the application is to see."""
-        return self._runner.next_delay(self._call, self._memory, error, hindrance=hindrance)
+        return self._retry_loop.next_delay(self._call, self._memory, error, hindrance=hindrance)
 
-    def go_on(self, delay: float) -> None:
+    def schedule_retry(self, delay: float) -> None:
         """Make another attempt after that many seconds."""
         self._delay = delay
         self._state = _State.READY
@@ -179,7 +179,7 @@ class RetriedTransaction:
         """What was sent in attempts whose outcome is unknown."""
         return self._reads
 
-    def is_certain_to_go_on(self, place: Place, *, swallowing: bool) -> bool:
+    def is_certain_to_go_on(self, place: FramePosition, *, swallowing: bool) -> bool:
         """Whether the loop asks for the next attempt next, if `__aexit__`, awaited at `place`, ends without an error."""
         if self._always_goes_on:
             return True
@@ -225,7 +225,7 @@ class Attempt:
                 try:
                     self._lease = await self._begin()
                 except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
-                    delay = self._loop.weigh(error)
+                    delay = self._loop.next_delay(error)
                     await self._shared.clock.sleep(delay)
             begun = True
         finally:
@@ -234,21 +234,21 @@ class Attempt:
         return self._lease
 
     async def _begin(self) -> ResilientConnection:
-        lease = await self._shared.lender.lend_once(self._call)
+        lease = await self._shared.leases.lease_for(self._call)
         begun = False
         try:
             await self._begin_on(_link(self._call))
-            self._shared.lender.bind(lease, self._sent.sent)
+            self._shared.leases.bind(lease, self._sent.sent)
             begun = True
         finally:
             if not begun:
-                self._shared.lender.take_back(lease)
+                self._shared.leases.release(lease)
         return lease
 
-    async def _begin_on(self, link: Link) -> None:
+    async def _begin_on(self, link: DriverConnection) -> None:
         options = self._options
-        await self._shared.inquiry.learn(link)
-        if self._loop.reads and not await self._shared.lender.read_check.allows(link, self._loop.reads):
+        await self._shared.commit_resolver.detect_capabilities(link)
+        if self._loop.reads and not await self._shared.leases.read_check.allows(link, self._loop.reads):
             raise RefusedError
         self._call.phase, self._call.link = Phase.EXECUTE, link
         await link.begin(
@@ -268,7 +268,7 @@ class Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         # Noted before anything else: a frame that is resumed by an error stands elsewhere.
-        place = Place.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
+        place = FramePosition.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
         swallow = False
         try:
             failure = None
@@ -276,32 +276,32 @@ class Attempt:
                 self._require_error(error)
             else:
                 failure = await (self._commit() if error is None else self._roll_back(error))
-            swallow = failure is not None and self._leave(failure, error, place)
+            swallow = failure is not None and self._decide_retry(failure, error, place)
         finally:
             if not swallow:
                 self._loop.finish()
             await self._release()
         return swallow
 
-    def _leave(self, failure: Exception, error: BaseException | None, place: Place) -> bool:
+    def _decide_retry(self, failure: Exception, error: BaseException | None, place: FramePosition) -> bool:
         """Decide whether another attempt follows `failure`; what was raised in the block, `error`, is then swallowed."""
         goes_on = self._loop.is_certain_to_go_on(place, swallowing=error is not None)
         try:
             # What failed for the pool's own question alone is run again with a question that cannot fail so.
             is_free = self._asked_in_vain and goes_on
-            delay = 0.0 if is_free else self._loop.weigh(failure, hindrance=None if goes_on else _UNCERTAIN)
+            delay = 0.0 if is_free else self._loop.next_delay(failure, hindrance=None if goes_on else _UNCERTAIN)
         except Exception as farewell:
             if farewell is not error:
                 raise
             return False
-        self._loop.go_on(delay)
+        self._loop.schedule_retry(delay)
         return True
 
     async def _release(self) -> None:
         lease, self._lease = self._lease, None
         if lease is None:
             return
-        reset = self._shared.lender.take_back(lease)
+        reset = self._shared.leases.release(lease)
         if reset is not None and self._shared.config.session_reset == "on_release":
             await asyncio.wait(
                 [reset]
@@ -341,11 +341,11 @@ class Attempt:
             await self._learn_why_read_only(link)
         return error
 
-    async def _learn_why_read_only(self, link: Link) -> None:
+    async def _learn_why_read_only(self, link: DriverConnection) -> None:
         if self._is_on_loan:
             await link.learn_why_read_only()
 
-    async def _undo(self, link: Link) -> None:
+    async def _undo(self, link: DriverConnection) -> None:
         with contextlib.suppress(Exception):  # the connection's reset does it then, or the server, when it is closed
             if self._is_on_loan and not link.connection.is_closed():
                 await link.end_transaction("ROLLBACK", timeout=self._shared.config.reset_timeout)
@@ -378,7 +378,7 @@ class Attempt:
                 "the transaction was rolled back at its end, because a statement in it had failed and the error was caught"
             )
         if mark.token is not None:
-            self._shared.inquiry.prune()
+            self._shared.commit_resolver.prune()
         return None
 
     def _require_ended_by_text(self) -> None:
@@ -389,7 +389,7 @@ class Attempt:
                 "visible: it is not known to be committed"
             )
 
-    async def _give_up_before_commit(self, error: Exception, link: Link) -> Exception | None:
+    async def _give_up_before_commit(self, error: Exception, link: DriverConnection) -> Exception | None:
         if not self._is_on_loan:
             self._require_error(None)
         await self._undo(link)
@@ -404,14 +404,16 @@ class Attempt:
             raise error
         return error
 
-    async def _mark(self, link: Link) -> Mark:
+    async def _mark(self, link: DriverConnection) -> CommitToken:
         sent, readonly = self._sent, self._is_read_only
         only_reads = not sent.may_write or (readonly and sent.reads is not None)
         if only_reads or not self._options.get("resolve_commit", True):
-            return Mark()
-        return await self._shared.inquiry.mark(link, readonly=readonly, may_change_session=sent.may_change_session)
+            return CommitToken()
+        return await self._shared.commit_resolver.prepare(
+            link, readonly=readonly, may_change_session=sent.may_change_session
+        )
 
-    async def _is_committed(self, error: Exception, link: Link, mark: Mark) -> bool:
+    async def _is_committed(self, error: Exception, link: DriverConnection, mark: CommitToken) -> bool:
         """Say whether a COMMIT that failed took effect nevertheless; what else is known goes into the call."""
         if _is_refusal(error, link):
             return False
@@ -421,16 +423,20 @@ class Attempt:
         is_known, reads = mark.xid is not None or mark.token is not None, self._sent.reads
         if self._lease is None or not (is_known or reads is not None):
             return False
-        slot, inquiry, deadline = self._shared.lender.detach(self._lease), self._shared.inquiry, self._call.deadline
+        entry, commit_resolver, deadline = (
+            self._shared.leases.detach(self._lease),
+            self._shared.commit_resolver,
+            self._call.deadline,
+        )
         if is_known:
-            answer = await inquiry.resolve(slot, mark, deadline)
-            if answer is Answer.ABORTED:
+            answer = await commit_resolver.resolve(entry, mark, deadline)
+            if answer is CommitStatus.ABORTED:
                 self._call.settled = Outcome.ROLLED_BACK
         else:
-            answer = await inquiry.vet(slot, reads or (), deadline, decides=self._commit_decides)
-            if answer is Answer.ABORTED:
+            answer = await commit_resolver.vet(entry, reads or (), deadline, decides=self._commit_decides)
+            if answer is CommitStatus.ABORTED:
                 self._loop.guard(reads or ())
-        return answer is Answer.COMMITTED
+        return answer is CommitStatus.COMMITTED
 
     @property
     def _commit_decides(self) -> bool | None:
@@ -466,20 +472,20 @@ async def run(
             return result
 
 
-def _link(call: Call[None]) -> Link:
+def _link(call: Call[None]) -> DriverConnection:
     if call.link is None:
         raise asyncpg.InternalClientError("a transaction without a connection")
     return call.link
 
 
-def _is_the_drivers(error: BaseException, link: Link) -> bool:
+def _is_the_drivers(error: BaseException, link: DriverConnection) -> bool:
     """Whether an error that left the block, once it is unwrapped, can be this connection's."""
     if isinstance(error, TimeoutError) or wire.is_of_another_connection(error, link):
         return False
     return isinstance(error, OSError | asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError)
 
 
-def _is_refusal(error: Exception, link: Link) -> bool:
+def _is_refusal(error: Exception, link: DriverConnection) -> bool:
     """Whether a failed COMMIT is known to have been refused, or never sent."""
     return wire.nothing_sent(error, link) or (refuses_commit(error) and not link.connection.is_closed())
 

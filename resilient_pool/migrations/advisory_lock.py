@@ -111,7 +111,7 @@ class MigrationLock:
             if seconds is not None and elapsed >= seconds:
                 raise MigrationLockedError(self._name, holder, elapsed)
             if holder != told:
-                self._dispatcher.tell(MigrationLockWaited(holder=holder, elapsed=elapsed))
+                self._dispatcher.emit(MigrationLockWaited(holder=holder, elapsed=elapsed))
                 told = holder
             await self._clock.sleep(_POLL)
 
@@ -156,7 +156,7 @@ class MigrationLock:
             if connection is not None and connection.is_closed():
                 self.losses += 1
                 self._connection = None
-                self._dispatcher.tell(MigrationLockLost(losses=self.losses))
+                self._dispatcher.emit(MigrationLockLost(losses=self.losses))
                 await self._give_back(connection)
                 await self._take_again()
 

@@ -424,7 +424,7 @@ class _Run:
         elapsed = began - self._started
         self._done.attempts += 1
         self._done.waited = elapsed - self._done.running
-        self._dispatcher.tell(MigrationStarted(migration=self._task.name, attempt=self._done.attempts, elapsed=elapsed))
+        self._dispatcher.emit(MigrationStarted(migration=self._task.name, attempt=self._done.attempts, elapsed=elapsed))
         try:
             return await self._task.attempt(self._pool, self._done)
         finally:
@@ -451,7 +451,7 @@ class _Run:
                 f"resilient_pool: its last words are that it could not connect, but it was not run again: {why_not}"
             )
             raise failure.final
-        self._dispatcher.tell(
+        self._dispatcher.emit(
             MigrationRepeated(
                 reason=failure.reason,
                 attempt=self._done.attempts,

@@ -23,7 +23,7 @@ class PoolStats:
         waiting: Callers that wait for a connection.
         min_size: As configured.
         max_size: As configured.
-        gate_closed: Whether the server is known to be away: one prober tries to reach it, and callers wait.
+        circuit_open: Whether the server is known to be away: one prober tries to reach it, and callers wait.
         acquired: Connections handed out.
         opened: Connections opened.
         connect_failures: Attempts to open one that failed.
@@ -47,7 +47,7 @@ class PoolStats:
     waiting: int
     min_size: int
     max_size: int
-    gate_closed: bool
+    circuit_open: bool
     acquired: int
     opened: int
     connect_failures: int
@@ -103,7 +103,7 @@ class Counters:
         waiting: int,
         min_size: int,
         max_size: int,
-        gate_closed: bool,
+        circuit_open: bool,
     ) -> PoolStats:
         """Freeze the totals together with what the pool looks like now."""
         return PoolStats(
@@ -114,7 +114,7 @@ class Counters:
             waiting=waiting,
             min_size=min_size,
             max_size=max_size,
-            gate_closed=gate_closed,
+            circuit_open=circuit_open,
             acquired=self.acquired,
             opened=self.opened,
             connect_failures=self.connect_failures,

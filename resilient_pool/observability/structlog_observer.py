@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from resilient_pool._validation import constructor_names_nearest
 from resilient_pool.events import (
+    CircuitOpened,
     ConnectionDiscarded,
     ConnectionOpened,
     DiscardReason,
     Event,
-    GateClosed,
     MigrationLockLost,
     OutcomeUnknown,
     PoolerDetected,
@@ -32,7 +32,7 @@ _LEVELS: Mapping[type[Event], int] = {
     RetryScheduled: logging.INFO,
     RetryExhausted: logging.WARNING,
     OutcomeUnknown: logging.WARNING,
-    GateClosed: logging.WARNING,
+    CircuitOpened: logging.WARNING,
     PoolerDetected: logging.WARNING,
     MigrationLockLost: logging.WARNING,
 }

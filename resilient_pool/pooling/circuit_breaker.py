@@ -14,14 +14,14 @@ from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.config.secrets import scrub
 from resilient_pool.errors import AcquireTimeoutError
-from resilient_pool.events import Dispatcher, GateClosed, GateOpened, RetryScheduled
+from resilient_pool.events import CircuitClosed, CircuitOpened, Dispatcher, RetryScheduled
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.background import begin
 from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import judge, nearest_sqlstate
-from resilient_pool.pooling.driver import Link
-from resilient_pool.pooling.maintenance import Upkeep
-from resilient_pool.pooling.resource_pool import Slot, Slots
+from resilient_pool.pooling.driver import DriverConnection
+from resilient_pool.pooling.maintenance import Maintenance
+from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
 from resilient_pool.retry.verdict import Failure, Fault, Phase, Verdict
 
 _LOGGER = logging.getLogger("resilient_pool")
@@ -38,11 +38,11 @@ _ABOUT_SETTING_UP = frozenset({Fault.CONTENTION, Fault.STATEMENT_CACHE})
 _ABOUT_ONE_MORE_CONNECTION = _ABOUT_SETTING_UP | {Fault.OVERLOADED}
 
 
-class RecoveryGate:
+class CircuitBreaker:
     """Keeps a crowd from a server that is not known to be up.
 
     The first connection of a pool, and the first one after an attempt has failed or after the last connection was closed,
-    is opened by one prober, under the `reconnect` policy. Everybody else waits for a slot, each under its own deadline,
+    is opened by one prober, under the `reconnect` policy. Everybody else waits for an entry, each under its own deadline,
     and holds none. When the prober gets through, waiters are admitted: 1, 2, 4, ... may open at the same time, each step
     when an opening has succeeded. When nobody waits any more the prober stops.
 
@@ -55,8 +55,8 @@ class RecoveryGate:
 
     Args:
         config: The policy and the classifier.
-        slots: Where callers wait, and which is told how many of them may open.
-        upkeep: Opens connections.
+        resources: Where callers wait, and which is told how many of them may open.
+        maintenance: Opens connections.
         connector: Knows whether writes are expected to work.
         clock: Tells the time and waits.
         counters: Where it counts.
@@ -66,16 +66,16 @@ class RecoveryGate:
     def __init__(
         self,
         config: PoolConfig,
-        slots: Slots[Link],
-        upkeep: Upkeep,
+        resources: ResourcePool[DriverConnection],
+        maintenance: Maintenance,
         connector: Connector,
         clock: Clock,
         counters: Counters,
         dispatcher: Dispatcher,
     ) -> None:
         self._config = config
-        self._slots = slots
-        self._upkeep = upkeep
+        self._resources = resources
+        self._maintenance = maintenance
         self._connector = connector
         self._clock = clock
         self._counters = counters
@@ -89,35 +89,37 @@ class RecoveryGate:
         self._attempt_began: float | None = None
         self._delays = config.reconnect.delays()
         self._not_before = clock.monotonic()
-        self._last_opened: Link | None = None
+        self._last_opened: DriverConnection | None = None
         self._is_final = False
-        slots.on_want = self.maintain
-        slots.admit(0)
+        resources.on_connection_needed = self.maintain
+        resources.set_connect_limit(0)
 
     def __repr__(self) -> str:
-        return f"<RecoveryGate {'closed' if self.is_closed else 'open'} admitted={self._slots.admitted}>"
+        return f"<CircuitBreaker {'closed' if self.is_open else 'open'} admitted={self._resources.connect_limit}>"
 
     @property
-    def is_closed(self) -> bool:
+    def is_open(self) -> bool:
         """Whether the last attempt to connect failed in a way that waiting cures."""
         return self._outage is not None
 
     # For those who want a connection
 
-    def doubt(self) -> None:
+    def half_open(self) -> None:
         """Take the server for one that is not known to be up."""
-        self._slots.admit(0)
+        self._resources.set_connect_limit(0)
 
-    def doubt_if_alone(self) -> None:
+    def half_open_if_unconnected(self) -> None:
         """Doubt, if there is no connection left that has worked."""
-        if self._slots.admitted and not self._slots.has_resources:
-            self.doubt()
+        if self._resources.connect_limit and not self._resources.has_resources:
+            self.half_open()
 
-    def call(self) -> None:
+    def ensure_prober(self) -> None:
         """Let the prober open what nobody else may: while the server is not known to be up, or to keep `min_size`."""
-        needed = not self._slots.admitted or self._slots.size < self._config.min_size or self._crowd is not None
-        if needed and self._prober is None and not self._upkeep.closing:
-            self._upkeep.forsaken = False
+        needed = (
+            not self._resources.connect_limit or self._resources.size < self._config.min_size or self._crowd is not None
+        )
+        if needed and self._prober is None and not self._maintenance.closing:
+            self._maintenance.forsaken = False
             self._prober = begin(self._probe())
 
     def maintain(self) -> None:
@@ -126,29 +128,29 @@ class RecoveryGate:
             asyncio.get_running_loop()
         except RuntimeError:
             return  # a connection was terminated while no loop runs; the next caller sees to the rest
-        if self._slots.is_awaited or not (self._is_final or self._upkeep.forsaken):
-            self.call()
+        if self._resources.is_awaited or not (self._is_final or self._maintenance.forsaken):
+            self.ensure_prober()
 
-    def leave(self) -> None:
+    def stop_prober_if_unused(self) -> None:
         """Stop the prober, if whoever leaves was the last who waited."""
-        if self._prober is not None and not self._slots.wants:
+        if self._prober is not None and not self._resources.is_connection_needed:
             self.stop()
 
     def stop(self) -> None:
         """Stop the prober, whatever it is doing."""
-        for task in self._working():
+        for task in self._tasks():
             task.cancel()
         self._prober = None
         self._attempts.clear()
 
-    def _working(self) -> set[asyncio.Task[None] | asyncio.Task[bool]]:
+    def _tasks(self) -> set[asyncio.Task[None] | asyncio.Task[bool]]:
         return {*self._attempts, *([] if self._prober is None else [self._prober])}
 
-    async def rest(self) -> None:
+    async def wait_until_stopped(self) -> None:
         """Stop the prober and wait for its end, unless somebody waits for what it does."""
-        if self._slots.waiting:
+        if self._resources.waiting:
             return
-        working = self._working()
+        working = self._tasks()
         self.stop()
         if working:
             await asyncio.wait(working)
@@ -156,33 +158,33 @@ class RecoveryGate:
     def restart(self) -> None:
         """Forget what is known of the server: another one is meant from now on."""
         self.stop()
-        self.doubt()
+        self.half_open()
         self._outage = None
         self._is_final = False
         self._make_room()
         self._not_before = self._clock.monotonic()
-        if self._slots.wants:
-            self.call()
+        if self._resources.is_connection_needed:
+            self.ensure_prober()
 
-    def refusal(self) -> Exception | None:
+    def last_connect_error(self) -> Exception | None:
         """Return an error for a caller who does not wait any longer: how the last attempt failed. `None` if it did not."""
-        return None if self._outage is None else self._outage.refusal(self._clock.monotonic())
+        return None if self._outage is None else self._outage.error_for_caller(self._clock.monotonic())
 
-    def most_telling(self, timeout: AcquireTimeoutError) -> Exception:
+    def error_for_timeout(self, timeout: AcquireTimeoutError) -> Exception:
         """Choose what a caller sees whose time has run out: why there was no connection, if that is known."""
-        if self._crowd is not None and self._slots.has_resources:
+        if self._crowd is not None and self._resources.has_resources:
             return self._crowd.explain(
-                f"no connection became free in time: all {len(self._upkeep.links())} that are open are in use, and the "
+                f"no connection became free in time: all {len(self._maintenance.connections())} that are open are in use, and the "
                 f"server has no room for another one, up to max_size={self._config.max_size}"
             )
-        if self._outage is not None and not self._slots.admitted:
-            return self._outage.refusal(self._clock.monotonic())
-        if self._slots.admitted or self._attempt_began is None:
+        if self._outage is not None and not self._resources.connect_limit:
+            return self._outage.error_for_caller(self._clock.monotonic())
+        if self._resources.connect_limit or self._attempt_began is None:
             return timeout
         if self._attempts:
             return self._unanswered_since(self._attempt_began)
         return AcquireTimeoutError(
-            f"no connection could be opened in time: {len(self._upkeep.links())} are open and in use, and the next attempt "
+            f"no connection could be opened in time: {len(self._maintenance.connections())} are open and in use, and the next attempt "
             f"is due in {max(self._not_before - self._clock.monotonic(), 0.0):.2f} s; raise deadline"
         )
 
@@ -193,32 +195,32 @@ class RecoveryGate:
             "raise deadline if it takes longer to wake up"
         )
 
-    async def open_into(self, slot: Slot[Link], deadline: float | None) -> bool:
-        """Open a connection into an empty slot in the caller's hands, if the caller may.
+    async def open_into(self, entry: PoolEntry[DriverConnection], deadline: float | None) -> bool:
+        """Open a connection into an empty entry in the caller's hands, if the caller may.
 
         Args:
-            slot: The slot.
+            entry: The entry.
             deadline: Until when, on the line of `Clock.monotonic()`.
 
         Returns:
-            Whether there is a connection now. If not, the slot must be given up, and another one waited for.
+            Whether there is a connection now. If not, the entry must be given up, and another one waited for.
 
         Raises:
             Exception: What opening raised, if waiting does not cure it or the caller's own time is up.
         """
-        self.doubt_if_alone()
-        if not self._slots.may_open:
+        self.half_open_if_unconnected()
+        if not self._resources.may_open:
             return False
         began = self._clock.monotonic()
         try:
-            await self._upkeep.open_into(slot, None if deadline is None else deadline - began)
+            await self._maintenance.open_into(entry, None if deadline is None else deadline - began)
         except Exception as error:
             if deadline is not None and self._clock.monotonic() >= deadline:
-                self.doubt()  # an attempt that was cut short tells nothing
+                self.half_open()  # an attempt that was cut short tells nothing
                 if isinstance(error, TimeoutError):
                     raise self._unanswered_since(began) from error
                 raise
-            final = self._failed(error, is_news=self._slots.admitted > 0 and self._crowd is None)
+            final = self._failed(error, is_news=self._resources.connect_limit > 0 and self._crowd is None)
             if final is not None:
                 raise final() from error.__cause__
             return False
@@ -238,68 +240,72 @@ class RecoveryGate:
     async def _attempt_until_unwanted(self) -> None:
         wanted = True
         while wanted:
-            await self._keep_distance()
+            await self._wait_before_attempt()
             if not self._begin_attempt():
                 return  # whoever gives a place up calls again
-            await self._end_of_attempts()
+            await self._wait_for_attempts()
             # Once admitted, those who wait open for themselves, as many as there may be.
-            serves_itself = self._slots.admitted and self._slots.waiting and self._crowd is None
-            wanted = self._slots.wants and not serves_itself and (self._slots.is_awaited or not self._is_final)
+            serves_itself = self._resources.connect_limit and self._resources.waiting and self._crowd is None
+            wanted = (
+                self._resources.is_connection_needed
+                and not serves_itself
+                and (self._resources.is_awaited or not self._is_final)
+            )
 
-    async def _keep_distance(self) -> None:
+    async def _wait_before_attempt(self) -> None:
         delay = self._not_before - self._clock.monotonic()
-        if delay > 0 and not self._may_hurry():
+        if delay > 0 and not self._may_attempt_at_once():
             await self._clock.sleep(delay)
         else:
             await asyncio.sleep(0)  # opening may fail, or succeed, without ever waiting for anything
 
-    def _may_hurry(self) -> bool:
+    def _may_attempt_at_once(self) -> bool:
         """Whether nothing speaks for a distance: the last attempt was a success, or final and somebody new asks."""
         served = self._last_opened is not None and self._last_opened.has_served
         if self._crowd is not None:
             return False
-        return self._slots.admitted > 0 or served or (self._is_final and self._slots.waiting > 0)
+        return self._resources.connect_limit > 0 or served or (self._is_final and self._resources.waiting > 0)
 
     def _begin_attempt(self) -> bool:
         """Begin an attempt, unless there is no place for it or enough are under way; say whether it was begun."""
-        slot = self._slots.reserve() if len(self._attempts) < _AT_ONCE else None
-        if slot is None:
+        entry = self._resources.reserve() if len(self._attempts) < _AT_ONCE else None
+        if entry is None:
             return False
-        self._attempts.add(begin(self._attempt(slot), lambda attempt: self._settle(attempt, slot)))
+        self._attempts.add(begin(self._attempt(entry), lambda attempt: self._end_attempt(attempt, entry)))
         return True
 
-    def _settle(self, attempt: asyncio.Task[bool], slot: Slot[Link]) -> None:
-        # Not in the attempt itself: one that is cancelled before its first step would never give its slot back.
+    def _end_attempt(self, attempt: asyncio.Task[bool], entry: PoolEntry[DriverConnection]) -> None:
+        # Not in the attempt itself: one that is cancelled before its first step would never give its entry back.
         if attempt in self._attempts:
             self._attempts.discard(attempt)
-            self._upkeep.forsaken = self._upkeep.forsaken or attempt.cancelled()
+            self._maintenance.forsaken = self._maintenance.forsaken or attempt.cancelled()
         broken = None if attempt.cancelled() else attempt.exception()
         if attempt.cancelled() or broken is not None or not attempt.result():
-            self._upkeep.give_back(slot)
+            self._maintenance.release(entry)
         if isinstance(broken, Exception):
             # A jitter of the application's, say. Nobody must wait for a prober that cannot go on.
-            self._slots.dismiss_waiters(_Twin(broken).make)
+            self._resources.fail_waiters(_ExceptionCopier(broken).make)
 
-    async def _end_of_attempts(self) -> None:
-        self._unanswered = self._clock.call_later(UNANSWERED, self._relieve)
+    async def _wait_for_attempts(self) -> None:
+        self._unanswered = self._clock.call_later(UNANSWERED, self._start_second_attempt)
         try:
             while self._attempts:
                 await asyncio.wait(self._attempts, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._unanswered.cancel()
 
-    def _relieve(self) -> None:
+    def _start_second_attempt(self) -> None:
         self._begin_attempt()
-        self._unanswered = self._clock.call_later(UNANSWERED, self._relieve)
+        self._unanswered = self._clock.call_later(UNANSWERED, self._start_second_attempt)
 
-    async def _attempt(self, slot: Slot[Link]) -> bool:
-        """Open a connection into a slot and hand it on, and say whether that was done; otherwise the slot is still ours."""
+    async def _attempt(self, entry: PoolEntry[DriverConnection]) -> bool:
+        """Open a connection into an entry and hand it on, and say whether that was done; otherwise the entry is still ours."""
         self._attempt_began = self._clock.monotonic()
         # For the case that it is given up because nobody waits, and somebody comes right after; or that what it opens is of
         # no use.
         self._not_before = self._attempt_began + self._config.reconnect.base
         try:
-            await self._upkeep.open_into(slot, None)
+            await self._maintenance.open_into(entry, None)
         except Exception as error:  # noqa: BLE001 - it is classified, and told to those who wait
             final = self._failed(error, is_news=True)
             if final is not None:
@@ -308,8 +314,8 @@ class RecoveryGate:
         for other in self._attempts - {asyncio.current_task()}:
             self._attempts.discard(other)
             other.cancel()
-        self._last_opened = slot.resource
-        self._upkeep.give_back(slot)
+        self._last_opened = entry.resource
+        self._maintenance.release(entry)
         self._succeeded()
         return True
 
@@ -318,39 +324,39 @@ class RecoveryGate:
     def _succeeded(self) -> None:
         self._end_outage()
         self._is_final = False
-        if self._crowd is not None and len(self._upkeep.links()) > self._slots.ceiling:
+        if self._crowd is not None and len(self._maintenance.connections()) > self._resources.ceiling:
             self._make_room()
         if self._crowd is None:
             self._delays = self._config.reconnect.delays()
-        admitted = self._slots.admitted
+        admitted = self._resources.connect_limit
         if admitted < self._config.max_size:
             # One more for each success makes each round twice as wide as the one before.
-            self._slots.admit(admitted + 1)
+            self._resources.set_connect_limit(admitted + 1)
             # Connections that are being reset come back sooner than others could be opened.
-            while self._slots.waiting > self._upkeep.returning and self._slots.offer():
+            while self._resources.waiting > self._maintenance.returning and self._resources.offer_entry():
                 pass
-        if self._slots.wants and not self._slots.waiting:
-            self.call()  # for `min_size`
+        if self._resources.is_connection_needed and not self._resources.waiting:
+            self.ensure_prober()  # for `min_size`
 
     def _end_outage(self) -> None:
         outage, self._outage = self._outage, None
         self._wake_window.close()
         if outage is not None:
             elapsed = self._clock.monotonic() - outage.began
-            self._dispatcher.tell(GateOpened(attempts=outage.attempts, elapsed=elapsed))
+            self._dispatcher.emit(CircuitClosed(attempts=outage.attempts, elapsed=elapsed))
         if self._is_reported:
             self._is_reported = False
             _LOGGER.warning("the database server is back: connections are opened again")
 
     def _make_room(self) -> None:
         self._crowd = None
-        self._slots.restrict(None)
+        self._resources.restrict(None)
 
     def _refuse(self, error: Exception, final: Callable[[], Exception]) -> None:
         """Tell those who wait that the prober was refused for good; if there is nobody, the log."""
-        if not self._slots.is_awaited and not self._is_reported:
+        if not self._resources.is_awaited and not self._is_reported:
             self._report(error, "the database server refuses connections: min_size is not kept until one is asked for")
-        self._slots.dismiss_waiters(final)
+        self._resources.fail_waiters(final)
 
     def _report(self, error: Exception, what: str) -> None:
         self._is_reported = True
@@ -381,7 +387,7 @@ class RecoveryGate:
         )
         verdict = judge(self._config, failure)
         self._counters.connect_failures += 1
-        if verdict.fault in _ABOUT_ONE_MORE_CONNECTION and self._upkeep.links():
+        if verdict.fault in _ABOUT_ONE_MORE_CONNECTION and self._maintenance.connections():
             self._be_content(error, failure, verdict, now)
             return None
         self._make_room()
@@ -402,12 +408,12 @@ class RecoveryGate:
         if self._is_final or self._is_exhausted(outage):
             self._outage = None
             if not self._is_final:
-                self.doubt()
-            return lambda: outage.refusal(now)
-        outage.indulged = outage.indulged or self._is_indulgence(failure)
-        self._shut(outage, failure, verdict, now)
+                self.half_open()
+            return lambda: outage.error_for_caller(now)
+        outage.extended_by_wake_window = outage.extended_by_wake_window or self._is_extended_by_wake_window(failure)
+        self._open_circuit(outage, failure, verdict, now)
         if is_news:
-            self._tell_retry(outage, failure, verdict, delay, now)
+            self._emit_retry(outage, failure, verdict, delay, now)
         return None
 
     def _be_content(self, error: Exception, failure: Failure, verdict: Verdict, now: float) -> None:
@@ -419,32 +425,32 @@ class RecoveryGate:
         self._not_before = max(self._not_before, now + delay)
         self._last_opened, self._is_final = None, False
         # With those that are being opened beside this one: they may be let in.
-        self._slots.restrict(len(self._upkeep.links()) + max(self._slots.opening - 1, 0))
-        self._slots.admit(max(self._slots.admitted, 1))  # for those that replace one of them
-        self._tell_retry(self._crowd, failure, verdict, delay, now)
+        self._resources.restrict(len(self._maintenance.connections()) + max(self._resources.opening - 1, 0))
+        self._resources.set_connect_limit(max(self._resources.connect_limit, 1))  # for those that replace one of them
+        self._emit_retry(self._crowd, failure, verdict, delay, now)
 
     def _is_exhausted(self, outage: _Outage) -> bool:
         most = self._config.reconnect.max_attempts
         return most is not None and outage.attempts >= most
 
-    def _is_indulgence(self, failure: Failure) -> bool:
+    def _is_extended_by_wake_window(self, failure: Failure) -> bool:
         return judge(self._config, replace(failure, waking=False)).fault is Fault.PERMANENT
 
-    def _shut(self, outage: _Outage, failure: Failure, verdict: Verdict, now: float) -> None:
+    def _open_circuit(self, outage: _Outage, failure: Failure, verdict: Verdict, now: float) -> None:
         if self._outage is None:
             self._outage = outage
-            self._dispatcher.tell(GateClosed(fault=verdict.fault, sqlstate=nearest_sqlstate(failure)))
-        self.doubt()
-        self._slots.dismiss_impatient(lambda: outage.refusal(now))
+            self._dispatcher.emit(CircuitOpened(fault=verdict.fault, sqlstate=nearest_sqlstate(failure)))
+        self.half_open()
+        self._resources.fail_fast_waiters(lambda: outage.error_for_caller(now))
         longest = self._config.reconnect.max_elapsed
         if longest is not None and now - outage.began >= longest:
             # Each from its own beginning: one who has just come should not pay for those before.
-            self._slots.dismiss_since(now - longest, lambda: outage.refusal(now))
+            self._resources.fail_waiters_since(now - longest, lambda: outage.error_for_caller(now))
 
-    def _tell_retry(self, outage: _Outage, failure: Failure, verdict: Verdict, delay: float, now: float) -> None:
+    def _emit_retry(self, outage: _Outage, failure: Failure, verdict: Verdict, delay: float, now: float) -> None:
         self._counters.retries[verdict.fault] += 1
         if self._dispatcher:
-            self._dispatcher.tell(
+            self._dispatcher.emit(
                 RetryScheduled(
                     operation="connect",
                     fault=verdict.fault,
@@ -463,15 +469,15 @@ class _Outage:
     Attributes:
         began: When the first attempt failed.
         attempts: How many attempts have failed.
-        indulged: Whether one of them would have been the last, had the server not possibly been waking up.
+        extended_by_wake_window: Whether one of them would have been the last, had the server not possibly been waking up.
     """
 
-    __slots__ = ("_error", "_fault", "_is_given", "_twin", "attempts", "began", "indulged")
+    __slots__ = ("_error", "_fault", "_is_given", "_twin", "attempts", "began", "extended_by_wake_window")
 
     def __init__(self, now: float) -> None:
         self.began = now
         self.attempts = 0
-        self.indulged = False
+        self.extended_by_wake_window = False
 
     def remember(self, error: Exception, fault: Fault, *, counts: bool) -> None:
         """Keep how the last attempt failed, for those who wait."""
@@ -479,10 +485,10 @@ class _Outage:
         self._error = error
         self._fault = fault
         # Before anybody raises it: what that caller was handling, and is told, is no other caller's business.
-        self._twin = _Twin(error)
+        self._twin = _ExceptionCopier(error)
         self._is_given = False
 
-    def refusal(self, now: float) -> Exception:
+    def error_for_caller(self, now: float) -> Exception:
         """Return an exception for one caller, with what was tried in its notes: the last error, or its twin."""
         refusal = self._twin.make() if self._is_given else self._error
         self._is_given = True
@@ -503,7 +509,7 @@ class _Outage:
                 f"resilient_pool: gave up after {self.attempts} attempt{'s' * (self.attempts > 1)} to connect in "
                 f"{now - self.began:.2f} s; the last fault was {self._fault.value}"
             )
-        if self.indulged:
+        if self.extended_by_wake_window:
             yield (
                 "resilient_pool: it was tried again because a server that is waking up refuses in the same way, "
                 f"for up to {WAKE_WINDOW:g} s"
@@ -531,7 +537,7 @@ class _WakeWindow:
         self._since = None
 
 
-class _Twin:
+class _ExceptionCopier:
     """Makes copies of an error, one for each caller: tracebacks, contexts and notes are added to each one's own."""
 
     __slots__ = ("_behind", "_error", "_notes")

@@ -20,7 +20,7 @@ from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.context import judge
 from resilient_pool.pooling.credentials import Credentials, Login
-from resilient_pool.pooling.driver import AnyConnection, Link, ReadOnly, ServerFacts
+from resilient_pool.pooling.driver import AnyConnection, DriverConnection, ReadOnly, ServerInfo
 from resilient_pool.pooling.hosts import Candidate, PinnedLoop, Race, Silence, candidates
 from resilient_pool.retry.classifier import refuses_credentials
 from resilient_pool.retry.verdict import Failure, Fault, Phase
@@ -54,7 +54,7 @@ class Connector:
         self._clock = clock
         self._counters = counters
         self._dispatcher = dispatcher
-        self.facts: ServerFacts | None = None
+        self.server_info: ServerInfo | None = None
         self.read_only: ReadOnly | None = None
 
     @property
@@ -67,7 +67,7 @@ class Connector:
         """Use the connection arguments of `target` for every connection opened from now on."""
         self._target = target
         self._credentials = Credentials(target)
-        self.facts = None  # something else may stand there
+        self.server_info = None  # something else may stand there
 
     def distrust_proxy(self) -> bool:
         """Take a proxy that seemed to keep a session for each client for a pooler: a prepared statement was not there.
@@ -75,14 +75,14 @@ class Connector:
         Returns:
             Whether that is news: connections that were opened before still have prepared statements.
         """
-        if self.facts is None or not self.facts.keeps_session:
+        if self.server_info is None or not self.server_info.keeps_session:
             return False
-        self.facts = replace(self.facts, keeps_session=False)
+        self.server_info = replace(self.server_info, keeps_session=False)
         self._counters.pooler = True
-        self._tell_of_pooler(self._target, self.facts, "a prepared statement was missing in the session")
+        self._emit_pooler_detected(self._target, self.server_info, "a prepared statement was missing in the session")
         return True
 
-    async def open(self, seconds: float | None) -> Link:
+    async def open(self, seconds: float | None) -> DriverConnection:
         """Open a connection, ready for use.
 
         Args:
@@ -91,12 +91,12 @@ class Connector:
         Raises:
             Exception: What the driver, a function of the application's or `init` raises. No frame behind it holds a secret.
         """
-        if self.facts is None:
+        if self.server_info is None:
             wire.draw_statement_names()
         target = self._target  # `redirect` may change it meanwhile
         limits = [limit for limit in (target.timeout, seconds) if limit is not None]
         ends = self._clock.monotonic() + max(min(limits), 0.001)
-        link = Link(await self._connect(target, ends))
+        link = DriverConnection(await self._connect(target, ends))
         ready = False
         try:
             with anyio.fail_after(self._left(ends)):
@@ -209,15 +209,17 @@ class Connector:
         if login.password is not None:
             # A function: the driver keeps what it is given in its parameters.
             arguments["password"] = login.password.reveal
-        if self.facts is not None and self.facts.has_pooler and target.statement_cache_size is None:
+        if self.server_info is not None and self.server_info.has_pooler and target.statement_cache_size is None:
             arguments["statement_cache_size"] = 0
         return cast("AnyConnection", await asyncpg.connect(**arguments))  # type: ignore[call-overload]
 
-    async def _prepare(self, target: PoolConfig, link: Link, ends: float) -> None:
-        link.tune(keepalive=self._config.tcp_keepalive, user_timeout=self._config.tcp_user_timeout)
+    async def _prepare(self, target: PoolConfig, link: DriverConnection, ends: float) -> None:
+        link.set_socket_options(keepalive=self._config.tcp_keepalive, user_timeout=self._config.tcp_user_timeout)
         # Several first connections may have been dialled before the first of them had its answer.
         facts = (
-            self.facts if target is self._target and self.facts is not None else await self._learn(target, link, ends)
+            self.server_info
+            if target is self._target and self.server_info is not None
+            else await self._fetch_server_info(target, link, ends)
         )
         link.is_pooled = facts.has_pooler
         if facts.has_pooler and target.statement_cache_size is None:
@@ -231,20 +233,22 @@ class Connector:
                 raise
             await link.keep_roles()
 
-    async def _learn(self, target: PoolConfig, link: Link, ends: float) -> ServerFacts:
-        facts = await link.inspect(None)
+    async def _fetch_server_info(self, target: PoolConfig, link: DriverConnection, ends: float) -> ServerInfo:
+        facts = await link.fetch_server_info(None)
         seen = None
         if facts.has_proxy and target.statement_cache_size is None:
             seen = await self._sees_sharing(target, link, facts, ends)
             facts = replace(facts, keeps_session=seen is None)
-        if self.facts is None and target is self._target:
-            self.facts = facts
+        if self.server_info is None and target is self._target:
+            self.server_info = facts
             self._counters.pooler = facts.has_pooler
             if facts.has_pooler:
-                self._tell_of_pooler(target, facts, seen)
+                self._emit_pooler_detected(target, facts, seen)
         return facts
 
-    async def _sees_sharing(self, target: PoolConfig, link: Link, facts: ServerFacts, ends: float) -> str | None:
+    async def _sees_sharing(
+        self, target: PoolConfig, link: DriverConnection, facts: ServerInfo, ends: float
+    ) -> str | None:
         """Return why what made the handshake in the server's place may share its sessions; `None` if it keeps one for each.
 
         A second client beside this one finds out. An idle pooler gives it the session that the first one has just used; a
@@ -254,7 +258,7 @@ class Connector:
         began = self._clock.monotonic()
         until = min(began + _SECOND_CLIENT_LIMIT, (began + ends) / 2)
         try:
-            second = Link(await self._connect(target, until))
+            second = DriverConnection(await self._connect(target, until))
         except Exception as error:  # noqa: BLE001 - there may be no room for a second one
             return f"a second client was not let in ({type(error).__name__})"
         try:
@@ -271,8 +275,8 @@ class Connector:
             return "another client was given the same session"
         return None if other[1] < took else "another client was given a session that was there before it"
 
-    def _tell_of_pooler(self, target: PoolConfig, facts: ServerFacts, seen: str | None) -> None:
-        self._dispatcher.tell(
+    def _emit_pooler_detected(self, target: PoolConfig, facts: ServerInfo, seen: str | None) -> None:
+        self._dispatcher.emit(
             PoolerDetected(
                 handshake_pid=facts.handshake_pid,
                 backend_pid=facts.backend_pid,

@@ -19,7 +19,7 @@ def deadline_after(started: float, seconds: float | None) -> float | None:
 
 
 @contextlib.contextmanager
-def limited(instant: float | None) -> Iterator[None]:
+def deadline_scope(instant: float | None) -> Iterator[None]:
     """Let nothing that begins within have a later deadline than that instant, also in tasks that are started there."""
     outer = _LIMIT.get()
     inner = instant if outer is None or (instant is not None and instant < outer) else outer

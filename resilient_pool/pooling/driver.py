@@ -85,7 +85,7 @@ _BACKEND = """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerFacts:
+class ServerInfo:
     """What stands at the other end, asked once per pool.
 
     Attributes:
@@ -143,12 +143,12 @@ def _always_readable(_timeout: int) -> list[tuple[int, int]]:
     return [(-1, 0)]
 
 
-class Link:
+class DriverConnection:
     """One open connection, seen from below.
 
     Attributes:
         connection: The driver's connection.
-        doomed: Whether it must not be used again; it is closed when it is given back.
+        invalidated: Whether it must not be used again; it is closed when it is given back.
         is_customized: Whether an application's class may send more than one statement where one is asked for.
         is_pooled: Whether a pooler may let another server answer from one query to the next.
         read_only: Why it has refused to write, if it was asked.
@@ -167,9 +167,9 @@ class Link:
         "_reset_roles",
         "abilities",
         "connection",
-        "doomed",
         "ended",
         "has_served",
+        "invalidated",
         "is_customized",
         "is_pooled",
         "opened_at",
@@ -179,7 +179,7 @@ class Link:
 
     def __init__(self, connection: AnyConnection) -> None:
         self.connection = connection
-        self.doomed = False
+        self.invalidated = False
         self.has_served = False
         self.ended = False
         self.opened_at = 0.0
@@ -212,7 +212,7 @@ class Link:
 
     def __repr__(self) -> str:
         state = "closed" if self.connection.is_closed() else "open"
-        return f"<Link pid={self.pid} {state}{' doomed' if self.doomed else ''}>"
+        return f"<DriverConnection pid={self.pid} {state}{' invalidated' if self.invalidated else ''}>"
 
     def _watch(self) -> Callable[[int], list[tuple[int, int]]]:
         fd = self._fd()
@@ -235,18 +235,18 @@ class Link:
     @property
     def is_usable(self) -> bool:
         """Whether the connection is open and wanted."""
-        return not (self.doomed or self.connection.is_closed())
+        return not (self.invalidated or self.connection.is_closed())
 
     @property
     def is_cancelling(self) -> bool:
         """Whether the driver waits for the server to cancel a statement."""
         return self.is_usable and bool(self.connection._protocol._is_cancelling())  # type: ignore[attr-defined] # noqa: SLF001
 
-    def is_quiet(self) -> bool:
+    def socket_is_idle(self) -> bool:
         """Whether the connection is open and wanted and nothing at all has happened to its socket. About a microsecond."""
-        return not (self.doomed or self.connection.is_closed() or self._poll(0))
+        return not (self.invalidated or self.connection.is_closed() or self._poll(0))
 
-    async def settle(self) -> bool:
+    async def drain_socket(self) -> bool:
         """Let the loop read until the socket is quiet or the connection closed, and say whether it can be used.
 
         Something to read is not a loss: a notification, a setting that changed, a record of TLS. No operation may be
@@ -371,10 +371,10 @@ class Link:
 
     def disown(self) -> None:
         """Never touch the connection again: in a forked process it is the parent's, and so is what the loop polls."""
-        self.doomed = True
+        self.invalidated = True
         self.connection._aborted = True  # type: ignore[attr-defined] # noqa: SLF001
 
-    async def inspect(self, seconds: float | None) -> ServerFacts:
+    async def fetch_server_info(self, seconds: float | None) -> ServerInfo:
         """Ask, in one query that is safe behind any pooler and within `seconds`, what stands at the other end."""
         try:
             with self._uncached():
@@ -385,7 +385,7 @@ class Link:
                 raise
             row = None
         backend_pid, in_recovery, idle, idle_in_transaction, transaction = row or (self.pid, False, None, None, None)
-        return ServerFacts(
+        return ServerInfo(
             version=self.connection.get_server_version().major,
             in_recovery=in_recovery,
             idle_session_timeout=idle,
@@ -459,12 +459,12 @@ class Link:
         """Forget what is known of types."""
         self.connection._drop_local_type_cache()  # type: ignore[attr-defined] # noqa: SLF001
 
-    def lend(self, borrower: Borrower) -> None:
+    def attach_proxy(self, borrower: Borrower) -> None:
         """Make `borrower` the face of this connection, for its listeners and caches, and for the news that it is closed."""
         self.connection._set_proxy(borrower)  # type: ignore[attr-defined] # noqa: SLF001
         self._borrower = borrower
 
-    def take_back(self, borrower: Borrower) -> None:
+    def detach_proxy(self, borrower: Borrower) -> None:
         """End a lease: what was made in it becomes invalid, listeners left behind are warned of. Nothing, if it has ended."""
         if self._borrower is borrower:
             self.leave(borrower)
@@ -529,7 +529,7 @@ class Link:
             self.terminate()
             raise
 
-    def tune(self, *, keepalive: bool, user_timeout: float | None) -> None:
+    def set_socket_options(self, *, keepalive: bool, user_timeout: float | None) -> None:
         """Let the kernel notice a peer that vanished. asyncpg sets neither option; unix sockets need none.
 
         Args:
@@ -656,7 +656,7 @@ def draw_statement_names() -> None:
     asyncpg.connection._uid = secrets.randbits(60)  # type: ignore[attr-defined] # noqa: SLF001
 
 
-def nothing_sent(error: BaseException, link: Link) -> bool:
+def nothing_sent(error: BaseException, link: DriverConnection) -> bool:
     """Whether `error` proves that no byte of an operation left this process.
 
     It proves that of the one operation which raised it: nothing of what was done on the connection before, and nothing
@@ -676,7 +676,7 @@ def nothing_sent(error: BaseException, link: Link) -> bool:
     return refused and _comes_from_the_driver(error)
 
 
-def is_of_another_connection(error: BaseException, link: Link) -> bool:
+def is_of_another_connection(error: BaseException, link: DriverConnection) -> bool:
     """Whether `error` tells of a lost connection while this one is open: one that a COPY's source reads from, say.
 
     Args:

@@ -18,9 +18,9 @@ from resilient_pool.events import ConnectionDiscarded, ConnectionOpened, Discard
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.background import begin
 from resilient_pool.pooling.connect import Connector
-from resilient_pool.pooling.driver import Link
-from resilient_pool.pooling.resource_pool import Slot, Slots
-from resilient_pool.pooling.timeouts import TimeLimits
+from resilient_pool.pooling.driver import DriverConnection
+from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
+from resilient_pool.pooling.timeouts import TimeoutQueue
 
 T = TypeVar("T")
 
@@ -41,12 +41,12 @@ _HANG_UP = frozenset(
 )
 
 
-class Upkeep:
-    """Keeps the slots of one pool fit, in the background.
+class Maintenance:
+    """Keeps the resources of one pool fit, in the background.
 
     Args:
         config: Lifetimes, limits and the application's `reset`.
-        slots: Whose connections are kept.
+        resources: Whose connections are kept.
         connector: Opens them.
         clock: Tells ages.
         lifetime: Gives one connection's lifetime in seconds; called once for each.
@@ -62,7 +62,7 @@ class Upkeep:
     def __init__(
         self,
         config: PoolConfig,
-        slots: Slots[Link],
+        resources: ResourcePool[DriverConnection],
         connector: Connector,
         clock: Clock,
         lifetime: Callable[[], float],
@@ -70,7 +70,7 @@ class Upkeep:
         dispatcher: Dispatcher,
     ) -> None:
         self._config = config
-        self._slots = slots
+        self._resources = resources
         self._connector = connector
         self._clock = clock
         self._lifetime = lifetime
@@ -78,23 +78,23 @@ class Upkeep:
         self._dispatcher = dispatcher
         self._background: set[asyncio.Task[object]] = set()
         self._chores: set[asyncio.Task[object]] = set()
-        self._resets: dict[Slot[Link], asyncio.Task[None]] = {}
+        self._resets: dict[PoolEntry[DriverConnection], asyncio.Task[None]] = {}
         self._is_reset_reported = False
         self._openings: set[asyncio.Timeout] = set()
         self._cut: set[asyncio.Task[object]] = set()
-        self._watched: TimeLimits[asyncio.Task[None]] = TimeLimits(clock, lambda task, _: self._cut_short(task))
+        self._watched: TimeoutQueue[asyncio.Task[None]] = TimeoutQueue(clock, lambda task, _: self._cut_short(task))
         self._reaper: Timer | None = None
         self._generation = 0
         self._pid = os.getpid()
         self.closing = False
         self.returning = 0
         self.forsaken = False
-        slots.on_return = self.give_back
+        resources.on_return = self.release
 
     # Opening
 
-    async def open_into(self, slot: Slot[Link], seconds: float | None) -> None:
-        """Open a connection into an empty slot; `seconds` bound it. Raises whatever opening raises; the slot stays empty."""
+    async def open_into(self, entry: PoolEntry[DriverConnection], seconds: float | None) -> None:
+        """Open a connection into an empty entry; `seconds` bound it. Raises whatever opening raises; the entry stays empty."""
         self.require_open()
         generation = self._generation
         started = self._clock.now()
@@ -113,7 +113,7 @@ class Upkeep:
         if link.connection.is_closed():
             raise asyncpg.InterfaceError("the server closed a connection as soon as it was made: connection is closed")
         now = self._clock.now()
-        slot.fill(
+        entry.fill(
             link,
             now=now,
             expires_at=now + self._lifetime(),
@@ -122,7 +122,9 @@ class Upkeep:
             uses=link.queries,
         )
         if self._dispatcher:
-            self._dispatcher.tell(ConnectionOpened(elapsed=now - started, server_pid=link.pid, size=self._slots.size))
+            self._dispatcher.emit(
+                ConnectionOpened(elapsed=now - started, server_pid=link.pid, size=self._resources.size)
+            )
 
     def require_open(self) -> None:
         """Raise if no connection is opened any more."""
@@ -132,100 +134,102 @@ class Upkeep:
 
     # Giving back
 
-    def give_back(self, slot: Slot[Link]) -> None:
-        """Take back a slot whose session is as it was: close what is unfit, and keep the rest for the next caller.
+    def release(self, entry: PoolEntry[DriverConnection]) -> None:
+        """Take back an entry whose session is as it was: close what is unfit, and keep the rest for the next caller.
 
-        Every slot comes back through here: after use, after a reset, newly opened, handed to a caller who was cancelled
+        Every entry comes back through here: after use, after a reset, newly opened, handed to a caller who was cancelled
         meanwhile, emptied or never filled.
         """
-        if slot.resource is not None:
-            reason = self._unfit(slot)
+        if entry.resource is not None:
+            reason = self._unfit(entry)
             if reason is None:
-                slot.idle_since = self._clock.now()
+                entry.idle_since = self._clock.now()
             else:
-                self.close_connection(slot, reason)
-        self._slots.put(slot)
+                self.close_connection(entry, reason)
+        self._resources.put(entry)
         if self._reaper is None:
             self._schedule_reaping()
 
-    def recondition(self, slot: Slot[Link], seconds: float | None = None) -> asyncio.Task[None] | None:
-        """Take back a slot whose session may have changed: reset it in the background, or give it up.
+    def reset_and_release(
+        self, entry: PoolEntry[DriverConnection], seconds: float | None = None
+    ) -> asyncio.Task[None] | None:
+        """Take back an entry whose session may have changed: reset it in the background, or give it up.
 
         Args:
-            slot: The slot.
+            entry: The entry.
             seconds: How long the reset may take; by default `reset_timeout`.
 
         Returns:
             The reset. Nobody has to wait for it, and whoever does must not cancel it. `None` if there is nothing to
             reset.
         """
-        reason = self._unfit(slot)
+        reason = self._unfit(entry)
         if reason is not None:
-            self.give_back(slot)
+            self.release(entry)
             return None
-        slot.taken_at = self._clock.now()
-        prompt = slot.resource is not None and not slot.resource.is_cancelling
+        entry.taken_at = self._clock.now()
+        prompt = entry.resource is not None and not entry.resource.is_cancelling
         self.returning += prompt
         # Whoever waits for it is to learn that its time is up; if nobody does, a limit that costs less is enough.
         watched = seconds is None and self._config.session_reset != "on_release"
         limit = self._config.reset_timeout if seconds is None else seconds
-        # The slot is not given back by the task itself: one that is cancelled before its first step would never do it.
-        task = begin(self._reset(slot, limit, watched=watched), lambda task: self._settle(slot, task, prompt=prompt))
-        self._resets[slot] = task
+        # The entry is not given back by the task itself: one that is cancelled before its first step would never do it.
+        task = begin(self._reset(entry, limit, watched=watched), lambda task: self._settle(entry, task, prompt=prompt))
+        self._resets[entry] = task
         self._background.add(task)
         if watched:
             self._watched.begin(task, limit)
         return task
 
-    async def _reset(self, slot: Slot[Link], seconds: float, *, watched: bool) -> None:
-        link = slot.resource
+    async def _reset(self, entry: PoolEntry[DriverConnection], seconds: float, *, watched: bool) -> None:
+        link = entry.resource
         # What failed on it may have been judged by now, and the connection with it.
-        if link is not None and self._unfit(slot) is None:
+        if link is not None and self._unfit(entry) is None:
             self._counters.resets += 1
             await link.restore(self._config.reset, seconds, watched=watched)
 
-    def _settle(self, slot: Slot[Link], task: asyncio.Task[None], *, prompt: bool) -> None:
+    def _settle(self, entry: PoolEntry[DriverConnection], task: asyncio.Task[None], *, prompt: bool) -> None:
         self._background.discard(task)
         self._watched.waiting.pop(task, None)
         if task.cancelled() and task not in self._cut:
             self.forsaken = True
         self._cut.discard(task)
-        del self._resets[slot]
+        del self._resets[entry]
         self.returning -= prompt
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            self._discard_after(error, slot)
+            self._discard_after(error, entry)
         elif task.cancelled():
-            self.discard(slot, DiscardReason.RESET_FAILED)
+            self.discard(entry, DiscardReason.RESET_FAILED)
         else:
-            self.give_back(slot)
+            self.release(entry)
 
-    def _discard_after(self, error: BaseException, slot: Slot[Link]) -> None:
+    def _discard_after(self, error: BaseException, entry: PoolEntry[DriverConnection]) -> None:
         reason = scrub(f"{type(error).__name__}: {error}", self._config.secrets())
-        link = slot.resource
+        link = entry.resource
         # A loss is no news. What the application's own reset met has no caller who could see it.
         is_ours = self._config.reset is not None and link is not None and not link.connection.is_closed()
         if is_ours and not self._is_reset_reported:
             self._is_reset_reported = True
             _LOGGER.warning("reset= failed, so its connection was closed: %s (said once; stats() counts them)", reason)
-        self.close_connection(slot, DiscardReason.RESET_FAILED, error=reason)
-        self.give_back(slot)
+        self.close_connection(entry, DiscardReason.RESET_FAILED, error=reason)
+        self.release(entry)
 
-    def _unfit(self, slot: Slot[Link]) -> DiscardReason | None:
-        """Say why a slot's connection must not be kept, or `None`, and take note of what it has answered."""
-        link = slot.resource
-        if link is None or link.doomed or link.connection.is_closed():
+    def _unfit(self, entry: PoolEntry[DriverConnection]) -> DiscardReason | None:
+        """Say why an entry's connection must not be kept, or `None`, and take note of what it has answered."""
+        link = entry.resource
+        if link is None or link.invalidated or link.connection.is_closed():
             if link is not None and link.ended:
                 return DiscardReason.CLOSED
             return DiscardReason.CLOSING if self.closing else DiscardReason.FAILED
         uses = link.queries
-        if uses != slot.uses:
-            slot.uses, slot.asked_at = uses, slot.taken_at
+        if uses != entry.uses:
+            entry.uses, entry.asked_at = uses, entry.taken_at
             if not (link.has_served or link.is_cancelling):
                 link.has_served = True
         if self.closing:
             return DiscardReason.CLOSING
-        if slot.generation != self._generation:
+        if entry.generation != self._generation:
             return DiscardReason.GENERATION
         if uses >= self._config.max_queries and link.has_served:  # what was asked to open it counts, but not alone
             return DiscardReason.MAX_QUERIES
@@ -239,33 +243,35 @@ class Upkeep:
     @property
     def lone_reset(self) -> asyncio.Task[None] | None:
         """The reset of the connection used last, if it is prompt and nothing else is under way: only one caller is about."""
-        if self.returning != 1 or len(self._resets) != 1 or self._slots.size != self._slots.idle + 1:
+        if self.returning != 1 or len(self._resets) != 1 or self._resources.size != self._resources.idle + 1:
             return None
-        ((slot, reset),) = self._resets.items()
-        newest = self._slots.newest
-        return reset if newest is None or newest.idle_since <= slot.taken_at else None
+        ((entry, reset),) = self._resets.items()
+        newest = self._resources.last_used
+        return reset if newest is None or newest.idle_since <= entry.taken_at else None
 
-    def links(self) -> list[Link]:
+    def connections(self) -> list[DriverConnection]:
         """List the open connections, whatever they are doing."""
-        links = (slot.resource for slot in self._slots)
+        links = (entry.resource for entry in self._resources)
         return [link for link in links if link is not None and not link.connection.is_closed()]
 
     # Discarding
 
-    def is_outdated(self, slot: Slot[Link]) -> bool:
-        """Whether a slot is older than the last `expire()`."""
-        return slot.generation != self._generation
+    def is_outdated(self, entry: PoolEntry[DriverConnection]) -> bool:
+        """Whether an entry is older than the last `expire()`."""
+        return entry.generation != self._generation
 
-    def close_connection(self, slot: Slot[Link], reason: DiscardReason, *, error: str | None = None) -> None:
-        """Close a slot's connection without waiting, and keep the slot, now empty."""
-        link = slot.empty()
+    def close_connection(
+        self, entry: PoolEntry[DriverConnection], reason: DiscardReason, *, error: str | None = None
+    ) -> None:
+        """Close an entry's connection without waiting, and keep the entry, now empty."""
+        link = entry.empty()
         if link is None:
             return
         self._counters.discarded[reason] += 1
         if self._dispatcher:
-            self._dispatcher.tell(
+            self._dispatcher.emit(
                 ConnectionDiscarded(
-                    reason=reason, age=self._clock.now() - slot.opened_at, server_pid=link.pid, error=error
+                    reason=reason, age=self._clock.now() - entry.opened_at, server_pid=link.pid, error=error
                 )
             )
         if reason in _HANG_UP or link.connection.is_closed():
@@ -273,44 +279,44 @@ class Upkeep:
         else:
             self._background.add(begin(link.close(_CLOSE_LIMIT), lambda task: self._closed(link, task)))
 
-    def discard(self, slot: Slot[Link], reason: DiscardReason) -> None:
-        """Close a slot's connection without waiting, and give the slot to whoever waits for one."""
-        self.close_connection(slot, reason)
-        self.give_back(slot)
+    def discard(self, entry: PoolEntry[DriverConnection], reason: DiscardReason) -> None:
+        """Close an entry's connection without waiting, and give the entry to whoever waits for one."""
+        self.close_connection(entry, reason)
+        self.release(entry)
 
     def expire(self) -> None:
         """Condemn every connection opened before now: the idle ones at once, the others when they are given back."""
         self._generation += 1
-        for slot in self._slots.withdraw(lambda _: True):
-            self.discard(slot, DiscardReason.GENERATION)
+        for entry in self._resources.withdraw(lambda _: True):
+            self.discard(entry, DiscardReason.GENERATION)
 
-    def condemn(self, asked_at: float, reason: DiscardReason = DiscardReason.PING_FAILED) -> None:
+    def discard_idle_since(self, asked_at: float, reason: DiscardReason = DiscardReason.PING_FAILED) -> None:
         """Discard every connection that was asked last then or earlier: one like them was just found dead."""
-        for slot in self._slots.withdraw(lambda slot: slot.asked_at <= asked_at):
-            self.discard(slot, reason)
+        for entry in self._resources.withdraw(lambda entry: entry.asked_at <= asked_at):
+            self.discard(entry, reason)
 
     # Ageing
 
     @property
     def _idle_limit(self) -> float:
         """How long a connection may be idle, in seconds: less than the server's own patience, if it has one; 0 for ever."""
-        own, facts = self._config.max_inactive_connection_lifetime, self._connector.facts
+        own, facts = self._config.max_inactive_connection_lifetime, self._connector.server_info
         servers = 0.0 if facts is None else (facts.idle_session_timeout or 0.0) * _SHARE_OF_THE_SERVERS_PATIENCE
         return min(own, servers) if own and servers else own or servers
 
-    def retire(self, slot: Slot[Link]) -> None:
-        """Close the connection of a slot that was just taken, if it was idle for too long.
+    def close_if_idle_too_long(self, entry: PoolEntry[DriverConnection]) -> None:
+        """Close the connection of an entry that was just taken, if it was idle for too long.
 
         The timer does that in time, unless the process was frozen.
         """
-        limit, idle = self._idle_limit, self._clock.now() - slot.idle_since
-        if limit and idle >= limit and self._slots.size > self._config.min_size:
-            self.close_connection(slot, DiscardReason.IDLE)
+        limit, idle = self._idle_limit, self._clock.now() - entry.idle_since
+        if limit and idle >= limit and self._resources.size > self._config.min_size:
+            self.close_connection(entry, DiscardReason.IDLE)
 
     def _schedule_reaping(self) -> None:
         limit = self._idle_limit
-        oldest = self._slots.oldest_idle_since
-        if not limit or oldest is None or self.closing or self._slots.size <= self._config.min_size:
+        oldest = self._resources.oldest_idle_since
+        if not limit or oldest is None or self.closing or self._resources.size <= self._config.min_size:
             return
         self._reaper = self._clock.call_later(max(oldest + limit - self._clock.now(), 0.0), self._reap)
 
@@ -318,8 +324,8 @@ class Upkeep:
         self._reaper = None
         # A timer may fire a little early; whoever is as good as due goes too, or the timer would have to run again.
         due = self._clock.now() - self._idle_limit + 0.01
-        for slot in self._slots.withdraw(lambda slot: slot.idle_since <= due, keep=self._config.min_size):
-            self.discard(slot, DiscardReason.IDLE)
+        for entry in self._resources.withdraw(lambda entry: entry.idle_since <= due, keep=self._config.min_size):
+            self.discard(entry, DiscardReason.IDLE)
         self._schedule_reaping()
 
     # The end
@@ -337,8 +343,8 @@ class Upkeep:
             self._reaper = None
         for chore in self._chores:
             self._cut_short(chore)
-        for slot in self._slots.withdraw(lambda _: True):
-            self.discard(slot, DiscardReason.CLOSING)
+        for entry in self._resources.withdraw(lambda _: True):
+            self.discard(entry, DiscardReason.CLOSING)
 
     async def finish(self, seconds: float | None) -> bool:
         """Wait until every connection is back and closed.
@@ -352,11 +358,11 @@ class Upkeep:
         limit = self._clock.call_later(self._config.reset_timeout + _CLOSE_LIMIT, self._abandon_our_own)
         try:
             async with asyncio.timeout(seconds):
-                await self._slots.drained()
+                await self._resources.drained()
         except TimeoutError:
             _LOGGER.warning(
                 "closing the pool: %d connections were not released within %g s, and are cut off",
-                self._slots.size,
+                self._resources.size,
                 seconds,
             )
             return False
@@ -369,12 +375,12 @@ class Upkeep:
         return not self._background
 
     def _abandon_our_own(self) -> None:
-        for slot in self._slots:
-            if slot.resource is None or slot in self._resets:
-                self.close_connection(slot, DiscardReason.CLOSING)
-                self._slots.drop(slot)
+        for entry in self._resources:
+            if entry.resource is None or entry in self._resets:
+                self.close_connection(entry, DiscardReason.CLOSING)
+                self._resources.drop(entry)
 
-    async def rest(self, seconds: float | None) -> None:
+    async def wait_for_background(self, seconds: float | None) -> None:
         """Wait until nothing is done in the background; what is not done after `seconds` is cut short."""
         ends = None if seconds is None else self._clock.monotonic() + seconds
         try:
@@ -391,31 +397,31 @@ class Upkeep:
     def report_long_close(self, seconds: float) -> None:
         """Warn that connections have not come back, and say how many."""
         _LOGGER.warning(
-            "closing the pool takes over %g s: %d connections have not been released", seconds, self._slots.size
+            "closing the pool takes over %g s: %d connections have not been released", seconds, self._resources.size
         )
 
     def cut_off(self) -> None:
         """Close every connection at once, also those in use, and do nothing that needs an event loop."""
-        self.closing = True  # first: a lease whose connection is closed gives its slot back
-        for slot in self._slots:
-            if slot.resource is not None:
-                slot.resource.doomed = True
-                slot.resource.terminate()
+        self.closing = True  # first: a lease whose connection is closed gives its entry back
+        for entry in self._resources:
+            if entry.resource is not None:
+                entry.resource.invalidated = True
+                entry.resource.terminate()
 
     def disown(self) -> None:
         """Touch nothing any more: in a forked process all connections are the parent's."""
         self.closing = True
-        for link in self.links():
+        for link in self.connections():
             link.disown()
 
-    def hang_up(self) -> None:
+    def terminate(self) -> None:
         """Close every connection at once, also those in use. It needs no running event loop."""
         self.cut_off()
         self.begin_closing()
         for task in self._background:
             self._cut_short(task)
         self._watched.stop()
-        self._slots.abandon()
+        self._resources.stop_draining()
 
     def run_in_background(self, work: Coroutine[object, object, object]) -> None:
         """Do something that nobody waits for, and that is given up when the pool is closed."""
@@ -431,7 +437,7 @@ class Upkeep:
         self._chores.discard(task)
         self._cut.discard(task)
 
-    def _closed(self, link: Link, task: asyncio.Task[object]) -> None:
+    def _closed(self, link: DriverConnection, task: asyncio.Task[object]) -> None:
         self._forget(task)
         link.terminate()
 

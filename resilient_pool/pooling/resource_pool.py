@@ -11,13 +11,13 @@ from typing import Generic, TypeVar
 
 from resilient_pool.clock import Clock
 from resilient_pool.errors import AcquireTimeoutError
-from resilient_pool.pooling.timeouts import TimeLimits
+from resilient_pool.pooling.timeouts import TimeoutQueue
 
 R = TypeVar("R")
 
 
-class Slot(Generic[R]):
-    """A place for one resource. Whoever holds a slot without a resource has the right to open one.
+class PoolEntry(Generic[R]):
+    """A place for one resource. Whoever holds an entry without a resource has the right to open one.
 
     Attributes:
         resource: What stands in this place, or `None`.
@@ -74,23 +74,23 @@ class Slot(Generic[R]):
         return resource
 
 
-class Slots(Generic[R]):
-    """At most `max_size` slots: last in, first out for the idle, first come, first served for those who wait.
+class ResourcePool(Generic[R]):
+    """At most `max_size` resources: last in, first out for the idle, first come, first served for those who wait.
 
-    One rule holds after every method: while somebody waits no slot is idle. So a caller who takes an idle one has
+    One rule holds after every method: while somebody waits no entry is idle. So a caller who takes an idle one has
     overtaken nobody.
 
     How many resources may be opened at the same time is limited as well; at first by `max_size` only. A place for which
     nobody may open is given up, and whoever waits goes on waiting. So is, for a while, how many there may be: see `restrict`.
 
     Args:
-        max_size: How many slots there can be.
+        max_size: How many resources there can be.
         clock: Times the waiting.
         min_size: How many there should be.
 
     Attributes:
-        on_want: Called when a slot was given up although somebody waits, or although fewer than `min_size` are left.
-        on_return: Called with a slot whose taker was cancelled before it had it. It must `put` the slot.
+        on_connection_needed: Called when an entry was given up although somebody waits, or although fewer than `min_size` are left.
+        on_return: Called with an entry whose taker was cancelled before it had it. It must `put` the entry.
     """
 
     __slots__ = (
@@ -104,36 +104,36 @@ class Slots(Generic[R]):
         "_max_size",
         "_min_size",
         "_waiters",
+        "on_connection_needed",
         "on_return",
-        "on_want",
     )
 
     def __init__(self, max_size: int, clock: Clock, *, min_size: int = 0) -> None:
         self._max_size = self._admitted = self._ceiling = max_size
         self._min_size = min_size
-        self._all: set[Slot[R]] = set()
-        self._idle: list[Slot[R]] = []
-        self._limits: TimeLimits[asyncio.Future[Slot[R]]] = TimeLimits(clock, self._time_is_up)
+        self._all: set[PoolEntry[R]] = set()
+        self._idle: list[PoolEntry[R]] = []
+        self._limits: TimeoutQueue[asyncio.Future[PoolEntry[R]]] = TimeoutQueue(clock, self._time_is_up)
         self._waiters = self._limits.waiting
-        self._impatient: set[asyncio.Future[Slot[R]]] = set()
+        self._impatient: set[asyncio.Future[PoolEntry[R]]] = set()
         self._drained = asyncio.Event()
-        self.on_want: Callable[[], None] = _nothing
-        self.on_return: Callable[[Slot[R]], None] = self.put
+        self.on_connection_needed: Callable[[], None] = _nothing
+        self.on_return: Callable[[PoolEntry[R]], None] = self.put
 
     def __repr__(self) -> str:
-        return f"<Slots size={self.size} idle={self.idle} waiting={self.waiting} max_size={self._max_size}>"
+        return f"<ResourcePool size={self.size} idle={self.idle} waiting={self.waiting} max_size={self._max_size}>"
 
-    def __iter__(self) -> Iterator[Slot[R]]:
+    def __iter__(self) -> Iterator[PoolEntry[R]]:
         return iter(tuple(self._all))
 
     @property
     def size(self) -> int:
-        """How many slots exist, whatever they are doing."""
+        """How many resources exist, whatever they are doing."""
         return len(self._all)
 
     @property
     def idle(self) -> int:
-        """How many slots could be taken at once."""
+        """How many resources could be taken at once."""
         return len(self._idle)
 
     @property
@@ -148,87 +148,87 @@ class Slots(Generic[R]):
 
     @property
     def is_full(self) -> bool:
-        """Whether there are as many slots as there may be at present."""
+        """Whether there are as many resources as there may be at present."""
         return len(self._all) >= self._ceiling
 
     @property
     def ceiling(self) -> int:
-        """How many slots there may be at present."""
+        """How many resources there may be at present."""
         return self._ceiling
 
     @property
-    def wants(self) -> bool:
+    def is_connection_needed(self) -> bool:
         """Whether another resource would serve anybody."""
         return bool(self._waiters) or len(self._all) < self._min_size
 
     @property
     def opening(self) -> int:
-        """How many slots are in the hands of somebody who is about to fill them."""
-        return sum(slot.resource is None for slot in self._all)
+        """How many resources are in the hands of somebody who is about to fill them."""
+        return sum(entry.resource is None for entry in self._all)
 
     @property
-    def admitted(self) -> int:
+    def connect_limit(self) -> int:
         """How many resources may be opened at the same time."""
         return self._admitted
 
     @property
     def may_open(self) -> bool:
-        """Whether whoever holds an empty slot may fill it."""
+        """Whether whoever holds an empty entry may fill it."""
         return self.opening <= self._admitted and len(self._all) <= self._ceiling
 
     @property
     def has_resources(self) -> bool:
-        """Whether any slot is filled."""
-        return any(slot.resource is not None for slot in self._all)
+        """Whether any entry is filled."""
+        return any(entry.resource is not None for entry in self._all)
 
     def idle_resources(self) -> Iterator[R]:
-        """Iterate over the resources of the idle slots."""
-        return (slot.resource for slot in self._idle if slot.resource is not None)
+        """Iterate over the resources of the idle resources."""
+        return (entry.resource for entry in self._idle if entry.resource is not None)
 
     @property
     def oldest_idle_since(self) -> float | None:
-        """Since when the longest unused slot is idle, or `None` if none is."""
-        return min((slot.idle_since for slot in self._idle), default=None)
+        """Since when the longest unused entry is idle, or `None` if none is."""
+        return min((entry.idle_since for entry in self._idle), default=None)
 
     @property
-    def newest(self) -> Slot[R] | None:
-        """The idle slot that was used last, which `take` would take, or `None` if none is idle."""
+    def last_used(self) -> PoolEntry[R] | None:
+        """The idle entry that was used last, which `take` would take, or `None` if none is idle."""
         return self._idle[-1] if self._idle else None
 
-    def take(self) -> Slot[R] | None:
-        """Take the slot that was used last, else a new one to fill, else `None`: the caller has to wait."""
+    def take(self) -> PoolEntry[R] | None:
+        """Take the entry that was used last, else a new one to fill, else `None`: the caller has to wait."""
         if self._idle:
             return self._idle.pop()
         return self._grow()
 
-    def _grow(self) -> Slot[R] | None:
+    def _grow(self) -> PoolEntry[R] | None:
         return None if self.is_full or self.opening >= self._admitted else self.reserve()
 
-    def reserve(self) -> Slot[R] | None:
-        """Take a new and empty slot, admitted or not, or `None` if there are `max_size` already."""
+    def reserve(self) -> PoolEntry[R] | None:
+        """Take a new and empty entry, admitted or not, or `None` if there are `max_size` already."""
         if len(self._all) >= self._max_size:
             return None
-        slot: Slot[R] = Slot()
-        self._all.add(slot)
-        return slot
+        entry: PoolEntry[R] = PoolEntry()
+        self._all.add(entry)
+        return entry
 
-    def admit(self, number: int) -> None:
+    def set_connect_limit(self, number: int) -> None:
         """Let that many resources be opened at the same time."""
         self._admitted = number
 
     def restrict(self, ceiling: int | None) -> None:
-        """Let no more than that many slots be made by `take` and `offer`; `None` for `max_size`."""
+        """Let no more than that many resources be made by `take` and `offer`; `None` for `max_size`."""
         self._ceiling = self._max_size if ceiling is None else min(ceiling, self._max_size)
 
-    def offer(self) -> bool:
-        """Give whoever waits first a new slot to fill, if another one may be, and say whether that was so."""
-        slot = self._grow() if self._waiters else None
-        if slot is not None:
-            self.put(slot)
-        return slot is not None
+    def offer_entry(self) -> bool:
+        """Give whoever waits first a new entry to fill, if another one may be, and say whether that was so."""
+        entry = self._grow() if self._waiters else None
+        if entry is not None:
+            self.put(entry)
+        return entry is not None
 
-    async def wait(self, seconds: float | None, *, impatient: bool = False) -> Slot[R]:
-        """Wait for a slot, behind everybody who waits already.
+    async def wait(self, seconds: float | None, *, impatient: bool = False) -> PoolEntry[R]:
+        """Wait for an entry, behind everybody who waits already.
 
         Args:
             seconds: For how long at most; `None` for ever. The end may be noticed late, by a fiftieth of that time and
@@ -238,27 +238,27 @@ class Slots(Generic[R]):
         Raises:
             AcquireTimeoutError: None became free in time.
         """
-        ticket: asyncio.Future[Slot[R]] = asyncio.get_running_loop().create_future()
+        ticket: asyncio.Future[PoolEntry[R]] = asyncio.get_running_loop().create_future()
         self._limits.begin(ticket, seconds)
         if impatient:
             self._impatient.add(ticket)
             ticket.add_done_callback(self._impatient.discard)
         served = False
         try:
-            slot = await ticket
+            entry = await ticket
             served = True
         finally:
             if not served:
                 self._leave(ticket)
-        return slot
+        return entry
 
-    def _leave(self, ticket: asyncio.Future[Slot[R]]) -> None:
+    def _leave(self, ticket: asyncio.Future[PoolEntry[R]]) -> None:
         self._waiters.pop(ticket, None)
-        # The slot may have been handed over in the same turn of the loop as a cancellation. The pool may be closing since.
+        # The entry may have been handed over in the same turn of the loop as a cancellation. The pool may be closing since.
         if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
             self.on_return(ticket.result())
 
-    def _time_is_up(self, ticket: asyncio.Future[Slot[R]], seconds: float) -> None:
+    def _time_is_up(self, ticket: asyncio.Future[PoolEntry[R]], seconds: float) -> None:
         if not ticket.done():
             ticket.set_exception(
                 AcquireTimeoutError(
@@ -268,27 +268,27 @@ class Slots(Generic[R]):
                 )
             )
 
-    def put(self, slot: Slot[R]) -> None:
-        """Give a slot back: to whoever waits first, else to the idle stack. An empty slot that nobody may fill is gone."""
-        while self._waiters and (slot.resource is not None or self.may_open):
+    def put(self, entry: PoolEntry[R]) -> None:
+        """Give an entry back: to whoever waits first, else to the idle stack. An empty entry that nobody may fill is gone."""
+        while self._waiters and (entry.resource is not None or self.may_open):
             ticket, _ = self._waiters.popitem(last=False)
             if not ticket.done():
-                ticket.set_result(slot)
+                ticket.set_result(entry)
                 return
-        if slot.resource is None:
-            self._forget(slot)
+        if entry.resource is None:
+            self._forget(entry)
         else:
-            self._idle.append(slot)
+            self._idle.append(entry)
 
-    def withdraw(self, condition: Callable[[Slot[R]], bool], *, keep: int = 0) -> list[Slot[R]]:
-        """Take all idle slots that meet a condition, the longest unused first, while more than `keep` slots remain."""
+    def withdraw(self, condition: Callable[[PoolEntry[R]], bool], *, keep: int = 0) -> list[PoolEntry[R]]:
+        """Take all idle resources that meet a condition, the longest unused first, while more than `keep` resources remain."""
         spare = len(self._all) - keep
-        chosen = [slot for slot in self._idle if condition(slot)][: max(spare, 0)]
-        for slot in chosen:
-            self._idle.remove(slot)
+        chosen = [entry for entry in self._idle if condition(entry)][: max(spare, 0)]
+        for entry in chosen:
+            self._idle.remove(entry)
         return chosen
 
-    def dismiss_waiters(self, error: Callable[[], Exception]) -> None:
+    def fail_waiters(self, error: Callable[[], Exception]) -> None:
         """Let everybody who waits fail, each with an error of its own."""
         self._limits.stop()
         while self._waiters:
@@ -296,14 +296,14 @@ class Slots(Generic[R]):
             if not ticket.done():
                 ticket.set_exception(error())
 
-    def dismiss_impatient(self, error: Callable[[], Exception]) -> None:
+    def fail_fast_waiters(self, error: Callable[[], Exception]) -> None:
         """Let those who wait impatiently fail, each with an error of its own."""
         for ticket in tuple(self._impatient):
             self._waiters.pop(ticket, None)
             if not ticket.done():
                 ticket.set_exception(error())
 
-    def dismiss_since(self, instant: float, error: Callable[[], Exception]) -> None:
+    def fail_waiters_since(self, instant: float, error: Callable[[], Exception]) -> None:
         """Let those fail who have waited since then or longer, each with an error of its own."""
         for ticket, (_, since) in list(self._waiters.items()):
             if since <= instant:
@@ -311,26 +311,26 @@ class Slots(Generic[R]):
                 if not ticket.done():
                     ticket.set_exception(error())
 
-    def drop(self, slot: Slot[R]) -> None:
-        """Count a slot no more that is not coming back."""
-        self._forget(slot)
+    def drop(self, entry: PoolEntry[R]) -> None:
+        """Count an entry no more that is not coming back."""
+        self._forget(entry)
 
     async def drained(self) -> None:
-        """Wait until no slot is left, or until waiting for it has no more sense: see `abandon`."""
+        """Wait until no entry is left, or until waiting for it has no more sense: see `abandon`."""
         if self._all:
             self._drained.clear()
             await self._drained.wait()
 
-    def abandon(self) -> None:
-        """Let `drained` end although slots are left: nobody knows when they will come back."""
+    def stop_draining(self) -> None:
+        """Let `drained` end although resources are left: nobody knows when they will come back."""
         self._drained.set()
 
-    def _forget(self, slot: Slot[R]) -> None:
-        self._all.discard(slot)
+    def _forget(self, entry: PoolEntry[R]) -> None:
+        self._all.discard(entry)
         if not self._all:
             self._drained.set()
-        if self.wants:
-            self.on_want()
+        if self.is_connection_needed:
+            self.on_connection_needed()
 
 
 def _nothing() -> None:

@@ -18,7 +18,7 @@ _LATEST_SHARE = 0.02
 _TICK = 0.001
 
 
-class TimeLimits(Generic[K]):
+class TimeoutQueue(Generic[K]):
     """The things that wait, in the order in which they began, and what becomes of those whose time is up.
 
     The end of a limit may be noticed late, by a fiftieth of it and never by more than 0.05 s.

@@ -9,7 +9,7 @@ RETENTION = 86_400.0
 """For how many seconds the absence of a token proves anything. Rows of the commit log are kept for longer than that."""
 
 
-class Answer(Enum):
+class CommitStatus(Enum):
     """What became of a transaction."""
 
     COMMITTED = "committed"
@@ -58,7 +58,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
+class CommitToken:
     """What is known of a transaction before its COMMIT is sent.
 
     Attributes:
@@ -75,7 +75,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class XactStatusReply:
     """What a server says of a transaction id.
 
     Attributes:
@@ -89,10 +89,14 @@ class Reply:
     in_recovery: bool = False
 
 
-_ANSWERS = {"committed": Answer.COMMITTED, "aborted": Answer.ABORTED, "in progress": Answer.IN_PROGRESS}
+_ANSWERS = {
+    "committed": CommitStatus.COMMITTED,
+    "aborted": CommitStatus.ABORTED,
+    "in progress": CommitStatus.IN_PROGRESS,
+}
 
 
-def judge(mark: Mark, reply: Reply) -> Answer:
+def interpret_status(mark: CommitToken, reply: XactStatusReply) -> CommitStatus:
     """Say what a reply means for the transaction of `mark`.
 
     The status of an id means something only in the epoch that gave it: in any other it may be a stranger's. A standby's
@@ -100,17 +104,17 @@ def judge(mark: Mark, reply: Reply) -> Answer:
     server has not heard of looks to it like what never was.
     """
     if reply.in_recovery or _is_another_server(mark.epoch, reply.epoch):
-        return Answer.ELSEWHERE
+        return CommitStatus.ELSEWHERE
     if mark.xid is None or mark.epoch is None or reply.epoch != mark.epoch:
-        return Answer.UNKNOWN
-    return _ANSWERS.get(reply.status or "", Answer.UNKNOWN)
+        return CommitStatus.UNKNOWN
+    return _ANSWERS.get(reply.status or "", CommitStatus.UNKNOWN)
 
 
 def _is_another_server(then: Epoch | None, now: Epoch | None) -> bool:
     return then is not None and now is not None and (now.system != then.system or now.timeline < then.timeline)
 
 
-def judge_token(token: Token, *, fenced: bool | None, log: str, now: float) -> Answer:
+def interpret_token(token: Token, *, fenced: bool | None, log: str, now: float) -> CommitStatus:
     """Say what the row of a token means, after an attempt to insert it.
 
     Args:
@@ -120,13 +124,13 @@ def judge_token(token: Token, *, fenced: bool | None, log: str, now: float) -> A
         now: The present time by the server's clock, as seconds since 1970.
     """
     if fenced is None:
-        return Answer.IN_PROGRESS
+        return CommitStatus.IN_PROGRESS
     if not fenced:
-        return Answer.COMMITTED
+        return CommitStatus.COMMITTED
     # Only one can insert it: the transaction's own row can never come now. That it was never there is certain only
     # while no row of its age was deleted.
     is_kept = log == token.log and now - token.written_at < RETENTION
-    return Answer.ABORTED if is_kept else Answer.UNKNOWN
+    return CommitStatus.ABORTED if is_kept else CommitStatus.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

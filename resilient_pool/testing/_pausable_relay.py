@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import SupportsIndex
 
 from resilient_pool.testing import _protocol as _messages
-from resilient_pool.testing._relay import Ending, Flow, Manner, Rules, State, Stream
+from resilient_pool.testing._relay import Ending, Manner, Relay, Rules, State, Stream
 
 _TEXTS = MappingProxyType(
     {
@@ -49,7 +49,7 @@ class Ear(asyncio.StreamReader):
         super().set_exception(exc)
 
 
-class Visit(Flow):
+class PausableRelay(Relay):
     """A flow that waits until `serve()`, `reset()` or `turn_away()` says how it is met.
 
     Args:
@@ -66,7 +66,7 @@ class Visit(Flow):
         client: Stream,
         number: int,
         settings: Mapping[str, str],
-        settled: Callable[[Visit, str], None],
+        settled: Callable[[PausableRelay, str], None],
     ) -> None:
         super().__init__(rules, client, number)
         self.is_decided = False

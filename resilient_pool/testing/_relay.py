@@ -86,7 +86,7 @@ class Rules:
         self.bytes_to_client = 0
 
 
-class Flow:
+class Relay:
     """One connection: a client's side, the server's side, and what passes between them, message by message."""
 
     def __init__(self, rules: Rules, client: Stream, number: int) -> None:

@@ -8,7 +8,7 @@ import struct
 from typing import cast
 
 from resilient_pool.testing import _protocol as _messages
-from resilient_pool.testing._relay import Ending, Flow, OneShot, Rules, Stream
+from resilient_pool.testing._relay import Ending, OneShot, Relay, Rules, Stream
 from resilient_pool.testing._script import End, Point, Refusal, Script
 from resilient_pool.testing._stand_in import SPOILT, StandIn
 
@@ -18,7 +18,7 @@ _ENDS_OF_ANSWERS = frozenset({_messages.COMPLETE, _messages.ERROR, _messages.EMP
 _PASSED_ON = frozenset({_messages.READY, _messages.PARAMETER, _messages.COPY_IN, _messages.COPY_BOTH})
 
 
-class Scene(Flow):
+class Scene(Relay):
     """A flow whose client is answered by a script.
 
     Args:

@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from resilient_pool.testing._relay import Flow
+from resilient_pool.testing._relay import Relay
 
 Result = TypeVar("Result")
-AnyFlow = TypeVar("AnyFlow", bound=Flow)
+AnyFlow = TypeVar("AnyFlow", bound=Relay)
 
 _PATIENCE = 30.0
 _LISTEN_BACKLOG = 512

@@ -23,7 +23,7 @@ from typing import Literal, TypeVar, get_args
 
 from resilient_pool._validation import constructor_names_nearest
 from resilient_pool.testing._event_log import Attempt, Journal, LogEntry, Phase
-from resilient_pool.testing._pausable_relay import Ear, Visit
+from resilient_pool.testing._pausable_relay import Ear, PausableRelay
 from resilient_pool.testing._relay import Rules, Stream
 from resilient_pool.testing._syn_sniffer import RefusalWatch
 from resilient_pool.testing._threaded_server import READ_LIMIT, LoopbackService
@@ -39,7 +39,7 @@ _POLL = 0.005
 
 
 @constructor_names_nearest
-class PausingServer(LoopbackService[Visit]):
+class PausingServer(LoopbackService[PausableRelay]):
     """A PostgreSQL on 127.0.0.1 that behaves like a serverless one which scales to zero.
 
     It sleeps after `pause_after` seconds without a connection; an open one keeps it awake, even if idle. The first
@@ -281,7 +281,7 @@ class PausingServer(LoopbackService[Visit]):
 
     # Falling asleep and waking
 
-    def _open(self) -> list[Visit]:
+    def _open(self) -> list[PausableRelay]:
         return [visit for visit in self._running if visit.is_open]
 
     def _rest(self) -> None:
@@ -349,7 +349,9 @@ class PausingServer(LoopbackService[Visit]):
         self._stay_awake()
         self._match(writer)
         number = self._journal.arrived(self._now())
-        visit = Visit(Rules(self._target, self._tls), Stream(reader, writer), number, self._settings, self._settled)
+        visit = PausableRelay(
+            Rules(self._target, self._tls), Stream(reader, writer), number, self._settings, self._settled
+        )
         self._run(visit).add_done_callback(lambda _: self._left(visit))
         if self._journal.phase == "awake":
             self._admit(visit)
@@ -358,14 +360,14 @@ class PausingServer(LoopbackService[Visit]):
             self._begin_to_wake()
         self._put_off(visit, self._chooser.choice(self._away))
 
-    def _admit(self, visit: Visit) -> None:
+    def _admit(self, visit: PausableRelay) -> None:
         served = sum(each.is_served for each in self._running)
         if self._limited and self._capacity is not None and served >= self._capacity:
             visit.turn_away("53300")
         else:
             visit.serve()
 
-    def _put_off(self, visit: Visit, away: Away) -> None:
+    def _put_off(self, visit: PausableRelay, away: Away) -> None:
         if away in {"57P03", "28000"}:
             visit.turn_away(away)
         elif away != "hang":
@@ -373,11 +375,11 @@ class PausingServer(LoopbackService[Visit]):
         if away == "refuse":
             self._send(self._close_port())
 
-    def _settled(self, visit: Visit, outcome: str) -> None:
+    def _settled(self, visit: PausableRelay, outcome: str) -> None:
         self._journal.settle(visit.number, outcome, self._now())
         self._rest()
 
-    def _left(self, visit: Visit) -> None:
+    def _left(self, visit: PausableRelay) -> None:
         if visit.is_ready:
             self._journal.note("left", self._now(), visit.number)
         self._rest()

@@ -27,7 +27,7 @@ from typing import Literal, TypeVar
 
 from resilient_pool._validation import constructor_names_nearest
 from resilient_pool.testing._protocol import Matcher, fatal_error, matcher
-from resilient_pool.testing._relay import Ending, Flow, Manner, OneShot, Rules, State, Stream
+from resilient_pool.testing._relay import Ending, Manner, OneShot, Relay, Rules, State, Stream
 from resilient_pool.testing._threaded_server import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
@@ -38,7 +38,7 @@ class _Faults(abc.ABC):
     """The faults that a whole proxy and a single connection have in common."""
 
     @abc.abstractmethod
-    def _flows(self) -> list[Flow]: ...
+    def _flows(self) -> list[Relay]: ...
 
     @abc.abstractmethod
     def _armed(self) -> list[OneShot]: ...
@@ -150,7 +150,7 @@ class _Faults(abc.ABC):
 
 
 @constructor_names_nearest
-class FaultProxy(LoopbackService[Flow], _Faults):
+class FaultProxy(LoopbackService[Relay], _Faults):
     """A proxy on 127.0.0.1 in front of a PostgreSQL server.
 
     It lives in a thread with an event loop of its own and keeps working while the client's loop is blocked. Every
@@ -298,7 +298,7 @@ class FaultProxy(LoopbackService[Flow], _Faults):
         self.accept()
         self._rules.manner = manner
 
-    def _flows(self) -> list[Flow]:
+    def _flows(self) -> list[Relay]:
         return [flow for flow in self._running if flow.client_is_there and flow.state is not State.ENDED]
 
     def _armed(self) -> list[OneShot]:
@@ -309,13 +309,13 @@ class FaultProxy(LoopbackService[Flow], _Faults):
 
     def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._attempted_at.append(asyncio.get_running_loop().time())
-        self._run(Flow(self._rules, Stream(reader, writer), len(self._attempted_at)))
+        self._run(Relay(self._rules, Stream(reader, writer), len(self._attempted_at)))
 
 
 class ProxiedConnection(_Faults):
     """One connection through a `FaultProxy`, with the same faults for it alone."""
 
-    def __init__(self, proxy: FaultProxy, flow: Flow) -> None:
+    def __init__(self, proxy: FaultProxy, flow: Relay) -> None:
         self._proxy = proxy
         self._flow = flow
 
@@ -364,7 +364,7 @@ class ProxiedConnection(_Faults):
         """Undo what this connection's own methods did, as far as it is not final."""
         self._do(lambda: _undo(self._flow))
 
-    def _flows(self) -> list[Flow]:
+    def _flows(self) -> list[Relay]:
         return [self._flow]
 
     def _armed(self) -> list[OneShot]:
@@ -377,7 +377,7 @@ class ProxiedConnection(_Faults):
         return self._proxy._closing(server_sees_close)  # noqa: SLF001 - its own proxy
 
 
-def _undo(flow: Flow) -> None:
+def _undo(flow: Relay) -> None:
     flow.delay = 0.0
     flow.armed.clear()
     flow.passable.set()

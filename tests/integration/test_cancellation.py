@@ -27,7 +27,7 @@ async def lease(pool: ResilientPool) -> None:
 
 async def wait(pool: ResilientPool) -> None:
     holder = await pool.acquire()
-    asyncio.get_running_loop().call_later(0.02, lambda: pool._lender.take_back(holder))
+    asyncio.get_running_loop().call_later(0.02, lambda: pool._leases.release(holder))
     await pool.fetch("SELECT 1")
 
 
@@ -80,7 +80,7 @@ async def test_a_cancellation_at_any_await_leaves_a_pool_of_one_whole(postgres: 
 async def cut_once(pool: ResilientPool, work, *, at: int, late: bool, cold: bool) -> bool:
     if cold:
         await pool.expire_connections()
-        pool._connector.facts = None
+        pool._connector.server_info = None
     else:
         await pool.fetch("SELECT 1")
     cut = Cut(work(pool), at=at, late=late)
@@ -98,8 +98,8 @@ async def check(pool: ResilientPool, admin, name: str) -> None:
         assert await pool.fetchval("SELECT coalesce(current_setting('application.kept', true), '')") == ""
         while pool.stats().in_use or pool.stats().resetting:
             await asyncio.sleep(0)
-    slots = pool._slots
-    assert (slots.size, len(pool._upkeep.links()), slots.idle, slots.waiting) == (1, 1, 1, 0)
+    slots = pool._resources
+    assert (slots.size, len(pool._maintenance.connections()), slots.idle, slots.waiting) == (1, 1, 1, 0)
     await sessions_come_down_to(1, admin, name)
 
 

@@ -172,8 +172,8 @@ async def test_a_server_that_cannot_start_shows_its_log_and_leaves_nothing():
 
 async def test_a_given_data_directory_outlives_its_server():
     """A second server finds what a first one left in the same directory."""
-    async with EmbeddedPostgres() as lender:
-        base = Path(lender.socket_directory) / "kept"
+    async with EmbeddedPostgres() as leases:
+        base = Path(leases.socket_directory) / "kept"
         server = EmbeddedPostgres(data_directory=base)
         async with server, server.admin() as connection:
             await connection.execute("CREATE TABLE kept AS SELECT 7 AS value")

@@ -156,7 +156,7 @@ async def test_an_invocation_leaves_nobody_who_tries_to_connect(postgres):
                 with pytest.raises(asyncpg.CannotConnectNowError):
                     await pool.fetchval("SELECT 1")
             assert time.monotonic() - began < 0.3
-            assert not pool._upkeep._background
+            assert not pool._maintenance._background
 
 
 async def test_an_invocation_leaves_nothing_in_flight(dsn):
@@ -164,8 +164,8 @@ async def test_an_invocation_leaves_nothing_in_flight(dsn):
     async with ResilientPool(dsn, max_queries=1) as pool:
         async with pool.invocation(deadline=5.0):
             await asyncio.gather(*(pool.execute("SET work_mem TO '4MB'") for _ in range(5)))
-            assert pool._upkeep._background
-        assert not pool._upkeep._background
+            assert pool._maintenance._background
+        assert not pool._maintenance._background
         assert pool.stats().resetting == 0
 
 
@@ -202,7 +202,7 @@ async def test_a_statement_that_runs_too_long_is_cancelled(postgres, dsn):
             async with pool.invocation(deadline=0.5):
                 await pool.execute("SELECT pg_sleep(60)")
         assert time.monotonic() - began < 0.6
-        assert not pool._upkeep._background
+        assert not pool._maintenance._background
         async with postgres.admin() as admin:
             running = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state = 'active'"
             ends = time.monotonic() + 5
@@ -232,7 +232,7 @@ async def test_background_work_that_does_not_end_is_cut_short(postgres, proxy, d
             await pool.execute("SET work_mem TO '4MB'")
         assert 1.9 < time.monotonic() - began < 2.2
         assert pool.get_size() == 0
-        assert not pool._upkeep._background
+        assert not pool._maintenance._background
         assert await pool.fetchval("SELECT 1") == 1
 
 
@@ -255,6 +255,6 @@ async def test_leaving_an_invocation_can_be_cancelled(proxy, dsn):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while pool._upkeep._background:
+        while pool._maintenance._background:
             await asyncio.sleep(0)
         assert pool.get_size() == 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from resilient_pool import OutcomeUnknownError, ResilientPool
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.pooling.driver import Link
+from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.sql.read_only import StatementReader
 from resilient_pool.testing import FaultProxy
 
@@ -86,7 +86,7 @@ class Judge:
     async def judge(self, sql):
         """Whether a repeat of a statement leaves no effect, and a plain read has none that is not hidden."""
         statement = self.reader.read(sql)
-        repeated = statement.looks_like_read and await self.check.allows(Link(self.connection), [sql])
+        repeated = statement.looks_like_read and await self.check.allows(DriverConnection(self.connection), [sql])
         twice = await self.has_effect(sql, "BEGIN READ ONLY, NOT DEFERRABLE") if repeated else False
         once = await self.has_effect(sql, "BEGIN")
         self.seen.update(

@@ -14,7 +14,7 @@ from cut import Cut
 from resilient_pool import OutcomeUnknownError, ResilientPool
 from resilient_pool.events import OutcomeUnknown, RetryScheduled
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.pooling.driver import Link
+from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.sql.read_only import StatementReader
 from resilient_pool.testing import FaultProxy
 
@@ -126,7 +126,7 @@ async def test_an_honest_read_is_repeated(database, pool):
 
 async def test_a_row_policy_that_writes_is_found(database):
     """Also by a user whom it does not bind."""
-    check, link = ReadCheck(StatementReader()), Link(database.observer)
+    check, link = ReadCheck(StatementReader()), DriverConnection(database.observer)
     assert not await check.allows(link, ["SELECT * FROM guarded"])
     await database.observer.execute("ALTER TABLE guarded DISABLE ROW LEVEL SECURITY")
     check.forget()
@@ -135,7 +135,7 @@ async def test_a_row_policy_that_writes_is_found(database):
 
 async def test_a_foreign_table_is_not_trusted(database):
     """A partition of what is read may be one, too."""
-    check, link = ReadCheck(StatementReader()), Link(database.observer)
+    check, link = ReadCheck(StatementReader()), DriverConnection(database.observer)
     await database.observer.execute(
         "CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w;"
         "CREATE FOREIGN TABLE parted_2 PARTITION OF parted FOR VALUES IN (2) SERVER s"
@@ -147,7 +147,7 @@ async def test_a_foreign_table_is_not_trusted(database):
 
 async def test_the_server_is_asked_once_for_each_text(database):
     """Until the schema is known to have changed."""
-    check, link = ReadCheck(StatementReader()), Link(database.observer)
+    check, link = ReadCheck(StatementReader()), DriverConnection(database.observer)
     asked = link.queries
     assert await check.allows(link, ["SELECT steady(1)", "SELECT fixed(2)"])
     asked, first = link.queries, link.queries - asked
@@ -170,12 +170,14 @@ async def test_a_declared_function_is_not_asked_about(database):
         (("write",), "SELECT audit(1)", False),
         (("nextval",), "SELECT nextval('numbers')", False),
     ):
-        assert await ReadCheck(StatementReader(pure)).allows(Link(database.observer), [sql]) is expected, sql
+        assert await ReadCheck(StatementReader(pure)).allows(DriverConnection(database.observer), [sql]) is expected, (
+            sql
+        )
 
 
 async def test_a_text_that_writes_is_never_allowed(database):
     """One among several is enough."""
-    check, link = ReadCheck(StatementReader()), Link(database.observer)
+    check, link = ReadCheck(StatementReader()), DriverConnection(database.observer)
     assert not await check.allows(link, ["SELECT 1", "INSERT INTO journal VALUES ('x')"])
     assert await check.allows(link, [])
 

@@ -35,7 +35,7 @@ async def test_a_lease_released_while_its_connection_is_replaced_gives_the_place
     with pytest.raises(asyncpg.InterfaceError, match="released"):
         await running
     assert await works(pool_of_one)
-    assert pool_of_one._slots.size == 1
+    assert pool_of_one._resources.size == 1
 
 
 async def test_a_lease_released_between_two_attempts_takes_no_other_connection(pool_of_one):
@@ -87,7 +87,7 @@ async def test_two_operations_at_once_on_a_fresh_lease_are_refused_and_harm_neit
                 await lease.fetchval("SELECT 1")
             assert await running == lease.get_server_pid()
         assert pool.stats().pings_failed == 0
-        assert pool._slots.size == 1
+        assert pool._resources.size == 1
 
 
 async def test_two_operations_at_once_on_a_lease_that_is_checked_take_one_place(postgres):
@@ -98,7 +98,7 @@ async def test_two_operations_at_once_on_a_lease_that_is_checked_take_one_place(
             assert sorted(map(type, answers), key=str) == [asyncpg.InterfaceError, int]
         while pool.stats().resetting:
             await asyncio.sleep(0)
-        assert (pool._slots.size, pool.get_idle_size()) == (1, 1)
+        assert (pool._resources.size, pool.get_idle_size()) == (1, 1)
 
 
 async def test_a_replacement_that_could_not_be_set_up_is_not_used(postgres):
@@ -223,14 +223,14 @@ async def test_a_connection_doomed_while_it_is_idle_is_not_handed_out(pool_of_on
     pid = await pool_of_one.fetchval("SELECT pg_backend_pid()")
     while not pool_of_one.get_idle_size():
         await asyncio.sleep(0)
-    pool_of_one._upkeep.links()[0].doomed = True
+    pool_of_one._maintenance.connections()[0].invalidated = True
     assert await pool_of_one.fetchval("SELECT pg_backend_pid()") != pid
 
 
 async def test_a_doomed_connection_is_closed_as_soon_as_it_is_given_back(pool_of_one):
     """It does not wait for its next use to be found out."""
     async with pool_of_one.acquire() as lease:
-        lease._linked.doomed = True
+        lease._linked.invalidated = True
     assert pool_of_one.get_size() == 0
     assert pool_of_one.stats().resets == 0
 
@@ -262,4 +262,4 @@ async def test_a_connection_that_is_ready_only_after_the_pool_was_terminated_is_
         await caller
     await asyncio.sleep(0)
     assert made[0].is_closed()
-    assert pool._slots.size == 0
+    assert pool._resources.size == 0

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import ResilientPool
-from resilient_pool.pooling.driver import Link, ReadOnly
+from resilient_pool.pooling.driver import DriverConnection, ReadOnly
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 
@@ -180,7 +180,7 @@ async def test_read_only_asked_for_on_a_standby_is_the_callers_error():
 async def reason_behind_a_pooler(**arguments):
     connection = await asyncpg.connect(**arguments)
     try:
-        link = Link(connection)
+        link = DriverConnection(connection)
         link.is_pooled = True
         await link.learn_why_read_only()
         return link.read_only

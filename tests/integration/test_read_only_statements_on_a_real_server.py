@@ -86,7 +86,7 @@ async def test_the_data_modules_are_what_the_script_writes(postgres, postgres16)
     """The lists were not edited by hand and are not out of date."""
     catalogs = [await LISTING["read_catalog"](server) for server in (postgres16, postgres)]
     for name, text in LISTING["modules"](catalogs).items():
-        assert (LISTING["POLICY"] / name).read_text() == text
+        assert (LISTING["SQL"] / name).read_text() == text
 
 
 async def test_the_functions_with_effects_are_what_the_script_finds(postgres, postgres16):

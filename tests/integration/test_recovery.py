@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import AcquireTimeoutError, OutcomeUnknownError, ResilientPool
-from resilient_pool.events import GateClosed, GateOpened
+from resilient_pool.events import CircuitClosed, CircuitOpened
 from resilient_pool.testing import PausingServer
 
 WAYS = ["hang", "refuse", "reset", "57P03", "28000"]
@@ -65,13 +65,13 @@ async def test_the_gate_tells_what_it_does(postgres):
         async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, observers=[events.append]) as pool:
             call = asyncio.create_task(pool.fetchval("SELECT 1"))
             await server.until("resuming", 5)
-            while not pool.stats().gate_closed:
+            while not pool.stats().circuit_open:
                 await asyncio.sleep(0.01)
             assert await call == 1
             stats = pool.stats()
-    assert (stats.gate_closed, stats.exhausted) == (False, 0)
-    assert [event.sqlstate for event in events if isinstance(event, GateClosed)] == ["57P03"]
-    assert [event.attempts for event in events if isinstance(event, GateOpened)] == [stats.connect_failures]
+    assert (stats.circuit_open, stats.exhausted) == (False, 0)
+    assert [event.sqlstate for event in events if isinstance(event, CircuitOpened)] == ["57P03"]
+    assert [event.attempts for event in events if isinstance(event, CircuitClosed)] == [stats.connect_failures]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ async def test_fail_fast_may_be_said_for_one_call(postgres, way):
                 await asyncio.sleep(0)
             server.pause()
             patient = asyncio.create_task(pool.fetchval("SELECT 1", fail_fast=False))
-            while not pool.stats().gate_closed:
+            while not pool.stats().circuit_open:
                 await asyncio.sleep(0.01)
             began = time.monotonic()
             with pytest.raises(asyncpg.CannotConnectNowError):
@@ -237,7 +237,7 @@ async def test_closing_ends_an_opening_that_is_under_way(postgres, proxy):
         await held.fetchval("SELECT 1")
         proxy.hang()
         caller = asyncio.create_task(pool.fetchval("SELECT 1"))
-        while not pool._upkeep._openings:
+        while not pool._maintenance._openings:
             await asyncio.sleep(0.01)
         closing = asyncio.create_task(pool.close())
         with pytest.raises(asyncpg.InterfaceError, match="closing"):
@@ -251,7 +251,7 @@ async def test_other_connect_arguments_are_heeded_at_once(postgres, proxy):
     proxy.hang()
     async with ResilientPool(proxy.dsn(postgres.dsn()), ssl=False, deadline=10.0) as pool:
         call = asyncio.create_task(pool.fetchval("SELECT 1"))
-        while not pool._gate._attempts:
+        while not pool._circuit_breaker._attempts:
             await asyncio.sleep(0.01)
         pool.set_connect_args(postgres.dsn(), ssl=False)
         assert await asyncio.wait_for(call, 2) == 1
@@ -269,7 +269,7 @@ async def test_a_lost_commit_is_not_asked_about_for_ever_when_the_pool_closes(po
 
     proxy.swallow_next_answer(matching=b"COMMIT")
     writing = asyncio.create_task(pool.run_in_transaction(insert))
-    while not pool.stats().gate_closed:
+    while not pool.stats().circuit_open:
         await asyncio.sleep(0.01)
     pool.terminate()
     with pytest.raises(OutcomeUnknownError):

@@ -217,11 +217,11 @@ async def test_where_a_pool_is_redirected_to_is_asked_again_what_stands_there(po
     """There may be a pooler behind the other address."""
     async with ResilientPool(postgres.dsn()) as pool:
         await pool.fetch("SELECT 1")
-        pool._connector.facts = dataclasses.replace(pool._connector.facts, backend_pid=0)
+        pool._connector.server_info = dataclasses.replace(pool._connector.server_info, backend_pid=0)
         pool.set_connect_args(postgres.dsn())
         await pool.expire_connections()
         await pool.fetch("SELECT 1")
-        assert not pool._connector.facts.has_pooler
+        assert not pool._connector.server_info.has_pooler
 
 
 async def test_without_a_pooler_statements_are_prepared_as_asyncpg_does(postgres):

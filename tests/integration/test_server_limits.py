@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import BackoffPolicy, ResilientPool
-from resilient_pool.events import GateClosed
+from resilient_pool.events import CircuitOpened
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 
@@ -64,7 +64,7 @@ async def test_a_roles_limit_below_max_size_fails_nobody(postgres, way):
             assert await use(pool, 1.0, **options) == []
             assert pool.stats().connect_failures > 0
             assert pool.get_size() == 2
-            assert not [event for event in events if isinstance(event, GateClosed)]
+            assert not [event for event in events if isinstance(event, CircuitOpened)]
 
 
 async def test_a_databases_limit_below_max_size_fails_nobody(postgres):

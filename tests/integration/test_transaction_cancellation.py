@@ -169,7 +169,7 @@ async def under_another_role(scene: Scene, number: int) -> None:
 
 async def nothing(scene: Scene) -> None:
     """Let everything go well, and the log be pruned."""
-    scene.pool._transactions.inquiry._pruned = None
+    scene.pool._transactions.commit_resolver._pruned = None
 
 
 async def expire(scene: Scene) -> None:
@@ -180,7 +180,7 @@ async def expire(scene: Scene) -> None:
 async def drop_the_log(scene: Scene) -> None:
     """Let the question before COMMIT fail, so that the block is run again with one that cannot."""
     await scene.admin.execute(f"DROP TABLE IF EXISTS {LOG}")
-    scene.pool._transactions.inquiry._careful = False
+    scene.pool._transactions.commit_resolver._careful = False
 
 
 async def swallow(scene: Scene) -> None:
@@ -289,7 +289,7 @@ async def test_pruning_cut_off_at_any_await_leaves_nothing_open(postgres, databa
     async with staged(postgres, proxy, log=LOG, user=None) as scene:
         for at in range(100):
             await scene.pool.expire_connections()
-            cut, ended = await cut_once(scene.pool._transactions.inquiry._prune(), at=at, late=late)
+            cut, ended = await cut_once(scene.pool._transactions.commit_resolver._prune(), at=at, late=late)
             await settled_rows(scene, 0, orphaned=False)
             if not cut.happened:
                 break
@@ -316,8 +316,8 @@ async def settled_rows(scene: Scene, number: int, *, orphaned: bool) -> int:
         assert await scene.pool.fetchval("SELECT 1") == 1
         while scene.pool.stats().in_use or scene.pool.stats().resetting:
             await asyncio.sleep(0)
-        slots = scene.pool._slots
-        (link,) = scene.pool._upkeep.links()
+        slots = scene.pool._resources
+        (link,) = scene.pool._maintenance.connections()
         assert (slots.size, slots.idle, slots.waiting) == (1, 1, 0)
         while (sessions := await scene.sessions()) != {link.pid: "idle"}:
             if orphaned:

@@ -217,7 +217,7 @@ async def function_runtime() -> None:
         async with pool.invocation(), pool.acquire(fail_fast=True) as connection:
             await connection.execute("SELECT 1", fail_fast=None)
         await pool.run_in_transaction(with_connection, fail_fast=True)
-        assert_type(pool.stats().gate_closed, bool)
+        assert_type(pool.stats().circuit_open, bool)
         assert_type(pool.stats().connect_failures, int)
 
 

@@ -25,15 +25,15 @@ def test_every_observer_is_told_every_event_in_order():
     """Two observers see the same events, in the order in which they were told."""
     first, second = [], []
     dispatcher = Dispatcher([first.append, second.append])
-    dispatcher.tell(OPENED)
-    dispatcher.tell(DISCARDED)
+    dispatcher.emit(OPENED)
+    dispatcher.emit(DISCARDED)
     assert [OPENED, DISCARDED] == first == second
 
 
 def test_a_failing_observer_does_not_keep_the_others_from_being_told():
     """The observer behind a failing one still hears, and the caller of `tell` notices nothing."""
     heard = []
-    Dispatcher([failing, heard.append]).tell(OPENED)
+    Dispatcher([failing, heard.append]).emit(OPENED)
     assert heard == [OPENED]
 
 
@@ -41,7 +41,7 @@ def test_each_failing_observer_is_reported_once(caplog):
     """Two failing observers and three events make two log records, each with the exception."""
     dispatcher = Dispatcher([failing, lambda event: failing(event)])
     for _ in range(3):
-        dispatcher.tell(OPENED)
+        dispatcher.emit(OPENED)
     assert [("resilient_pool", logging.ERROR, RuntimeError)] * 2 == [
         (record.name, record.levelno, record.exc_info[0]) for record in caplog.records
     ]
@@ -55,7 +55,7 @@ def test_an_observer_cannot_swallow_an_interruption():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Dispatcher([interrupted]).tell(OPENED)
+        Dispatcher([interrupted]).emit(OPENED)
 
 
 def test_a_dispatcher_is_false_only_when_nobody_listens():
@@ -71,8 +71,8 @@ def test_the_names_are_dotted_and_each_belongs_to_one_kind_of_event():
         "pool.connection.discarded",
         "pool.retry.scheduled",
         "pool.retry.exhausted",
-        "pool.gate.closed",
-        "pool.gate.opened",
+        "pool.circuit.opened",
+        "pool.circuit.closed",
         "pool.outcome.resolved",
         "pool.outcome.unknown",
         "pool.pooler.detected",

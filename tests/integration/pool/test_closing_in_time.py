@@ -72,8 +72,8 @@ async def test_closing_does_not_wait_for_a_prune_that_waits_for_a_lock(make_pool
         async with postgres.admin() as admin:
             await admin.execute("BEGIN")
             await admin.execute("LOCK TABLE log_of_closing IN SHARE MODE")
-            pool._transactions.inquiry._pruned = None  # as if an hour had passed
-            pool._transactions.inquiry.prune()
+            pool._transactions.commit_resolver._pruned = None  # as if an hour had passed
+            pool._transactions.commit_resolver.prune()
             while not await admin.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
                 await asyncio.sleep(0.01)
             began = time.monotonic()
@@ -132,7 +132,7 @@ async def test_terminating_a_pool_that_is_being_opened_ends_the_opening(make_poo
     pool.terminate()
     with pytest.raises(asyncpg.InterfaceError, match="clos"):
         await asyncio.wait_for(opening, 2)
-    assert (pool.is_closed, pool._slots.size) == (True, 0)
+    assert (pool.is_closed, pool._resources.size) == (True, 0)
 
 
 def run(program, *arguments):
@@ -313,7 +313,7 @@ async def test_background_work_belongs_to_no_request(make_pool, eventually):
         await pool.execute("SET work_mem = '4MB'")
 
     await asyncio.create_task(request())
-    await eventually(lambda: pool.get_size() == 0 and not pool._upkeep._background)
+    await eventually(lambda: pool.get_size() == 0 and not pool._maintenance._background)
     assert Traced.seen[0] == ("execute", "request 1")
     assert {where for _, where in Traced.seen[1:] + contexts} == {"none"}
 

@@ -36,7 +36,7 @@ async def test_closing_after_a_storm_of_cancellations_ends(make_pool, sql):
         async with asyncio.timeout(10):
             await pool.close()
         await asyncio.wait(workers)
-        assert (pool.get_size(), pool._slots.size) == (0, 0)
+        assert (pool.get_size(), pool._resources.size) == (0, 0)
 
 
 @both_loops

@@ -219,13 +219,13 @@ async def test_fifty_cancelled_callers_do_not_block_one_connection(make_pool):
                 return number
 
         for _ in range(3):
-            doomed = [asyncio.create_task(call(number)) for number in range(50)]
+            invalidated = [asyncio.create_task(call(number)) for number in range(50)]
             survivor = asyncio.create_task(call(50))
-            for position, task in enumerate(doomed):
+            for position, task in enumerate(invalidated):
                 if position % 5 == 0:
                     await asyncio.sleep(0.001)
                 task.cancel()
-            outcomes = await asyncio.gather(*doomed, return_exceptions=True)
+            outcomes = await asyncio.gather(*invalidated, return_exceptions=True)
             assert all(isinstance(outcome, int | asyncio.CancelledError) for outcome in outcomes)
             async with asyncio.timeout(10):
                 assert await survivor == 50

@@ -77,7 +77,7 @@ async def stuck(work, pool, proxy, eventually) -> asyncio.Task[None]:
     seen = [0]
 
     def is_full() -> bool:
-        sizes = [link.connection._transport.get_write_buffer_size() for link in pool._upkeep.links()]
+        sizes = [link.connection._transport.get_write_buffer_size() for link in pool._maintenance.connections()]
         seen.append(max(sizes))
         return seen[-1] > 65_536 and seen[-20:] == [seen[-1]] * 20
 

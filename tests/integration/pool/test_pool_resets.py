@@ -34,14 +34,14 @@ async def test_a_reset_that_is_cancelled_gives_its_place_back(make_pool, turns):
     """Before its first step, once it is sent, and when it may have been answered: the session is not handed on."""
     async with make_pool(max_size=1) as pool:
         await pool.execute(LEAVE)
-        (reset,) = pool._upkeep._background
+        (reset,) = pool._maintenance._background
         for _ in range(turns):
             await asyncio.sleep(0)
         reset.cancel()
         async with asyncio.timeout(3):
             assert not await pool.fetchval(LOOK)
         assert (pool.stats().resetting, pool.get_size()) == (0, 1)
-        assert not pool._upkeep.returning
+        assert not pool._maintenance.returning
 
 
 @pytest.mark.parametrize(("reset_timeout", "timeout"), [(0.1, None), (30.0, 0.1)])
@@ -98,7 +98,7 @@ async def test_a_caller_that_waits_for_a_reset_is_served_when_it_is_answered(mak
         assert not await pool.fetchval(LOOK)
         stats = pool.stats()
         assert (stats.opened, stats.resets, stats.waits) == (1, 1, 2)  # for the first connection, too
-        assert not pool._upkeep._watched.waiting
+        assert not pool._maintenance._watched.waiting
 
 
 @both_loops

@@ -45,7 +45,7 @@ def test_a_time_that_is_no_number_of_seconds_is_refused_wherever_one_is_taken(va
     with pytest.raises(ConfigurationError, match=r"^timeout must be a number of seconds or None, at least 0"):
         pool.acquire(timeout=value)
     with pytest.raises(ConfigurationError, match=r"^deadline must be a number of seconds or None, at least 0"):
-        Invocation(pool._gate, pool._upkeep, pool._clock, value)
+        Invocation(pool._circuit_breaker, pool._maintenance, pool._clock, value)
 
 
 CALLS = {

@@ -12,7 +12,7 @@ from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.events import DiscardReason, Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import Call, Runner
+from resilient_pool.execution.retry_loop import Call, RetryLoop
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.driver import ReadOnly
 from resilient_pool.retry.verdict import Phase
@@ -31,7 +31,7 @@ class FakeLink:
     """A connection that notes what it is sent, to a server on which every function is stable, or none is."""
 
     def __init__(self, *, stable: bool = True, opened_at=None, read_only=None) -> None:
-        self.doomed, self.has_served, self.sent, self.asked = False, True, [], 0
+        self.invalidated, self.has_served, self.sent, self.asked = False, True, [], 0
         self.opened_at, self.read_only, self.queries, self.is_customized = opened_at, read_only, 0, False
         self.connection = SimpleNamespace(is_closed=lambda: True, execute=self.execute)
         self.stable = stable
@@ -48,14 +48,14 @@ class FakeLink:
 
 
 class Bench:
-    """A runner whose attempts end as a script says, on a clock that moves by itself."""
+    """A retry_loop whose attempts end as a script says, on a clock that moves by itself."""
 
     def __init__(self, *, opened_at=-1.0, read_only=None, **arguments) -> None:
         self.opened_at, self.read_only = opened_at, read_only
         self.events = []
         self.clock = ScriptedClock()
         self.expired = 0
-        self.condemned: list[tuple[float, DiscardReason]] = []
+        self.discarded: list[tuple[float, DiscardReason]] = []
         self.counters = Counters()
         defaults = {
             "backoff": BackoffPolicy(base=0.05, factor=2, max_value=2.0, jitter=exactly, max_attempts=5),
@@ -64,12 +64,12 @@ class Bench:
             ),
         }
         config = PoolConfig.from_arguments(None, **{**defaults, **arguments})
-        self.runner = Runner(
+        self.retry_loop = RetryLoop(
             config,
             StatementReader(),
             ReadCheck(StatementReader()),
-            SimpleNamespace(expire=self.expire, condemn=self.condemn),
-            SimpleNamespace(expects_writes=True, facts=None),
+            SimpleNamespace(expire=self.expire, discard_idle_since=self.discard_idle_since),
+            SimpleNamespace(expects_writes=True, server_info=None),
             self.clock,
             self.counters,
             Dispatcher([self.events.append]),
@@ -78,8 +78,8 @@ class Bench:
     def expire(self) -> None:
         self.expired += 1
 
-    def condemn(self, asked_at: float, reason: DiscardReason) -> None:
-        self.condemned.append((asked_at, reason))
+    def discard_idle_since(self, asked_at: float, reason: DiscardReason) -> None:
+        self.discarded.append((asked_at, reason))
 
     async def run(self, script, sql=READ, *, deadline=60.0, idempotent=False, replayable=True, stable=True):
         self.attempts = 0
@@ -92,7 +92,7 @@ class Bench:
             call.phase, call.link = phase, FakeLink(stable=stable, opened_at=self.opened_at, read_only=self.read_only)
             self.link = call.link
             self.links.append(call.link)
-            return await (self.runner.run_on(call, call.link) if phase is Phase.EXECUTE else execute(None))
+            return await (self.retry_loop.run_on(call, call.link) if phase is Phase.EXECUTE else execute(None))
 
         async def execute(connection):
             if isinstance(self.outcome, Exception):
@@ -100,7 +100,7 @@ class Bench:
             return self.outcome
 
         call = Call("execute", sql, execute, 0.0, deadline, idempotent=idempotent, replayable=replayable)
-        return await self.runner.run(call, attempt)
+        return await self.retry_loop.run(call, attempt)
 
     @property
     def waits(self):
@@ -198,7 +198,7 @@ async def test_a_write_that_found_its_connection_closed_is_repeated():
     bench = Bench()
     closed = asyncpg.InterfaceError("connection is closed")
     assert await bench.run([(EXECUTE, closed), (EXECUTE, "INSERT 0 1")], WRITE) == "INSERT 0 1"
-    assert bench.link.doomed is False
+    assert bench.link.invalidated is False
 
 
 async def test_a_server_that_stays_away_ends_the_call():
@@ -269,7 +269,7 @@ async def test_an_observer_that_raises_breaks_no_call():
         raise RuntimeError("bug")
 
     bench = Bench()
-    bench.runner._dispatcher = Dispatcher([broken])
+    bench.retry_loop._dispatcher = Dispatcher([broken])
     assert await bench.run([(EXECUTE, lost()), (EXECUTE, 1)]) == 1
 
 
@@ -297,7 +297,7 @@ async def test_what_the_driver_refuses_to_send_is_repeated_and_idle_connections_
     """Nothing was sent, and others may have heard the same last word."""
     bench = Bench()
     assert await bench.run([(EXECUTE, idle_and_refused()), (EXECUTE, 42)], WRITE) == 42
-    assert bench.condemned == [(0.0, DiscardReason.STALE)]
+    assert bench.discarded == [(0.0, DiscardReason.STALE)]
 
 
 async def test_a_stale_type_expires_every_connection_unless_it_was_met_on_a_new_one():
@@ -337,7 +337,7 @@ async def test_what_looks_like_a_read_is_repeated_behind_a_guard_only():
     assert await bench.run([(EXECUTE, lost()), (EXECUTE, lost()), (EXECUTE, 1)], LOOKING) == 1
     assert [link.sent for link in bench.links] == [[], [BEGIN], [BEGIN, "COMMIT"]]
     assert [link.asked for link in bench.links] == [0, 1, 0]
-    assert [link.doomed for link in bench.links] == [True, True, False]
+    assert [link.invalidated for link in bench.links] == [True, True, False]
     assert [type(event) for event in bench.events] == [RetryScheduled, RetryScheduled]
 
 
@@ -351,7 +351,7 @@ async def test_what_calls_something_volatile_is_not_repeated_and_no_retry_is_tol
     assert bench.link.sent == []
     assert [type(event) for event in bench.events] == [OutcomeUnknown]
     assert (sum(bench.counters.retries.values()), bench.counters.outcomes_unknown) == (0, 1)
-    assert not bench.link.doomed
+    assert not bench.link.invalidated
 
 
 async def test_a_write_that_the_guard_stops_is_unknown():
@@ -363,7 +363,7 @@ async def test_a_write_that_the_guard_stops_is_unknown():
         await bench.run([(EXECUTE, error), (EXECUTE, stopped)], LOOKING)
     assert caught.value.__cause__ is error
     assert bench.expired == 0
-    assert bench.link.doomed
+    assert bench.link.invalidated
 
 
 @pytest.mark.parametrize("promise", ["idempotent", "retry_unknown"])
@@ -400,7 +400,7 @@ async def test_a_read_whose_own_error_comes_in_the_guard_ends_with_it():
     with pytest.raises(asyncpg.UndefinedTableError) as caught:
         await bench.run([(EXECUTE, lost()), (EXECUTE, error)], LOOKING)
     assert caught.value is error
-    assert bench.link.doomed
+    assert bench.link.invalidated
 
 
 async def test_the_answer_to_the_guards_commit_is_not_needed(monkeypatch):
@@ -414,7 +414,7 @@ async def test_the_answer_to_the_guards_commit_is_not_needed(monkeypatch):
 
     monkeypatch.setattr(FakeLink, "execute", execute)
     assert await bench.run([(EXECUTE, lost()), (EXECUTE, 7)], LOOKING) == 7
-    assert bench.link.doomed
+    assert bench.link.invalidated
 
 
 async def test_a_guard_whose_catalog_cannot_be_asked_does_not_repeat(monkeypatch):

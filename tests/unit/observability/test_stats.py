@@ -18,7 +18,7 @@ NOW = {
     "waiting": 2,
     "min_size": 0,
     "max_size": 10,
-    "gate_closed": False,
+    "circuit_open": False,
 }
 
 

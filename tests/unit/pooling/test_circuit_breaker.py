@@ -1,4 +1,4 @@
-"""The recovery gate: who tries to reach an absent server, who waits, who is admitted afterwards, and what they are told."""
+"""The circuit breaker: who tries to reach an absent server, who waits, who is admitted afterwards, and what they are told."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from resilient_pool import BackoffPolicy
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import AcquireTimeoutError
-from resilient_pool.events import Dispatcher, GateClosed, GateOpened, RetryScheduled
+from resilient_pool.events import CircuitClosed, CircuitOpened, Dispatcher, RetryScheduled
 from resilient_pool.observability.stats import Counters
-from resilient_pool.pooling.acquire import Checkout
-from resilient_pool.pooling.circuit_breaker import RecoveryGate
-from resilient_pool.pooling.resource_pool import Slots
+from resilient_pool.pooling.acquire import Acquirer
+from resilient_pool.pooling.circuit_breaker import CircuitBreaker
+from resilient_pool.pooling.resource_pool import ResourcePool
 from resilient_pool.retry.verdict import Fault
 from resilient_pool.testing import ScriptedClock
 
@@ -25,28 +25,28 @@ def exactly(value: float) -> float:
     return value
 
 
-class FakeLink:
+class FakeConnection:
     """A connection that is well until somebody breaks it."""
 
-    doomed = False
+    invalidated = False
     broken = False
     has_served = False
 
-    def is_quiet(self):
+    def socket_is_idle(self):
         return not self.broken
 
-    async def settle(self):
+    async def drain_socket(self):
         return not self.broken
 
     async def ping(self, seconds):
         return True
 
 
-class FakeUpkeep:
+class FakeMaintenance:
     """Opens connections as a script says: each takes `takes` seconds, then fails with the next error or succeeds."""
 
-    def __init__(self, slots, clock, errors, takes) -> None:
-        self.slots = slots
+    def __init__(self, resources, clock, errors, takes) -> None:
+        self.resources = resources
         self.clock = clock
         self.errors = iter(errors)
         self.takes = takes
@@ -55,7 +55,7 @@ class FakeUpkeep:
         self.began = []
         self.at_once = self.most_at_once = 0
 
-    async def open_into(self, slot, seconds):
+    async def open_into(self, entry, seconds):
         self.began.append(round(self.clock.monotonic(), 3))
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
@@ -70,26 +70,26 @@ class FakeUpkeep:
         if error is not None:
             raise error
         now = self.clock.now()
-        slot.fill(FakeLink(), now=now, expires_at=1e9, generation=0)
+        entry.fill(FakeConnection(), now=now, expires_at=1e9, generation=0)
 
-    def give_back(self, slot):
-        slot.idle_since = self.clock.now()
-        self.slots.put(slot)
+    def release(self, entry):
+        entry.idle_since = self.clock.now()
+        self.resources.put(entry)
 
-    def close_connection(self, slot, reason):
-        slot.empty()
+    def close_connection(self, entry, reason):
+        entry.empty()
 
-    def discard(self, slot, reason):
-        slot.empty()
-        self.slots.put(slot)
+    def discard(self, entry, reason):
+        entry.empty()
+        self.resources.put(entry)
 
-    def links(self):
-        return [slot.resource for slot in self.slots if slot.resource is not None and not slot.resource.broken]
+    def connections(self):
+        return [entry.resource for entry in self.resources if entry.resource is not None and not entry.resource.broken]
 
-    def is_outdated(self, slot):
+    def is_outdated(self, entry):
         return False
 
-    def retire(self, slot):
+    def close_if_idle_too_long(self, entry):
         """Nothing is ever too old here."""
 
     def require_open(self):
@@ -97,7 +97,7 @@ class FakeUpkeep:
 
 
 class Bench:
-    """A gate in front of a scripted server, and callers who take connections through it."""
+    """A circuit breaker in front of a scripted server, and callers who take connections through it."""
 
     def __init__(self, *errors, takes=0.0, **arguments) -> None:
         defaults = {
@@ -110,24 +110,28 @@ class Bench:
         self.clock = ScriptedClock(auto=False)
         self.events = []
         self.counters = Counters()
-        self.slots = Slots(config.max_size, self.clock, min_size=config.min_size)
-        self.upkeep = FakeUpkeep(self.slots, self.clock, errors, takes)
+        self.resources = ResourcePool(config.max_size, self.clock, min_size=config.min_size)
+        self.maintenance = FakeMaintenance(self.resources, self.clock, errors, takes)
         connector = SimpleNamespace(expects_writes=True)
         dispatcher = Dispatcher([self.events.append])
-        self.gate = RecoveryGate(config, self.slots, self.upkeep, connector, self.clock, self.counters, dispatcher)
-        self.checkout = Checkout(config, self.slots, self.upkeep, self.gate, self.clock, self.counters)
+        self.circuit_breaker = CircuitBreaker(
+            config, self.resources, self.maintenance, connector, self.clock, self.counters, dispatcher
+        )
+        self.acquirer = Acquirer(
+            config, self.resources, self.maintenance, self.circuit_breaker, self.clock, self.counters
+        )
 
     def call(self, deadline=60.0, *, fail_fast=False, holds=0.0):
         """Begin a call that takes a connection, keeps it for a while and gives it back."""
 
         async def use():
             ends = None if deadline is None else self.clock.monotonic() + deadline
-            slot = await self.checkout.take(ends, fail_fast=fail_fast)
+            entry = await self.acquirer.acquire(ends, fail_fast=fail_fast)
             try:
                 if holds:
                     await self.clock.sleep(holds)
             finally:
-                self.upkeep.give_back(slot)
+                self.maintenance.release(entry)
             return round(self.clock.monotonic(), 3)
 
         return asyncio.ensure_future(use())
@@ -149,8 +153,8 @@ async def test_a_cold_pool_meets_the_server_with_one_attempt():
     bench = Bench(takes=5.0)
     calls = [bench.call() for _ in range(100)]
     await bench.clock.run(4.9)
-    assert bench.upkeep.began == [0.0]
-    assert bench.slots.size == 1  # nobody who waits holds a slot
+    assert bench.maintenance.began == [0.0]
+    assert bench.resources.size == 1  # nobody who waits holds an entry
     for _ in range(20):
         await bench.clock.run(1.0)
     assert [call.exception() for call in calls] == [None] * 100
@@ -161,9 +165,9 @@ async def test_the_prober_tries_under_the_reconnect_policy_and_nobody_else_does(
     bench = Bench(*away(5))
     calls = [bench.call() for _ in range(100)]
     await bench.clock.run(3.7)
-    assert bench.upkeep.began == [0.0, 0.25, 0.75, 1.75, 2.75]
-    assert bench.upkeep.most_at_once == 1
-    assert bench.slots.size == 0
+    assert bench.maintenance.began == [0.0, 0.25, 0.75, 1.75, 2.75]
+    assert bench.maintenance.most_at_once == 1
+    assert bench.resources.size == 0
     await bench.clock.run(0.05)
     assert await asyncio.gather(*calls) == [3.75] * 100
     assert [(event.operation, event.attempt, event.delay) for event in bench.told(RetryScheduled)] == [
@@ -173,8 +177,8 @@ async def test_the_prober_tries_under_the_reconnect_policy_and_nobody_else_does(
         ("connect", 4, 1.0),
         ("connect", 5, 1.0),
     ]
-    assert bench.told(GateClosed) == [GateClosed(fault=Fault.UNREACHABLE, sqlstate=None)]
-    assert bench.told(GateOpened) == [GateOpened(attempts=5, elapsed=3.75)]
+    assert bench.told(CircuitOpened) == [CircuitOpened(fault=Fault.UNREACHABLE, sqlstate=None)]
+    assert bench.told(CircuitClosed) == [CircuitClosed(attempts=5, elapsed=3.75)]
     assert bench.counters.connect_failures == 5
 
 
@@ -185,7 +189,7 @@ async def test_after_the_prober_waiters_are_admitted_one_then_two_then_four():
     most = []
     for _ in range(7):
         await bench.clock.run(0.5)
-        most.append(bench.upkeep.at_once)
+        most.append(bench.maintenance.at_once)
         await bench.clock.run(0.5)
     assert most == [1, 1, 2, 4, 8, 4, 0]
     await bench.clock.run(60.0)
@@ -198,8 +202,8 @@ async def test_an_admitted_waiter_that_fails_closes_the_gate_again():
     calls = [bench.call(holds=1.0) for _ in range(3)]
     await bench.clock.run(10.0)
     assert [call.exception() for call in calls] == [None] * 3
-    assert bench.upkeep.most_at_once == 1
-    assert len(bench.told(GateClosed)) == len(bench.told(GateOpened)) == 1
+    assert bench.maintenance.most_at_once == 1
+    assert len(bench.told(CircuitOpened)) == len(bench.told(CircuitClosed)) == 1
 
 
 async def test_a_deadline_ends_the_waiting_with_the_original_error():
@@ -252,9 +256,9 @@ async def test_the_prober_stops_when_nobody_waits_any_more():
     assert call.done()
     other.cancel()
     await bench.clock.run(0.0)
-    attempts = len(bench.upkeep.began)
+    attempts = len(bench.maintenance.began)
     await bench.clock.run(100.0)
-    assert len(bench.upkeep.began) == attempts
+    assert len(bench.maintenance.began) == attempts
 
 
 async def test_an_attempt_under_way_is_given_up_when_nobody_waits_any_more():
@@ -264,9 +268,9 @@ async def test_an_attempt_under_way_is_given_up_when_nobody_waits_any_more():
         call = bench.call(0.05)
         await bench.clock.run(0.05)
         assert isinstance(call.exception(), AcquireTimeoutError)
-    assert bench.upkeep.began == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert bench.upkeep.at_once == 0
-    assert bench.slots.size == 0
+    assert bench.maintenance.began == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert bench.maintenance.at_once == 0
+    assert bench.resources.size == 0
 
 
 async def test_a_caller_that_comes_as_the_last_one_leaves_is_not_forgotten():
@@ -294,7 +298,7 @@ async def test_what_waiting_does_not_cure_ends_everybodys_waiting_at_once():
     again = bench.call()
     await bench.clock.run(0.0)
     assert again.exception() is None
-    assert bench.told(GateClosed) == []
+    assert bench.told(CircuitOpened) == []
 
 
 async def test_a_policy_of_few_attempts_is_kept():
@@ -302,7 +306,7 @@ async def test_a_policy_of_few_attempts_is_kept():
     bench = Bench(*away(9), reconnect=BackoffPolicy(base=1.0, factor=2, jitter=exactly, max_attempts=3))
     call = bench.call()
     await bench.clock.run(3.0)
-    assert bench.upkeep.began == [0.0, 1.0, 3.0]
+    assert bench.maintenance.began == [0.0, 1.0, 3.0]
     assert "after 3 attempts" in call.exception().__notes__[0]
 
 
@@ -315,11 +319,11 @@ async def test_fail_fast_does_not_wait_for_a_server_known_to_be_away():
     second = bench.call(fail_fast=True)
     await bench.clock.run(0.0)
     assert isinstance(second.exception(), ConnectionRefusedError)
-    assert bench.upkeep.began == [0.0]
+    assert bench.maintenance.began == [0.0]
     await bench.clock.run(0.25)
-    assert bench.upkeep.began == [0.0, 0.25]
+    assert bench.maintenance.began == [0.0, 0.25]
     await bench.clock.run(100.0)
-    assert bench.upkeep.began == [0.0, 0.25]  # nobody waits
+    assert bench.maintenance.began == [0.0, 0.25]  # nobody waits
     third = bench.call(fail_fast=True)
     await bench.clock.run(0.0)
     assert isinstance(third.exception(), ConnectionRefusedError)
@@ -379,7 +383,7 @@ async def test_a_server_that_was_up_meanwhile_may_be_waking_up_anew():
     policy = BackoffPolicy(base=10.0, factor=1, max_value=None, jitter=exactly, max_attempts=None)
     bench = Bench(unlisted(), unlisted(), None, unlisted(), None, max_size=1, reconnect=policy)
     assert await _after(bench, bench.call(), 20.0) is None
-    bench.upkeep.discard(bench.slots.take(), None)
+    bench.maintenance.discard(bench.resources.take(), None)
     await bench.clock.run(45.0)
     assert await _after(bench, bench.call(), 10.0) is None
 
@@ -390,25 +394,25 @@ async def _after(bench, call, seconds):
 
 
 async def _open_three(bench):
-    """Let the gate open wide, and leave three idle connections."""
+    """Let the circuit breaker close, and leave three idle connections."""
     calls = [bench.call(holds=1.0) for _ in range(3)]
     await bench.clock.run(10.0)
     assert [call.exception() for call in calls] == [None] * 3
-    assert (bench.slots.idle, bench.slots.admitted) == (3, 3)
-    bench.upkeep.began.clear()
-    bench.upkeep.most_at_once = 0
+    assert (bench.resources.idle, bench.resources.connect_limit) == (3, 3)
+    bench.maintenance.began.clear()
+    bench.maintenance.most_at_once = 0
 
 
 async def test_when_no_connection_is_left_the_server_is_not_known_to_be_up():
     """It may have gone to sleep, so the next crowd is met by one again."""
     bench = Bench(max_size=3)
     await _open_three(bench)
-    for slot in bench.slots.withdraw(lambda _: True):
-        bench.upkeep.discard(slot, None)
-    bench.upkeep.takes = 1.0
+    for entry in bench.resources.withdraw(lambda _: True):
+        bench.maintenance.discard(entry, None)
+    bench.maintenance.takes = 1.0
     calls = [bench.call() for _ in range(10)]
     await bench.clock.run(0.9)
-    assert (len(bench.upkeep.began), bench.slots.size) == (1, 1)
+    assert (len(bench.maintenance.began), bench.resources.size) == (1, 1)
     await bench.clock.run(20.0)
     assert [call.exception() for call in calls] == [None] * 10
 
@@ -417,33 +421,33 @@ async def test_whoever_finds_a_dead_connection_waits_for_the_prober_as_well():
     """It gives its place up, rather than to knock at the server's door beside the prober."""
     bench = Bench(*[None] * 3, *away(2), max_size=3)
     await _open_three(bench)
-    for slot in bench.slots:
-        slot.resource.broken = True
-    bench.gate.doubt()
+    for entry in bench.resources:
+        entry.resource.broken = True
+    bench.circuit_breaker.half_open()
     calls = [bench.call() for _ in range(3)]
     await bench.clock.run(0.3)
-    assert (bench.upkeep.most_at_once, bench.slots.size) == (1, 0)
+    assert (bench.maintenance.most_at_once, bench.resources.size) == (1, 0)
     await bench.clock.run(20.0)
     assert [call.exception() for call in calls] == [None] * 3
-    assert bench.upkeep.most_at_once == 1
+    assert bench.maintenance.most_at_once == 1
 
 
 async def test_an_attempt_cut_short_by_its_callers_deadline_makes_the_next_ones_careful():
     """It tells nothing about the server, and so nobody knows any more that it is up."""
     bench = Bench(max_size=3)
     await _open_three(bench)
-    held = bench.slots.take()
-    for slot in bench.slots.withdraw(lambda _: True):
-        bench.upkeep.discard(slot, None)
-    bench.upkeep.takes = 30.0
+    held = bench.resources.take()
+    for entry in bench.resources.withdraw(lambda _: True):
+        bench.maintenance.discard(entry, None)
+    bench.maintenance.takes = 30.0
     hasty = bench.call(1.0)
     await bench.clock.run(1.0)
     assert isinstance(hasty.exception(), TimeoutError)
-    assert not bench.gate.is_closed
+    assert not bench.circuit_breaker.is_open
     calls = [bench.call() for _ in range(3)]
     await bench.clock.run(1.0)
-    assert bench.upkeep.at_once == 1
-    bench.upkeep.give_back(held)
+    assert bench.maintenance.at_once == 1
+    bench.maintenance.release(held)
     await bench.clock.run(1.0)
     assert [call.exception() for call in calls] == [None] * 3
 
@@ -454,10 +458,10 @@ async def test_failures_at_the_same_moment_count_once():
     bench = Bench(None, None, None, *away(3), max_size=5, reconnect=policy)
     calls = [bench.call(holds=1.0) for _ in range(3)]
     await bench.clock.run(10.0)
-    held = [bench.slots.take() for _ in range(3)]
-    bench.slots.admit(5)
-    bench.upkeep.discard(held.pop(), None)
-    bench.upkeep.discard(held.pop(), None)
+    held = [bench.resources.take() for _ in range(3)]
+    bench.resources.set_connect_limit(5)
+    bench.maintenance.discard(held.pop(), None)
+    bench.maintenance.discard(held.pop(), None)
     calls = [bench.call() for _ in range(3)]
     await bench.clock.run(5.0)
     assert [call.exception() for call in calls] == [None] * 3
@@ -478,12 +482,12 @@ async def test_live_connections_serve_waiters_while_the_gate_is_closed():
 async def test_a_place_given_up_while_the_gate_is_closed_calls_the_prober():
     """When every place is taken there is nothing to probe for; when one is lost, somebody must."""
     bench = Bench(None, refused(), None, max_size=1)
-    holder = await bench.checkout.take(None)
-    bench.gate.doubt()
+    holder = await bench.acquirer.acquire(None)
+    bench.circuit_breaker.half_open()
     waiter = bench.call()
     await bench.clock.run(1.0)
-    assert bench.upkeep.began == [0.0]
-    bench.upkeep.discard(holder, None)
+    assert bench.maintenance.began == [0.0]
+    bench.maintenance.discard(holder, None)
     await bench.clock.run(1.0)
     assert waiter.exception() is None
 
@@ -491,13 +495,13 @@ async def test_a_place_given_up_while_the_gate_is_closed_calls_the_prober():
 async def test_the_minimum_is_filled_and_refilled_one_after_the_other():
     """Without anybody waiting, also after losses and failures."""
     bench = Bench(None, refused(), min_size=2, init_size=2)
-    bench.gate.call()
+    bench.circuit_breaker.ensure_prober()
     for _ in range(4):
         await bench.clock.run(0.5)
-    assert (bench.slots.size, bench.slots.idle) == (2, 2)
-    bench.upkeep.discard(bench.slots.take(), None)
+    assert (bench.resources.size, bench.resources.idle) == (2, 2)
+    bench.maintenance.discard(bench.resources.take(), None)
     await bench.clock.run(0.0)
-    assert bench.slots.idle == 2
+    assert bench.resources.idle == 2
 
 
 @pytest.mark.parametrize("waiters", [0, 1, 3, 8])
@@ -505,20 +509,20 @@ async def test_the_minimum_is_filled_after_an_outage_however_many_wait(waiters):
     """Those who wait open for themselves; the rest is filled when they have been served."""
     bench = Bench(refused(), None, min_size=9, init_size=9)
     calls = [bench.call() for _ in range(waiters)]
-    bench.gate.call()
+    bench.circuit_breaker.ensure_prober()
     for _ in range(10):
         await bench.clock.run(0.5)
     assert [call.exception() for call in calls] == [None] * waiters
-    assert bench.slots.size == 9
+    assert bench.resources.size == 9
 
 
 async def test_the_minimum_does_not_hammer_at_a_door_that_stays_closed():
     """A final refusal is no reason to try again at once; but whoever comes is told the news."""
     bench = Bench(*(asyncpg.InvalidPasswordError("no") for _ in range(1000)), min_size=1, init_size=1)
-    bench.gate.call()
+    bench.circuit_breaker.ensure_prober()
     for _ in range(20):
         await bench.clock.run(0.5)
-    assert len(bench.upkeep.began) <= 12
+    assert len(bench.maintenance.began) <= 12
     call = bench.call()
     await bench.clock.run(1.0)
     assert isinstance(call.exception(), asyncpg.InvalidPasswordError)
@@ -528,10 +532,10 @@ async def test_an_opening_that_never_waits_for_anything_leaves_the_loop_to_other
     """A missing socket is refused at once."""
     bench = Bench(reconnect=BackoffPolicy(base=0, jitter=None, max_attempts=None))
 
-    async def fail(slot, seconds):
+    async def fail(entry, seconds):
         raise refused()
 
-    bench.upkeep.open_into = fail
+    bench.maintenance.open_into = fail
     call = bench.call(1.0)
     await bench.clock.run(1.0)
     assert isinstance(call.exception(), ConnectionRefusedError)
@@ -542,22 +546,22 @@ async def test_an_attempt_that_is_not_answered_gets_a_second_one_beside_it():
     bench = Bench(max_size=5)
     began = []
 
-    async def hang_at_first(slot, seconds):
+    async def hang_at_first(entry, seconds):
         began.append(bench.clock.monotonic())
         if len(began) < 3:
             await bench.clock.sleep(1000.0)
-        slot.fill(FakeLink(), now=bench.clock.now(), expires_at=1e9, generation=0)
+        entry.fill(FakeConnection(), now=bench.clock.now(), expires_at=1e9, generation=0)
 
-    bench.upkeep.open_into = hang_at_first
+    bench.maintenance.open_into = hang_at_first
     calls = [bench.call(60.0) for _ in range(3)]
     await bench.clock.run(12.0)
     assert began == [0.0, 5.0]
-    (attempt,) = [task for task in bench.gate._attempts if task is not None][:1]
+    (attempt,) = [task for task in bench.circuit_breaker._attempts if task is not None][:1]
     attempt.cancel()
     await bench.clock.run(6.0)
     assert [call.exception() for call in calls] == [None] * 3
-    assert not bench.gate._attempts
-    assert bench.slots.opening == 0
+    assert not bench.circuit_breaker._attempts
+    assert bench.resources.opening == 0
 
 
 async def test_a_connection_that_dies_as_soon_as_it_is_opened_is_not_opened_without_end():
@@ -566,16 +570,16 @@ async def test_a_connection_that_dies_as_soon_as_it_is_opened_is_not_opened_with
     call = bench.call(2.0)
     for _ in range(400):
         await bench.clock.run(0.005)
-        for slot in bench.slots:
-            if slot.resource is not None:
-                slot.resource.broken = True
-        for slot in bench.slots.withdraw(lambda _: True):
-            bench.upkeep.discard(slot, None)
-        if not call.done() and not bench.slots.waiting:
+        for entry in bench.resources:
+            if entry.resource is not None:
+                entry.resource.broken = True
+        for entry in bench.resources.withdraw(lambda _: True):
+            bench.maintenance.discard(entry, None)
+        if not call.done() and not bench.resources.waiting:
             call.cancel()
         if call.done():
             call = bench.call(2.0)
-    assert len(bench.upkeep.began) <= 10
+    assert len(bench.maintenance.began) <= 10
     call.cancel()
 
 
@@ -595,11 +599,11 @@ async def test_whoever_waited_before_the_outage_began_is_bounded_as_well():
     """And a busy pool is no outage: the policy's longest absence says nothing of it."""
     policy = BackoffPolicy(base=0.25, jitter=exactly, max_value=0.25, max_attempts=None, max_elapsed=1.0)
     bench = Bench(None, *away(100), max_size=1, reconnect=policy)
-    holder = await bench.checkout.take(None)
+    holder = await bench.acquirer.acquire(None)
     calls = [bench.call(None) for _ in range(3)]
     await bench.clock.run(5.0)
     assert not any(call.done() for call in calls)
-    bench.upkeep.discard(holder, None)
+    bench.maintenance.discard(holder, None)
     await bench.clock.run(3.0)
     assert {type(call.exception()) for call in calls} == {ConnectionRefusedError}
 
@@ -625,7 +629,7 @@ async def test_no_caller_sees_what_another_one_was_handling():
 
 @pytest.mark.parametrize("turns", range(12))
 async def test_a_caller_cancelled_at_any_point_leaves_nothing_behind(turns):
-    """Waiting, being served, opening: neither a slot nor the neighbour is lost."""
+    """Waiting, being served, opening: neither an entry nor the neighbour is lost."""
     bench = Bench(refused(), None, refused(), takes=0.0, max_size=2)
     victim, neighbour = bench.call(holds=0.01), bench.call(holds=0.01)
     for _ in range(turns):
@@ -635,9 +639,9 @@ async def test_a_caller_cancelled_at_any_point_leaves_nothing_behind(turns):
     victim.cancel()
     await bench.clock.run(10.0)
     assert neighbour.exception() is None
-    assert bench.slots.opening == 0
-    assert bench.slots.idle == bench.slots.size
-    assert bench.slots.waiting == 0
+    assert bench.resources.opening == 0
+    assert bench.resources.idle == bench.resources.size
+    assert bench.resources.waiting == 0
 
 
 async def test_an_error_that_cannot_be_copied_is_shared():
@@ -658,21 +662,21 @@ async def test_an_error_that_cannot_be_copied_is_shared():
 
 
 async def test_a_connection_given_up_as_soon_as_it_was_handed_over_is_given_up_once():
-    """Its slot is in one pair of hands at a time, also when the first caller has no use for it."""
+    """Its entry is in one pair of hands at a time, also when the first caller has no use for it."""
     bench = Bench(max_size=1)
 
     async def refuse():
-        slot = await bench.checkout.take(None)
-        bench.upkeep.discard(slot, None)
+        entry = await bench.acquirer.acquire(None)
+        bench.maintenance.discard(entry, None)
 
     first = asyncio.ensure_future(refuse())
     second = bench.call(holds=1.0)
     await bench.clock.run(0.5)
     assert first.done()
-    assert (bench.slots.size, bench.slots.idle) == (1, 0)
+    assert (bench.resources.size, bench.resources.idle) == (1, 0)
     await bench.clock.run(1.0)
     assert second.exception() is None
-    assert (bench.slots.size, bench.slots.idle) == (1, 1)
+    assert (bench.resources.size, bench.resources.idle) == (1, 1)
 
 
 def no_room() -> Exception:
@@ -692,9 +696,9 @@ async def test_no_room_for_one_more_is_no_outage_while_a_connection_works(how):
     calls = [bench.call(fail_fast=hastily, holds=0.5) for _ in range(20)]
     await bench.clock.run(10.5)
     assert [call.exception() for call in calls] == [None] * 20
-    assert (bench.told(GateClosed), bench.gate.is_closed) == ([], False)
-    assert bench.upkeep.most_at_once == 1
-    assert len(bench.upkeep.began) <= 45  # every quarter of a second
+    assert (bench.told(CircuitOpened), bench.circuit_breaker.is_open) == ([], False)
+    assert bench.maintenance.most_at_once == 1
+    assert len(bench.maintenance.began) <= 45  # every quarter of a second
 
 
 async def test_when_there_is_room_again_it_is_used():
@@ -703,7 +707,7 @@ async def test_when_there_is_room_again_it_is_used():
     await bench.call()
     calls = [bench.call(holds=100.0) for _ in range(6)]
     await bench.clock.run(20.0)
-    assert (bench.slots.size, bench.slots.waiting) == (6, 0)
+    assert (bench.resources.size, bench.resources.waiting) == (6, 0)
     for call in calls:
         call.cancel()
 
@@ -716,7 +720,7 @@ async def test_no_room_and_no_connection_that_works_is_waited_for():
     assert isinstance(hasty.exception(), asyncpg.TooManyConnectionsError)
     await bench.clock.run(5.0)
     assert patient.exception() is None
-    assert len(bench.told(GateClosed)) == len(bench.told(GateOpened)) == 1
+    assert len(bench.told(CircuitOpened)) == len(bench.told(CircuitClosed)) == 1
 
 
 async def test_a_connection_that_was_lost_is_replaced_at_once_where_there_was_room_for_it():
@@ -725,13 +729,13 @@ async def test_a_connection_that_was_lost_is_replaced_at_once_where_there_was_ro
     await bench.call()
     calls = [bench.call(holds=0.1) for _ in range(2)]
     await bench.clock.run(1.0)
-    began = len(bench.upkeep.began)
-    for slot in bench.slots:
-        slot.resource.broken = True
+    began = len(bench.maintenance.began)
+    for entry in bench.resources:
+        entry.resource.broken = True
     again = bench.call()
     await bench.clock.run(0.0)
     assert again.exception() is None
-    assert len(bench.upkeep.began) == began + 1
+    assert len(bench.maintenance.began) == began + 1
     assert [call.exception() for call in calls] == [None] * 2
 
 
@@ -751,26 +755,26 @@ async def test_an_idle_pool_that_is_refused_for_good_asks_once(caplog):
     """`min_size` is no reason to lock an account: it is asked again when a caller wants something. The log says it."""
     wrong = asyncpg.InvalidPasswordError("password authentication failed")
     bench = Bench(*([wrong] * 1000), min_size=2)
-    bench.gate.maintain()
+    bench.circuit_breaker.maintain()
     await bench.clock.run(1000.0)
-    assert len(bench.upkeep.began) == 1
+    assert len(bench.maintenance.began) == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "password authentication failed" in caplog.text
     for number in range(2, 6):
         call = bench.call()
         await bench.clock.run(100.0)
         assert isinstance(call.exception(), asyncpg.InvalidPasswordError)
-        assert len(bench.upkeep.began) == number
+        assert len(bench.maintenance.began) == number
     assert len(caplog.records) == 1
 
 
 async def test_an_idle_pool_tries_a_server_that_is_away_at_the_policys_pace():
     """What waiting cures is tried again for `min_size`, at the distances of `reconnect`."""
     bench = Bench(*away(5), min_size=1)
-    bench.gate.maintain()
+    bench.circuit_breaker.maintain()
     await bench.clock.run(20.0)
-    assert bench.upkeep.began == [0.0, 0.25, 0.75, 1.75, 2.75, 3.75]
-    assert bench.slots.idle == 1
+    assert bench.maintenance.began == [0.0, 0.25, 0.75, 1.75, 2.75, 3.75]
+    assert bench.resources.idle == 1
 
 
 async def test_the_log_has_one_line_when_the_server_is_away_and_one_when_it_is_back(caplog):

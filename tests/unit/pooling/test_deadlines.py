@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from resilient_pool.pooling.deadlines import deadline_after, limited
+from resilient_pool.pooling.deadlines import deadline_after, deadline_scope
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from resilient_pool.pooling.deadlines import deadline_after, limited
 )
 def test_the_earlier_one_counts(limit, seconds, deadline):
     """No limit and no deadline is for ever."""
-    with limited(limit):
+    with deadline_scope(limit):
         assert deadline_after(10.0, seconds) == deadline
     assert deadline_after(10.0, None) is None
 
@@ -23,8 +23,8 @@ def test_the_earlier_one_counts(limit, seconds, deadline):
 @pytest.mark.parametrize(("inner", "deadline"), [(11.0, 11.0), (13.0, 12.0), (None, 12.0)])
 def test_an_inner_limit_cannot_be_later_than_the_outer_one(inner, deadline):
     """And afterwards the outer one holds again."""
-    with limited(12.0):
-        with limited(inner):
+    with deadline_scope(12.0):
+        with deadline_scope(inner):
             assert deadline_after(10.0, None) == deadline
         assert deadline_after(10.0, None) == 12.0
 
@@ -35,7 +35,7 @@ async def test_a_limit_holds_for_tasks_begun_within_and_for_no_others():
     async def look():
         return deadline_after(10.0, None)
 
-    with limited(12.0):
+    with deadline_scope(12.0):
         within = asyncio.create_task(look())
     without = asyncio.create_task(look())
     assert (await within, await without) == (12.0, None)

@@ -217,27 +217,27 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_both_held_and_idle(self):
-        slots = self.pool._slots
-        idle = list(slots._idle)
+        resources = self.pool._resources
+        idle = list(resources._idle)
         assert len(idle) == len(set(idle))
-        assert set(idle) <= slots._all
-        held = [lease._slot for lease in self.leases if lease._slot is not None]
+        assert set(idle) <= resources._all
+        held = [lease._entry for lease in self.leases if lease._entry is not None]
         assert not set(held) & set(idle)
-        connections = [id(slot.resource.connection) for slot in slots._all if slot.resource is not None]
+        connections = [id(entry.resource.connection) for entry in resources._all if entry.resource is not None]
         assert len(connections) == len(set(connections))
-        assert not [slot for slot in idle if slot.resource is None or slot.resource.connection._protocol.busy]
-        assert not (idle and slots.is_awaited)
+        assert not [entry for entry in idle if entry.resource is None or entry.resource.connection._protocol.busy]
+        assert not (idle and resources.is_awaited)
 
     @invariant()
     def the_counters_add_up(self):
-        stats, slots = self.pool.stats(), self.pool._slots
-        assert slots.size <= MAX_SIZE
+        stats, resources = self.pool.stats(), self.pool._resources
+        assert resources.size <= MAX_SIZE
         assert self.pool.get_idle_size() <= self.pool.get_size() <= MAX_SIZE
         assert stats.idle + stats.in_use <= stats.size
-        filled = sum(slot.resource is not None for slot in slots)
+        filled = sum(entry.resource is not None for entry in resources)
         if not self.pool.is_closing():
             assert stats.opened - stats.discarded_total == filled
-        assert self.pool._upkeep.returning <= self.pool._upkeep.resetting <= slots.size
+        assert self.pool._maintenance.returning <= self.pool._maintenance.resetting <= resources.size
 
     @invariant()
     def the_driver_sees_one_statement_at_a_time(self):
@@ -268,7 +268,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.releasing_raises_nothing_but_what_the_reset_met_that_it_waited_for()
             assert self.releases == []
             assert self.pool.is_closed
-            assert self.pool._slots.size == 0
+            assert self.pool._resources.size == 0
             assert self.server.open() == []
             assert asyncio.all_tasks(self.loop) == set()
             assert self.unheard == []

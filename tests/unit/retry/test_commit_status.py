@@ -6,26 +6,35 @@ from dataclasses import replace
 
 import pytest
 
-from resilient_pool.retry.commit_status import RETENTION, Answer, Epoch, Mark, Reply, Token, judge, judge_token
+from resilient_pool.retry.commit_status import (
+    RETENTION,
+    CommitStatus,
+    CommitToken,
+    Epoch,
+    Token,
+    XactStatusReply,
+    interpret_status,
+    interpret_token,
+)
 
 EPOCH = Epoch(system="7", timeline="00000003", stats_reset="1.5")
 TOKEN = Token(value="t", log="5/6", written_at=1000.0)
-MARK = Mark(xid=753, epoch=EPOCH)
+MARK = CommitToken(xid=753, epoch=EPOCH)
 
 
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
-        ("committed", Answer.COMMITTED),
-        ("aborted", Answer.ABORTED),
-        ("in progress", Answer.IN_PROGRESS),
-        (None, Answer.UNKNOWN),
-        ("something new", Answer.UNKNOWN),
+        ("committed", CommitStatus.COMMITTED),
+        ("aborted", CommitStatus.ABORTED),
+        ("in progress", CommitStatus.IN_PROGRESS),
+        (None, CommitStatus.UNKNOWN),
+        ("something new", CommitStatus.UNKNOWN),
     ],
 )
 def test_in_the_same_epoch_the_status_counts(status, expected):
     """And what the server has forgotten is unknown."""
-    assert judge(MARK, Reply(status=status, epoch=EPOCH)) is expected
+    assert interpret_status(MARK, XactStatusReply(status=status, epoch=EPOCH)) is expected
 
 
 @pytest.mark.parametrize("status", ["committed", "aborted", "in progress", None])
@@ -35,15 +44,15 @@ def test_in_the_same_epoch_the_status_counts(status, expected):
         (MARK, {"epoch": replace(EPOCH, timeline="0000000A")}),
         (MARK, {"epoch": replace(EPOCH, stats_reset="2.5")}),
         (MARK, {"epoch": None}),
-        (Mark(xid=753), {"epoch": EPOCH}),
-        (Mark(xid=753), {"epoch": None}),
-        (Mark(epoch=EPOCH), {"epoch": EPOCH}),
+        (CommitToken(xid=753), {"epoch": EPOCH}),
+        (CommitToken(xid=753), {"epoch": None}),
+        (CommitToken(epoch=EPOCH), {"epoch": EPOCH}),
     ],
     ids=["timeline", "crash", "no epoch now", "no epoch then", "no epoch ever", "no id"],
 )
 def test_otherwise_no_status_is_believed(mark, reply, status):
     """The id may be a stranger's."""
-    assert judge(mark, Reply(status=status, **reply)) is Answer.UNKNOWN
+    assert interpret_status(mark, XactStatusReply(status=status, **reply)) is CommitStatus.UNKNOWN
 
 
 @pytest.mark.parametrize("status", ["committed", "aborted", "in progress", None])
@@ -59,22 +68,22 @@ def test_otherwise_no_status_is_believed(mark, reply, status):
 )
 def test_a_server_that_cannot_know_is_not_the_last_to_be_asked(reply, status):
     """Its word is its own: another one may know."""
-    assert judge(MARK, Reply(status=status, **reply)) is Answer.ELSEWHERE
+    assert interpret_status(MARK, XactStatusReply(status=status, **reply)) is CommitStatus.ELSEWHERE
 
 
 @pytest.mark.parametrize(
     ("fenced", "log", "age", "expected"),
     [
-        (True, "5/6", 0.0, Answer.ABORTED),
-        (True, "5/6", RETENTION - 1, Answer.ABORTED),
-        (True, "5/6", RETENTION, Answer.UNKNOWN),
-        (True, "5/7", 0.0, Answer.UNKNOWN),
-        (False, "5/6", 0.0, Answer.COMMITTED),
-        (False, "5/6", RETENTION * 2, Answer.COMMITTED),
-        (False, "5/7", 0.0, Answer.COMMITTED),
-        (None, "5/6", 0.0, Answer.IN_PROGRESS),
+        (True, "5/6", 0.0, CommitStatus.ABORTED),
+        (True, "5/6", RETENTION - 1, CommitStatus.ABORTED),
+        (True, "5/6", RETENTION, CommitStatus.UNKNOWN),
+        (True, "5/7", 0.0, CommitStatus.UNKNOWN),
+        (False, "5/6", 0.0, CommitStatus.COMMITTED),
+        (False, "5/6", RETENTION * 2, CommitStatus.COMMITTED),
+        (False, "5/7", 0.0, CommitStatus.COMMITTED),
+        (None, "5/6", 0.0, CommitStatus.IN_PROGRESS),
     ],
 )
 def test_a_tokens_row_says_who_was_first_as_long_as_none_was_deleted(fenced, log, age, expected):
     """Absence proves nothing after the retention time, nor in a table that was made anew or emptied."""
-    assert judge_token(TOKEN, fenced=fenced, log=log, now=TOKEN.written_at + age) is expected
+    assert interpret_token(TOKEN, fenced=fenced, log=log, now=TOKEN.written_at + age) is expected
