@@ -19,6 +19,8 @@ LIMIT = 20.0
 """Seconds that any one call, or closing the pool, may take before it counts as hung."""
 THINK = 0.008
 """Seconds a worker waits between two calls, at most."""
+ROUNDS = 3
+"""How often each worker makes each of its calls, at least."""
 PAGE = 200
 
 SCHEMA = """
@@ -89,14 +91,14 @@ class Worker:
         self._asked: tuple[str, float] | None = None
 
     async def run(self, over: asyncio.Event) -> None:
-        """Call the pool until it is over."""
+        """Call the pool until it is over, and on a slow machine until each call was made `ROUNDS` times."""
         calls = [
             self._insert, self._count, self._loop, self._enter, self._newest, self._exactly_once,
             self._count_by_row, self._callback, self._enter_by_function, self._count_in_transaction,
         ]  # fmt: skip
         start = self._chance.randrange(len(calls))
-        for call in cycle(calls[start:] + calls[:start]):
-            if over.is_set():
+        for number, call in enumerate(cycle(calls[start:] + calls[:start])):
+            if over.is_set() and number >= ROUNDS * len(calls):
                 return
             await asyncio.sleep(self._chance.random() * THINK)
             await self._timed(call)
