@@ -49,12 +49,15 @@ async def _crowd(postgres, away):
 
 @pytest.mark.parametrize("capacity", [1, 3])
 async def test_a_small_server_that_just_woke_is_not_overrun(postgres, capacity):
-    """It takes few connections at first; the callers share those there are, and none fails."""
+    """It takes few connections at first; the callers share those there are, none fails, and more are asked for at a pace."""
     with asleep(postgres, resume_seconds=0.5, capacity=capacity, capacity_seconds=1.0) as server:
         server.pause()
         async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, max_size=8) as pool:
             await asyncio.gather(*(pool.fetchval("SELECT 1 FROM pg_sleep(0.05)") for _ in range(60)))
-        assert sum(attempt.outcome == "53300" for attempt in server.attempts) <= 4
+        refused = [attempt.at for attempt in server.attempts if attempt.outcome == "53300"]
+        # As many at once as were let in before, and one more; then one at a time, at the shortest distances of `reconnect`.
+        paced = [0.75 * sum((0.25, 0.5, *[1.0] * 60)[:number]) for number in range(1, 60)]
+        assert len(refused) <= capacity + 1 + sum(distance <= refused[-1] - refused[0] for distance in paced)
 
 
 async def test_the_gate_tells_what_it_does(postgres):
