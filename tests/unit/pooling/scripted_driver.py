@@ -58,6 +58,7 @@ class ScriptedProtocol:
         self.is_released = False
         self.busy = False
         self.cancelling = False
+        self.is_misused = False
         self.text = ""
         self._ours, self._theirs = socket.socketpair()
         self.transport = SimpleNamespace(get_extra_info=lambda name: self._ours if name == "socket" else None)
@@ -109,7 +110,7 @@ class ScriptedProtocol:
     async def query(self, text, timeout):
         if self.cancelling and text == self.text:
             await self._wait_for_cancellation()
-        if self.busy and text == self.text:  # what an application does to its own lease
+        if self.busy and (text == self.text or self.is_misused):  # what an application does to its own lease
             raise asyncpg.InterfaceError("cannot perform operation: another operation is in progress")
         if self.busy or self.cancelling:
             self.server.broken_rules.append(f"{text!r} on connection {self.pid} while another statement runs")
