@@ -42,6 +42,41 @@ CREATE FUNCTION unwrap(wrapped) RETURNS int LANGUAGE sql IMMUTABLE AS $$ SELECT 
 CREATE FUNCTION step(int, int) RETURNS int LANGUAGE sql AS $$ SELECT tell('aggregate') $$;
 CREATE AGGREGATE total (int) (SFUNC = step, STYPE = int, INITCOND = '0');
 CREATE FUNCTION inverse(int, int) RETURNS int LANGUAGE sql IMMUTABLE AS $$ SELECT $1 - $2 $$;
+CREATE FUNCTION differs(int, int) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN PERFORM tell('negator'); RETURN true; END $$;
+CREATE OPERATOR ===! (LEFTARG = int, RIGHTARG = int, FUNCTION = int4eq, NEGATOR = <##>);
+CREATE OPERATOR <##> (LEFTARG = int, RIGHTARG = int, FUNCTION = differs, NEGATOR = ===!);
+CREATE FUNCTION less(int, int) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN PERFORM public.tell('commutator'); RETURN $1 < $2; END $$;
+CREATE OPERATOR >># (LEFTARG = int, RIGHTARG = int, FUNCTION = int4gt, COMMUTATOR = <<#);
+CREATE OPERATOR <<# (LEFTARG = int, RIGHTARG = int, FUNCTION = less, COMMUTATOR = >>#);
+CREATE OPERATOR CLASS commuted FOR TYPE int USING btree AS OPERATOR 1 <<#, OPERATOR 5 >>#, FUNCTION 1 btint4cmp(int, int);
+CREATE FUNCTION compares(int, int) RETURNS int LANGUAGE plpgsql AS $$ BEGIN PERFORM public.tell('support'); RETURN btint4cmp($1, $2); END $$;
+CREATE OPERATOR CLASS supported FOR TYPE int USING btree AS OPERATOR 1 pg_catalog.<, OPERATOR 2 pg_catalog.<=,
+    OPERATOR 3 pg_catalog.=, OPERATOR 4 pg_catalog.>=, OPERATOR 5 pg_catalog.>, FUNCTION 1 compares(int, int);
+CREATE TABLE ordered (x int) WITH (autovacuum_enabled = false);
+INSERT INTO ordered SELECT generate_series(1, 2000);
+CREATE INDEX ON ordered (x supported);
+CREATE TABLE commuting (x int) WITH (autovacuum_enabled = false);
+INSERT INTO commuting SELECT generate_series(1, 2000);
+CREATE INDEX ON commuting (x commuted);
+ANALYZE ordered, commuting;
+CREATE TYPE telling_span AS RANGE (subtype = int, subtype_opclass = supported);
+CREATE FUNCTION hashes(int, int8) RETURNS int8 LANGUAGE plpgsql AS $$ BEGIN PERFORM public.tell('hash'); RETURN $1 + $2; END $$;
+CREATE OPERATOR CLASS hashed FOR TYPE int USING hash AS OPERATOR 1 pg_catalog.=, FUNCTION 2 hashes(int, int8);
+CREATE TABLE hash_parted (a int) PARTITION BY HASH (a hashed);
+CREATE TABLE hash_parted_0 PARTITION OF hash_parted FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+CREATE TABLE hash_parted_1 PARTITION OF hash_parted FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+CREATE TYPE pair AS (a int, b int);
+CREATE FUNCTION pair_less(pair, pair) RETURNS bool LANGUAGE sql IMMUTABLE AS $$ SELECT $1.a < $2.a $$;
+CREATE FUNCTION pair_same(pair, pair) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN PERFORM tell('same'); RETURN true; END $$;
+CREATE FUNCTION pair_order(pair, pair) RETURNS int LANGUAGE sql IMMUTABLE AS $$ SELECT btint4cmp($1.a, $2.a) $$;
+CREATE OPERATOR <<%< (LEFTARG = pair, RIGHTARG = pair, FUNCTION = pair_less);
+CREATE OPERATOR =%=% (LEFTARG = pair, RIGHTARG = pair, FUNCTION = pair_same);
+CREATE OPERATOR <> (LEFTARG = pair, RIGHTARG = pair, FUNCTION = pair_same);
+CREATE OPERATOR CLASS pairs DEFAULT FOR TYPE pair USING btree
+    AS OPERATOR 1 <<%<, OPERATOR 3 =%=%, FUNCTION 1 pair_order(pair, pair);
+CREATE TABLE paired (p pair, ps pair[]);
+INSERT INTO paired VALUES ((1, 2), '{"(1,2)"}'), ((1, 3), '{"(1,2)"}');
+CREATE VIEW negating AS SELECT NOT (x ===! 5) AS a FROM generate_series(1, 1) AS x;
 CREATE VIEW telling AS SELECT tell('view') AS a;
 CREATE VIEW over_telling AS SELECT * FROM telling;
 CREATE VIEW notifying AS SELECT pg_notify('effects', clock_timestamp()::text)::text AS a;
@@ -67,6 +102,16 @@ CREATE TABLE parted_1 PARTITION OF parted FOR VALUES IN (1);
 CREATE FUNCTION on_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$;
 CREATE TRIGGER t BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION on_change();
 CREATE TABLE on_change (on_change int);
+CREATE TYPE spot AS (x int);
+CREATE FUNCTION spot_less(spot, spot) RETURNS bool LANGUAGE sql IMMUTABLE AS $$ SELECT $1.x < $2.x $$;
+CREATE FUNCTION spot_order(spot, spot) RETURNS int LANGUAGE sql IMMUTABLE AS $$ SELECT btint4cmp($1.x, $2.x) $$;
+CREATE FUNCTION spot_same(spot, spot) RETURNS bool LANGUAGE sql IMMUTABLE AS $$ SELECT $1.x = $2.x $$;
+CREATE OPERATOR < (LEFTARG = spot, RIGHTARG = spot, FUNCTION = spot_less);
+CREATE OPERATOR = (LEFTARG = spot, RIGHTARG = spot, FUNCTION = spot_same);
+CREATE OPERATOR CLASS spots DEFAULT FOR TYPE spot USING btree AS OPERATOR 1 <, OPERATOR 3 =, FUNCTION 1 spot_order(spot, spot);
+CREATE TYPE mood AS ENUM ('fine');
+CREATE TABLE spotted (s spot, ss spot[], m mood, ms mood[], d small, r int4range);
+INSERT INTO spotted VALUES (ROW(1), '{"(1)"}', 'fine', '{fine}', 1, '[1,2)');
 CREATE MATERIALIZED VIEW kept AS SELECT tell('once') AS a;
 """
 
@@ -125,6 +170,25 @@ DISGUISED = (
     "SELECT unwrap(5::wrapped)",
     "SELECT total(id) FROM users",
     "SELECT total(id) OVER () FROM users",
+    # What no text names: negators, commutators, operator classes
+    "SELECT NOT (x ===! 5) FROM generate_series(1, 1) AS x",
+    "SELECT x FROM commuting WHERE 3 >># x",
+    "SELECT x FROM ordered WHERE x = 77",
+    "SELECT array_agg('[1,5)'::telling_span) FROM generate_series(1, 2)",
+    "SELECT * FROM hash_parted WHERE a = 5",
+    "SELECT satisfies_hash_partition('hash_parted'::regclass, 2, 0, 5)",
+    "SELECT DISTINCT p FROM paired",
+    "SELECT count(*) FROM paired GROUP BY p",
+    "SELECT p FROM paired UNION SELECT p FROM paired",
+    "SELECT ps FROM paired GROUP BY ps",
+    "SELECT ps = ps FROM paired",
+    "SELECT * FROM negating",
+    # A type whose name is in a string
+    "SELECT domain_in('5', 'positive'::regtype, -1) IS NULL",
+    "SELECT array_in('{5}', 'positive'::regtype, -1)::text",
+    "SELECT record_in('(5)', 'rec'::regtype, -1)::text",
+    "SELECT range_in('[5,6)', 'span'::regtype, -1)::text",
+    "SELECT multirange_in('{[5,6)}', 'span_multirange'::regtype, -1)::text",
     # Views and policies
     "SELECT * FROM telling",
     "TABLE over_telling",
@@ -150,6 +214,8 @@ HONEST = (
     "SELECT x.key, x.value FROM json_each('{}') AS x",
     "SELECT on_change FROM on_change",
     "SELECT * FROM kept",
+    "SELECT DISTINCT s, ss, m, ms, d, r FROM spotted ORDER BY s, m",
+    "SELECT * FROM spotted WHERE s = s AND m = 'fine' AND ss = ss AND ms = ms AND NOT d = 2 AND r @> 1",
     "SELECT random(), clock_timestamp(), gen_random_uuid(), pg_sleep(0), pg_relation_size('users')",
     "SELECT * FROM pg_stat_activity JOIN pg_locks USING (pid)",
     "SELECT * FROM information_schema.tables JOIN information_schema.columns USING (table_name) LIMIT 3",

@@ -12,8 +12,8 @@ from resilient_pool.sql.read_only import StatementReader
 
 _REMEMBERED = 1024
 
-# What a text reaches: `r`elations, `t`ypes and functions (`p`), from the names and operators in it. Names count in every
-# schema, so a search_path hides nothing. Beyond the names:
+# What a text reaches: `r`elations, `t`ypes, functions (`p`), `o`perators and operator `f`amilies, from the names and operators
+# in it. Names count in every schema, so a search_path hides nothing. Beyond the names:
 #
 # * a view's query, a table's policies, a domain's checks and the default arguments of functions are stored as trees of
 #   nodes. PostgreSQL's own functions are taken from the fields that call one: dependencies on them are not recorded. Every
@@ -21,16 +21,27 @@ _REMEMBERED = 1024
 # * a relation reaches its partitions and children, and its row type; a type its base, element, attributes and subtype, its
 #   casts, and what it is read, written and compared with; a function its arguments' and result's types, and an aggregate,
 #   which PostgreSQL always calls immutable, its parts. Casts between two types of PostgreSQL's own can be anywhere.
-# * operators that a construct implies (IN, LIKE, ORDER BY, JOIN ... USING) need not be in the text.
+# * operators that a construct implies (IN, LIKE, JOIN ... USING) need not be in the text. Others are found through what is
+#   compared: DISTINCT, GROUP BY, ORDER BY and UNION use the type's default operator class, whatever its operators are
+#   called. The planner puts an operator's negator or commutator in its place, or another member of its family, and calls a
+#   family's support functions for sorts, searches in an index, ranges and the choice of partitions.
 _REACHED = """
 WITH RECURSIVE
 named AS MATERIALIZED (SELECT DISTINCT n::name AS name FROM pg_catalog.unnest($1::text[]) AS n),
 operator AS MATERIALIZED (
-    SELECT oprcode FROM pg_catalog.pg_operator AS o
+    SELECT o.oid, oprleft, oprright FROM pg_catalog.pg_operator AS o
     WHERE o.oid >= 16384
       AND (o.oprname IN ('=', '<>', '<', '>', '<=', '>=', '~', '!~', '~*', '!~*', '~~', '!~~', '~~*', '!~~*', '-', '||')
            OR EXISTS (SELECT FROM pg_catalog.unnest($2::text[]) AS run WHERE pg_catalog.strpos(run, o.oprname::text) > 0))
 ),
+compared AS MATERIALIZED (
+    SELECT opcintype AS type, opcfamily AS family FROM pg_catalog.pg_opclass WHERE opcintype >= 16384
+    UNION SELECT member, amopfamily FROM pg_catalog.pg_amop, pg_catalog.unnest(ARRAY[amoplefttype, amoprighttype]) AS member
+    WHERE member >= 16384
+    UNION SELECT member, amprocfamily FROM pg_catalog.pg_amproc, pg_catalog.unnest(ARRAY[amproclefttype, amprocrighttype]) AS member
+    WHERE member >= 16384
+),
+class AS MATERIALIZED (SELECT c.oid, opcfamily FROM pg_catalog.pg_opclass AS c WHERE c.oid >= 16384),
 reached (class, oid) AS (
     (SELECT 'r', c.oid FROM pg_catalog.pg_class AS c JOIN named ON c.relname = named.name WHERE c.oid >= 16384
      UNION ALL
@@ -38,7 +49,9 @@ reached (class, oid) AS (
      UNION ALL
      SELECT 'p', p.oid FROM pg_catalog.pg_proc AS p JOIN named ON p.proname = named.name
      UNION ALL
-     SELECT 'p', oprcode::oid FROM operator
+     SELECT 'o', o.oid FROM operator AS o WHERE oprleft < 16384 AND oprright < 16384
+     UNION ALL
+     SELECT 'f', opcfamily FROM pg_catalog.pg_opclass AS c WHERE c.oid >= 16384 AND opcdefault AND opcintype < 16384
      UNION ALL
      SELECT 'p', castfunc FROM pg_catalog.pg_cast
      WHERE castfunc >= 16384 AND castsource < 16384 AND casttarget < 16384)
@@ -49,11 +62,11 @@ reached (class, oid) AS (
         UNION ALL
         SELECT 't', reltype FROM pg_catalog.pg_class AS c WHERE reached.class = 'r' AND c.oid = reached.oid
         UNION ALL
-        SELECT 't', pg_catalog.unnest(ARRAY[typbasetype, typelem]) FROM pg_catalog.pg_type AS t
+        SELECT 't', pg_catalog.unnest(ARRAY[typbasetype, typelem, typarray]) FROM pg_catalog.pg_type AS t
         WHERE reached.class = 't' AND t.oid = reached.oid
         UNION ALL
-        SELECT 'p', pg_catalog.unnest(ARRAY[typinput, typoutput]::oid[]) FROM pg_catalog.pg_type AS t
-        WHERE reached.class = 't' AND t.oid = reached.oid AND t.typtype = 'b'
+        SELECT 'p', put FROM pg_catalog.pg_type AS t, pg_catalog.unnest(ARRAY[typinput, typoutput]::oid[]) AS put
+        WHERE reached.class = 't' AND t.oid = reached.oid AND t.typtype = 'b' AND put >= 16384
         UNION ALL
         SELECT 't', atttypid FROM pg_catalog.pg_type AS t JOIN pg_catalog.pg_attribute ON attrelid = typrelid
         WHERE reached.class = 't' AND t.oid = reached.oid AND typrelid <> 0 AND attnum > 0 AND NOT attisdropped
@@ -66,7 +79,32 @@ reached (class, oid) AS (
         UNION ALL
         SELECT 'p', castfunc FROM pg_catalog.pg_cast WHERE reached.class = 't' AND reached.oid IN (castsource, casttarget)
         UNION ALL
-        SELECT 'p', amproc::oid FROM pg_catalog.pg_amproc WHERE reached.class = 't' AND amproclefttype = reached.oid
+        SELECT 'o', o.oid FROM operator AS o WHERE reached.class = 't' AND reached.oid IN (oprleft, oprright)
+        UNION ALL
+        SELECT 'f', family FROM compared WHERE reached.class = 't' AND type = reached.oid
+        UNION ALL
+        SELECT 'f', opcfamily FROM pg_catalog.pg_range JOIN class ON class.oid = rngsubopc
+        WHERE reached.class = 't' AND reached.oid IN (rngtypid, rngmultitypid)
+        UNION ALL
+        SELECT 'f', opcfamily FROM pg_catalog.pg_index JOIN class ON class.oid = ANY (indclass)
+        WHERE reached.class = 'r' AND indrelid = reached.oid
+        UNION ALL
+        SELECT 'f', opcfamily FROM pg_catalog.pg_partitioned_table JOIN class ON class.oid = ANY (partclass)
+        WHERE reached.class = 'r' AND partrelid = reached.oid
+        UNION ALL
+        SELECT 'p', amproc::oid FROM pg_catalog.pg_amproc
+        WHERE reached.class = 'f' AND amprocfamily = reached.oid AND amproc >= 16384
+        UNION ALL
+        SELECT 'o', amopopr FROM pg_catalog.pg_amop WHERE reached.class = 'f' AND amopfamily = reached.oid
+        UNION ALL
+        SELECT 'f', amopfamily FROM pg_catalog.pg_amop WHERE reached.class = 'o' AND amopopr = reached.oid
+        UNION ALL
+        SELECT 'o', pg_catalog.unnest(ARRAY[oprcom, oprnegate]) FROM pg_catalog.pg_operator AS o
+        WHERE reached.class = 'o' AND o.oid = reached.oid
+        UNION ALL
+        SELECT 'p', oprcode::oid FROM pg_catalog.pg_operator AS o WHERE reached.class = 'o' AND o.oid = reached.oid
+        UNION ALL
+        SELECT 'o', aggsortop FROM pg_catalog.pg_aggregate WHERE reached.class = 'p' AND aggfnoid = reached.oid
         UNION ALL
         SELECT 't', pg_catalog.unnest(p.proargtypes::oid[] || p.proallargtypes || p.prorettype)
         FROM pg_catalog.pg_proc AS p WHERE reached.class = 'p' AND p.oid = reached.oid AND p.oid >= 16384
@@ -98,11 +136,12 @@ reached (class, oid) AS (
                 SELECT 'r', c.oid FROM pg_catalog.pg_class AS c WHERE c.oid = number.oid
                 UNION ALL SELECT 't', t.oid FROM pg_catalog.pg_type AS t WHERE t.oid = number.oid
                 UNION ALL SELECT 'p', p.oid FROM pg_catalog.pg_proc AS p WHERE p.oid = number.oid
-                UNION ALL SELECT 'p', o.oprcode::oid FROM pg_catalog.pg_operator AS o WHERE o.oid = number.oid
+                UNION ALL SELECT 'o', o.oid FROM pg_catalog.pg_operator AS o WHERE o.oid = number.oid
+                UNION ALL SELECT 'f', f.oid FROM pg_catalog.pg_opfamily AS f WHERE f.oid = number.oid
             ) AS object (class, oid)
         ) AS found (class, oid)
     ) AS edge (class, oid)
-    WHERE edge.oid >= 16384 OR (edge.class = 'p' AND edge.oid > 0)
+    WHERE edge.oid >= 16384 OR (edge.class IN ('p', 'f') AND edge.oid > 0)
 )
 """
 # Foreign tables are read by a program that may do anything. Functions of `internal` and triggers cannot be called by name.

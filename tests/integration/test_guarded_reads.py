@@ -133,6 +133,20 @@ async def test_a_row_policy_that_writes_is_found(database):
     assert await check.allows(link, ["SELECT * FROM guarded"])
 
 
+async def test_a_default_operator_class_for_a_built_in_type_counts_everywhere(database):
+    """It is what DISTINCT and ORDER BY use for that type, and neither need name the type."""
+    check, link = ReadCheck(StatementReader()), Link(database.observer)
+    assert await check.allows(link, ["SELECT DISTINCT j FROM json_array_elements('[1, 1]') AS j"])
+    await database.observer.execute(
+        "CREATE FUNCTION j_less(json, json) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT $1::text < $2::text';"
+        "CREATE FUNCTION j_order(json, json) RETURNS int LANGUAGE sql AS 'SELECT tell($1::text)';"
+        "CREATE OPERATOR <<%< (LEFTARG = json, RIGHTARG = json, FUNCTION = j_less);"
+        "CREATE OPERATOR CLASS js DEFAULT FOR TYPE json USING btree AS OPERATOR 1 <<%<, FUNCTION 1 j_order(json, json)"
+    )
+    check.forget()
+    assert not await check.allows(link, ["SELECT DISTINCT j FROM json_array_elements('[1, 1]') AS j"])
+
+
 async def test_a_foreign_table_is_not_trusted(database):
     """A partition of what is read may be one, too."""
     check, link = ReadCheck(StatementReader()), DriverConnection(database.observer)
