@@ -100,7 +100,7 @@ class ResilientPool(Queries):
         dispatcher = Dispatcher(config.observers)
         self._resources: ResourcePool[DriverConnection] = ResourcePool(config.max_size, clock, min_size=config.min_size)
         self._reader = StatementReader(config.pure_functions)
-        read_check = ReadCheck(self._reader)
+        read_check = ReadCheck(self._reader, clock.monotonic)
         self._connector = Connector(config, clock, self._counters, dispatcher)
         self._maintenance = Maintenance(
             config, self._resources, self._connector, clock, self._draw_lifetime, self._counters, dispatcher

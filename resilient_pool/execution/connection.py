@@ -155,6 +155,9 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
 
     @property
     def _con(self) -> AnyConnection | None:
+        # What is sent on the driver's own connection passes by.
+        if self._tracker is not None:
+            self._tracker(None)
         return None if self._linked is None else self._linked.connection
 
     @property

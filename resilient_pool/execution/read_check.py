@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import asyncpg
 
@@ -11,6 +11,8 @@ from resilient_pool.sql.function_effects import FUNCTIONS_WITH_EFFECTS, HARMLESS
 from resilient_pool.sql.read_only import StatementReader
 
 _REMEMBERED = 1024
+_KEPT = 10.0
+"""For how many seconds: long enough for what a restart cuts off at once, and short beside the time between migrations."""
 
 # What a text reaches: `r`elations, `t`ypes, functions (`p`), `o`perators and operator `f`amilies, from the names and operators
 # in it. Names count in every schema, so a search_path hides nothing. Beyond the names:
@@ -174,17 +176,19 @@ class ReadCheck:
 
     Args:
         reader: Knows what the texts name.
+        now: Returns the present time in seconds; answers count for ten. By default they count until `forget()`.
     """
 
-    def __init__(self, reader: StatementReader) -> None:
+    def __init__(self, reader: StatementReader, now: Callable[[], float] = lambda: 0.0) -> None:
         self._reader = reader
-        self._answers: dict[tuple[frozenset[str], frozenset[str]], bool] = {}
+        self._now = now
+        self._answers: dict[tuple[frozenset[str], frozenset[str]], tuple[bool, float]] = {}
 
     async def allows(self, link: DriverConnection, texts: Iterable[str], *, timeout: float | None = None) -> bool:
         """Whether everything callable that `texts` name is stable or immutable on the server behind `link`.
 
         The repeat itself must run inside BEGIN READ ONLY: this is one of three conditions. It takes one query for texts
-        that were not asked about since the schema is known to have changed.
+        that were not asked about within the last seconds, or since the schema is known to have changed.
 
         Args:
             link: A connection with no transaction open.
@@ -199,9 +203,10 @@ class ReadCheck:
             return False
         names = frozenset[str]().union(*(statement.names for statement in statements))
         operators = frozenset[str]().union(*(statement.operators for statement in statements))
-        answer = self._answers.get((names, operators))
-        if answer is not None:
-            return answer
+        remembered = self._answers.get((names, operators))
+        asked_at = self._now()
+        if remembered is not None and asked_at < remembered[1] + _KEPT:
+            return remembered[0]
         try:
             answer = await self._ask(link, names, operators, timeout)
         except asyncpg.PostgresError:
@@ -211,7 +216,7 @@ class ReadCheck:
             return False
         if len(self._answers) >= _REMEMBERED:
             self._answers.clear()
-        self._answers[names, operators] = answer
+        self._answers[names, operators] = answer, asked_at
         return answer
 
     async def _ask(

@@ -34,6 +34,16 @@ _LIMITS = (
 _LOSSES = frozenset({Fault.STALE, Fault.DISCONNECTED, Fault.POISONED})
 
 
+# A guarded attempt that meets one of these says nothing good of the lost attempt before it: the text writes, or what it names
+# is not there any more, and the catalog cannot say what it was.
+REFUSALS_OF_A_GUARD = (
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.UndefinedFunctionError,
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.UndefinedObjectError,
+    asyncpg.InvalidSchemaNameError,
+)
 _BEGIN_GUARD = "BEGIN READ ONLY, NOT DEFERRABLE"
 _SHORTEST_LIMIT = 1.0
 """Of a guard's own statements, in seconds: what is left of a deadline can be nothing."""
@@ -267,11 +277,11 @@ class RetryLoop:
         self._tell_scheduled(call)
         ended = False
         try:
-            await link.connection.execute(_BEGIN_GUARD, timeout=self._limit(call))
+            await asyncpg.Connection.execute(link.connection, _BEGIN_GUARD, timeout=self._limit(call))
             call.phase = Phase.EXECUTE
             try:
                 result = await call.execute(link.connection)
-            except asyncpg.ReadOnlySQLTransactionError as error:
+            except REFUSALS_OF_A_GUARD as error:
                 raise RefusedError from error
             ended = await self._end_guard(call, link)
         finally:
@@ -282,7 +292,7 @@ class RetryLoop:
     async def _end_guard(self, call: Call[T], link: DriverConnection) -> bool:
         """Commit what only read, and say whether the connection can be used again."""
         try:
-            await link.connection.execute("COMMIT", timeout=self._limit(call))
+            await asyncpg.Connection.execute(link.connection, "COMMIT", timeout=self._limit(call))
         except Exception as error:
             # A refusal says that a serializable transaction must not have read this. Without an answer, the result stands.
             if isinstance(error, asyncpg.PostgresError) and not link.connection.is_closed():
@@ -470,14 +480,15 @@ class RetryLoop:
 
     def _needs_guard(self, call: Call[T], verdict: Verdict) -> bool:
         lost = verdict.outcome is Outcome.UNKNOWN and verdict.fault is not Fault.PERMANENT
-        return lost and not self._may_run_twice(call) and self._is_repeatable(call)
+        return lost and not self.may_run_twice(call) and self._is_repeatable(call)
 
-    def _may_run_twice(self, call: Call[T]) -> bool:
+    def may_run_twice(self, call: Call[T]) -> bool:
+        """Whether the application said that the call may take effect twice."""
         return call.idempotent or (self._config.retry_unknown and not call.exactly_once)
 
     def _is_repeatable(self, call: Call[T]) -> bool:
         return (
-            self._may_run_twice(call)
+            self.may_run_twice(call)
             or call.harmless
             or (call.sql is not None and self._reader.looks_like_read(call.sql))
         )

@@ -17,7 +17,7 @@ from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.execution.commit_resolver import CommitResolver, is_our_own_fault
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.loop_control import FramePosition
-from resilient_pool.execution.retry_loop import Call, RefusedError
+from resilient_pool.execution.retry_loop import REFUSALS_OF_A_GUARD, Call, RefusedError
 from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.context import unwrap
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
@@ -130,6 +130,7 @@ class RetriedTransaction:
         self._delay = 0.0
         self._number = 0
         self._reads: tuple[str, ...] = ()
+        self._is_guarded = False
 
     def __aiter__(self) -> Self:
         return self
@@ -170,9 +171,19 @@ class RetriedTransaction:
         self._state = _State.READY
 
     def guard(self, reads: tuple[str, ...]) -> None:
-        """Let every further attempt be read-only: an attempt that sent nothing but `reads` may have taken effect."""
-        self._call.harmless = True
+        """Let every further attempt be read-only: an attempt that sent nothing but `reads` may have taken effect.
+
+        Not on a pool that repeats what is unknown in any case.
+        """
+        if self._retry_loop.may_run_twice(self._call):
+            return
+        self._call.harmless = self._is_guarded = True
         self._reads = tuple(dict.fromkeys((*self._reads, *reads)))
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether every further attempt is read-only."""
+        return self._is_guarded
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -248,7 +259,7 @@ class Attempt:
     async def _begin_on(self, link: DriverConnection) -> None:
         options = self._options
         await self._shared.commit_resolver.detect_capabilities(link)
-        if self._loop.reads and not await self._shared.leases.read_check.allows(link, self._loop.reads):
+        if self._loop.is_guarded and not await self._shared.leases.read_check.allows(link, self._loop.reads):
             raise RefusedError
         self._call.phase, self._call.link = Phase.EXECUTE, link
         await link.begin(
@@ -257,10 +268,11 @@ class Attempt:
             deferrable=options.get("deferrable", False),
         )
         self._call.began = self._shared.clock.monotonic()
+        self._call.asked = link.queries
 
     @property
     def _is_read_only(self) -> bool:
-        return self._call.read_only or bool(self._loop.reads)
+        return self._call.read_only or self._loop.is_guarded
 
     # Ending
 
@@ -334,10 +346,9 @@ class Attempt:
         if self._sent.may_have_ended or not _is_the_drivers(unwrapped, link):
             return None
         self._call.settled = Outcome.ROLLED_BACK
+        if self._loop.is_guarded and isinstance(unwrapped, REFUSALS_OF_A_GUARD):
+            return RefusedError()
         if isinstance(unwrapped, asyncpg.ReadOnlySQLTransactionError):
-            if self._loop.reads:
-                # What a guard refuses is a write: then the attempt before, of which nothing is known, wrote as well.
-                return RefusedError()
             await self._learn_why_read_only(link)
         return error
 
@@ -359,6 +370,8 @@ class Attempt:
         if not link.connection.is_closed() and not link.connection.is_in_transaction():
             self._require_ended_by_text()
             return None
+        if link.queries != self._call.asked and self._sent.reads == ():
+            self._sent.sent(None)  # past the lease, on the driver's own connection
         try:
             mark = await self._mark(link)
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
@@ -372,7 +385,7 @@ class Attempt:
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
             return None if await self._is_committed(error, link, mark) else self._unless_ended(error)
         if done != "COMMIT":
-            if self._loop.reads:
+            if self._loop.is_guarded:
                 return RefusedError()
             raise asyncpg.InFailedSQLTransactionError(
                 "the transaction was rolled back at its end, because a statement in it had failed and the error was caught"
@@ -406,6 +419,8 @@ class Attempt:
 
     async def _mark(self, link: DriverConnection) -> CommitToken:
         sent, readonly = self._sent, self._is_read_only
+        if link.queries == self._call.asked:
+            return CommitToken(nothing_written=True)
         only_reads = not sent.may_write or (readonly and sent.reads is not None)
         if only_reads or not self._options.get("resolve_commit", True):
             return CommitToken()

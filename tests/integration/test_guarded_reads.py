@@ -174,6 +174,46 @@ async def test_the_server_is_asked_once_for_each_text(database):
     assert link.queries - asked == first
 
 
+async def test_what_was_remembered_of_the_catalog_is_asked_again_soon(database):
+    """A migration may change what a view does without the pool's knowledge."""
+    now = 0.0
+    check, link = ReadCheck(StatementReader(), lambda: now), Link(database.observer)
+    assert await check.allows(link, ["SELECT * FROM plain"])
+    await database.observer.execute("ALTER FUNCTION fixed VOLATILE")
+    asked = link.queries
+    now = 9.0
+    assert await check.allows(link, ["SELECT * FROM plain"])
+    assert link.queries == asked
+    now = 10.0
+    assert not await check.allows(link, ["SELECT * FROM plain"])
+
+
+@pytest.mark.parametrize("transaction", [False, True], ids=["one shot", "transaction"])
+async def test_what_is_dropped_before_the_repeat_leaves_the_outcome_unknown(database, pool, transaction):
+    """The catalog cannot say any more what it did: an undefined function is no news of the lost attempt."""
+
+    async def read(connection):
+        await connection.fetch("SELECT audit(3)")
+
+    await pool.fetch("SELECT 1")
+    if transaction:
+        database.proxy.swallow_next_answer(matching=b"COMMIT")
+        call = asyncio.create_task(pool.run_in_transaction(read, resolve_commit=False))
+    else:
+        await lose(database, "SELECT audit(3)")
+        call = asyncio.create_task(pool.fetch("SELECT audit(3)"))
+    database.proxy.reject()
+    async with asyncio.timeout(10):
+        while not await database.observer.fetchval("SELECT count(*) FROM journal WHERE t = '3'"):
+            await asyncio.sleep(0.01)
+        await database.observer.execute("DROP FUNCTION audit(int), audit(bigint)")
+        database.proxy.accept()
+        database.proxy.restore()
+        with pytest.raises(OutcomeUnknownError):
+            await call
+    assert await database.observer.fetchval("SELECT count(*) FROM journal WHERE t = '3'") == 1
+
+
 async def test_a_declared_function_is_not_asked_about(database):
     """`pure_functions=` is the way round the catalog, for that function in that schema or in every one."""
     for pure, sql, expected in (

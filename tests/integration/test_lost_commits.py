@@ -140,6 +140,8 @@ async def outcome(work) -> str:
         return "unknown"
     except asyncpg.ReadOnlySQLTransactionError:
         return "refused"
+    except asyncpg.ConnectionDoesNotExistError:
+        return "rolled back"
     return "done"
 
 
@@ -211,6 +213,74 @@ async def test_a_block_that_writes_when_it_is_run_again_is_unknown(scene):
         with pytest.raises(OutcomeUnknownError):
             await pool.run_in_transaction(work)
     assert await scene.effects("rows") == 0
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_pool_that_repeats_what_is_unknown_may_write_when_it_is_run_again(scene, fault):
+    """It was told that nothing does harm twice, so there is nothing to guard."""
+    texts = ["SELECT 1", "INSERT INTO journal VALUES ('second')"]
+
+    async def work(connection):
+        await connection.execute(texts.pop(0))
+
+    async with opened(scene, retry_unknown=True) as pool:
+        scene.arrange(fault)
+        await pool.run_in_transaction(work)
+    assert await scene.effects("rows") == 1
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_block_that_sent_nothing_is_done(scene, fault):
+    """Its COMMIT decides nothing."""
+    runs = []
+
+    async def work(connection):
+        runs.append(None)
+
+    async with opened(scene) as pool:
+        scene.arrange(fault)
+        await pool.run_in_transaction(work)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("beside", [[], ["SELECT 1"]], ids=["alone", "beside a read"])
+@pytest.mark.parametrize("options", [{}, {"resolve_commit": False}], ids=["resolved", "not resolved"])
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_what_is_sent_past_the_lease_is_not_applied_twice(scene, fault, options, beside):
+    """On the driver's own connection, which libraries reach for by its private name."""
+
+    async def work(connection):
+        for sql in beside:
+            await connection.execute(sql)
+        await connection._con.execute("INSERT INTO journal VALUES ('past')")
+
+    async with opened(scene) as pool:
+        scene.arrange(fault)
+        said = await outcome(pool.run_in_transaction(work, **options))
+    effects = await scene.effects("rows")
+    assert effects in {"done": (1,), "unknown": (0, 1), "rolled back": (0,)}[said]
+
+
+async def keep(connection):
+    kept.append(connection)
+
+
+kept: list[asyncpg.Connection] = []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_what_is_sent_on_a_connection_kept_from_init_is_not_applied_twice(scene, fault):
+    """Nothing passed the lease, but the connection has sent something."""
+
+    async def work(_connection):
+        await kept[-1].execute("INSERT INTO journal VALUES ('kept')")
+
+    async with opened(scene, init=keep) as pool:
+        scene.arrange(fault)
+        said = await outcome(pool.run_in_transaction(work))
+    kept.clear()
+    effects = await scene.effects("rows")
+    assert effects in {"done": (1,), "unknown": (0, 1), "rolled back": (0,)}[said]
 
 
 @pytest.mark.parametrize(
