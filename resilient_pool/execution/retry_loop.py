@@ -277,7 +277,7 @@ class RetryLoop:
         self._tell_scheduled(call)
         ended = False
         try:
-            await asyncpg.Connection.execute(link.connection, _BEGIN_GUARD, timeout=self._limit(call))
+            await link.execute(_BEGIN_GUARD, timeout=self._limit(call))
             call.phase = Phase.EXECUTE
             try:
                 result = await call.execute(link.connection)
@@ -292,7 +292,7 @@ class RetryLoop:
     async def _end_guard(self, call: Call[T], link: DriverConnection) -> bool:
         """Commit what only read, and say whether the connection can be used again."""
         try:
-            await asyncpg.Connection.execute(link.connection, "COMMIT", timeout=self._limit(call))
+            await link.execute("COMMIT", timeout=self._limit(call))
         except Exception as error:
             # A refusal says that a serializable transaction must not have read this. Without an answer, the result stands.
             if isinstance(error, asyncpg.PostgresError) and not link.connection.is_closed():

@@ -421,6 +421,10 @@ class DriverConnection:
             in_recovery = None
         self.read_only = ReadOnly(in_recovery=in_recovery, asked=asked)
 
+    async def execute(self, command: str, *, timeout: float | None = None) -> None:
+        """Send a command of the pool's own, past what an application's connection class makes of `execute()`."""
+        await asyncpg.Connection.execute(self.connection, command, timeout=timeout)
+
     async def fetchval_uncached(self, query: str, *args: object, timeout: float | None = None) -> Any:
         """Ask for one value in a query that is safe behind any pooler."""
         with self._uncached():

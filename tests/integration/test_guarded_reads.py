@@ -135,7 +135,7 @@ async def test_a_row_policy_that_writes_is_found(database):
 
 async def test_a_default_operator_class_for_a_built_in_type_counts_everywhere(database):
     """It is what DISTINCT and ORDER BY use for that type, and neither need name the type."""
-    check, link = ReadCheck(StatementReader()), Link(database.observer)
+    check, link = ReadCheck(StatementReader()), DriverConnection(database.observer)
     assert await check.allows(link, ["SELECT DISTINCT j FROM json_array_elements('[1, 1]') AS j"])
     await database.observer.execute(
         "CREATE FUNCTION j_less(json, json) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT $1::text < $2::text';"
@@ -177,7 +177,7 @@ async def test_the_server_is_asked_once_for_each_text(database):
 async def test_what_was_remembered_of_the_catalog_is_asked_again_soon(database):
     """A migration may change what a view does without the pool's knowledge."""
     now = 0.0
-    check, link = ReadCheck(StatementReader(), lambda: now), Link(database.observer)
+    check, link = ReadCheck(StatementReader(), lambda: now), DriverConnection(database.observer)
     assert await check.allows(link, ["SELECT * FROM plain"])
     await database.observer.execute("ALTER FUNCTION fixed VOLATILE")
     asked = link.queries
@@ -212,6 +212,30 @@ async def test_what_is_dropped_before_the_repeat_leaves_the_outcome_unknown(data
         with pytest.raises(OutcomeUnknownError):
             await call
     assert await database.observer.fetchval("SELECT count(*) FROM journal WHERE t = '3'") == 1
+
+
+class Tenant(asyncpg.Connection):
+    """An application's class that runs every command in a transaction of its own."""
+
+    async def execute(self, query, *args, timeout=None):
+        async with self.transaction():
+            await super().execute("SET LOCAL application_name = 'tenant'")
+            return await super().execute(query, *args, timeout=timeout)
+
+
+async def test_a_class_that_makes_transactions_of_its_own_does_not_get_in_the_way_of_the_guard(database):
+    """What PostgreSQL was told is stable may write none the less."""
+    await database.observer.execute(
+        "CREATE FUNCTION liar() RETURNS int STABLE LANGUAGE plpgsql AS $$ BEGIN RETURN write('liar'); END $$"
+    )
+    async with ResilientPool(database.dsn, ssl=False, connection_class=Tenant, deadline=10) as pool:
+        await pool.fetch("SELECT 1")
+        await lose(database, "SELECT steady(1)")
+        assert await pool.fetchval("SELECT steady(1)") == 2
+        await lose(database, "SELECT liar()")
+        with pytest.raises(OutcomeUnknownError):
+            await pool.fetch("SELECT liar()")
+    assert await database.observer.fetchval("SELECT count(*) FROM journal WHERE t = 'liar'") == 1
 
 
 async def test_a_declared_function_is_not_asked_about(database):

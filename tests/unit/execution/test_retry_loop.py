@@ -396,11 +396,21 @@ async def test_what_ends_a_call_later_does_not_hide_that_its_outcome_is_unknown(
 async def test_a_read_whose_own_error_comes_in_the_guard_ends_with_it():
     """The repeat was allowed, so the lost attempt did nothing."""
     bench = Bench()
-    error = asyncpg.UndefinedTableError("no such table")
-    with pytest.raises(asyncpg.UndefinedTableError) as caught:
+    error = asyncpg.DivisionByZeroError("division by zero")
+    with pytest.raises(asyncpg.DivisionByZeroError) as caught:
         await bench.run([(EXECUTE, lost()), (EXECUTE, error)], LOOKING)
     assert caught.value is error
     assert bench.link.invalidated
+
+
+@pytest.mark.parametrize(
+    "error", [asyncpg.UndefinedFunctionError, asyncpg.UndefinedTableError, asyncpg.UndefinedObjectError]
+)
+async def test_a_repeat_that_misses_what_its_text_names_is_unknown(error):
+    """It was dropped after the lost attempt, so the catalog did not say what that did."""
+    bench = Bench()
+    with pytest.raises(OutcomeUnknownError):
+        await bench.run([(EXECUTE, lost()), (EXECUTE, error("it does not exist"))], LOOKING)
 
 
 async def test_the_answer_to_the_guards_commit_is_not_needed(monkeypatch):
