@@ -1,17 +1,13 @@
-"""The only module that says which things can be told about a pool, and that hands them to whoever listens."""
+"""The events that an application can observe."""
 
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Protocol
 
 from resilient_pool.retry.verdict import Fault, Outcome
-
-_LOGGER = logging.getLogger("resilient_pool")
 
 
 class DiscardReason(StrEnum):
@@ -294,42 +290,3 @@ def is_observer(value: object) -> bool:
         inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call)
         for call in (value, getattr(value, "__call__", None))  # noqa: B004 - what `callable` looks for may be asynchronous
     )
-
-
-class Dispatcher:
-    """Tells every observer, in order, and lets none of them break a call.
-
-    It is false when nobody listens, so that whoever has something to tell can ask first and not even make the event.
-
-    Args:
-        observers: Who is told.
-    """
-
-    __slots__ = ("_observers", "_reported")
-
-    def __init__(self, observers: Iterable[Observer] = ()) -> None:
-        self._observers = tuple(observers)
-        self._reported: set[int] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._observers)
-
-    def emit(self, event: Event) -> None:
-        """Hand `event` to every observer; an observer's exception is logged, once for each observer, and forgotten."""
-        for position, observer in enumerate(self._observers):
-            try:
-                returned: object = observer(event)  # type: ignore[func-returns-value]
-                if returned is not None and inspect.iscoroutine(returned):
-                    returned.close()
-                    self._report(
-                        position, event, TypeError("an observer must not return a coroutine: it is not awaited")
-                    )
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is not the caller's trouble
-                self._report(position, event, error)
-
-    def _report(self, position: int, event: Event, error: Exception) -> None:
-        # Once: an observer that always fails would otherwise write as much as the pool does.
-        if position in self._reported:
-            return
-        self._reported.add(position)
-        _LOGGER.error("an observer failed at %s; its further failures are not reported", event.name, exc_info=error)

@@ -18,7 +18,6 @@ from resilient_pool._validation import names_nearest, require_known, require_sec
 from resilient_pool.clock import Clock, SystemClock
 from resilient_pool.config.arguments import ConnectArguments, PoolArguments
 from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal
-from resilient_pool.events import Dispatcher
 from resilient_pool.execution.commit_resolver import CommitResolver
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.connection_class import lease_class
@@ -27,6 +26,7 @@ from resilient_pool.execution.query_methods import Queries
 from resilient_pool.execution.read_check import ReadCheck
 from resilient_pool.execution.retry_loop import Call, RetryLoop
 from resilient_pool.execution.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
+from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters, PoolStats
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.circuit_breaker import CircuitBreaker

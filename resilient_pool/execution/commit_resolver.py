@@ -13,8 +13,9 @@ import asyncpg
 
 from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import PoolConfig
-from resilient_pool.events import Dispatcher, OutcomeResolved
+from resilient_pool.events import OutcomeResolved
 from resilient_pool.execution.connection import LeaseManager
+from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.commit_status import (

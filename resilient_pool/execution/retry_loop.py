@@ -11,8 +11,9 @@ import asyncpg
 from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import OutcomeUnknownError
-from resilient_pool.events import DiscardReason, Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
+from resilient_pool.events import DiscardReason, OutcomeUnknown, RetryExhausted, RetryScheduled
 from resilient_pool.execution.read_check import ReadCheck
+from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.connect import Connector

@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator
 
 from resilient_pool.clock import Clock
 from resilient_pool.errors import MigrationLockedError
-from resilient_pool.events import Dispatcher, MigrationLockLost, MigrationLockWaited
+from resilient_pool.events import MigrationLockLost, MigrationLockWaited
 from resilient_pool.execution.connection import ResilientConnection
+from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.pool import ResilientPool
 
 _POLL = 0.5

@@ -24,13 +24,14 @@ from resilient_pool.clock import SystemClock
 from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal_leniently
 from resilient_pool.config.secrets import Secret, scrub
 from resilient_pool.errors import ConfigurationError, MigrationFailedError
-from resilient_pool.events import Dispatcher, MigrationRepeated, MigrationStarted, Observer
+from resilient_pool.events import MigrationRepeated, MigrationStarted, Observer
 from resilient_pool.migrations.advisory_lock import MigrationLock
 from resilient_pool.migrations.command import request_to_run, run_command, to_its_end
 from resilient_pool.migrations.connect_failures import failed_to_connect
 from resilient_pool.migrations.output import Lines, LineSink, guarded, may_hold_a_password, print_line, secrets_around
 from resilient_pool.migrations.server_activity import Evidence, ask, doubt
 from resilient_pool.migrations.sql_directory import SqlDirectory, read_directory
+from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.pool import ResilientPool
 from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.retry.classifier import PostgresClassifier

@@ -14,7 +14,8 @@ from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.config.secrets import scrub
 from resilient_pool.errors import AcquireTimeoutError
-from resilient_pool.events import CircuitClosed, CircuitOpened, Dispatcher, RetryScheduled
+from resilient_pool.events import CircuitClosed, CircuitOpened, RetryScheduled
+from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.background import begin
 from resilient_pool.pooling.connect import Connector

@@ -15,7 +15,8 @@ import asyncpg
 
 from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import PassedOn, PoolConfig
-from resilient_pool.events import Dispatcher, PoolerDetected
+from resilient_pool.events import PoolerDetected
+from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.context import judge

@@ -14,7 +14,8 @@ import asyncpg
 from resilient_pool.clock import Clock, Timer
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.config.secrets import scrub
-from resilient_pool.events import ConnectionDiscarded, ConnectionOpened, DiscardReason, Dispatcher
+from resilient_pool.events import ConnectionDiscarded, ConnectionOpened, DiscardReason
+from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.background import begin
 from resilient_pool.pooling.connect import Connector

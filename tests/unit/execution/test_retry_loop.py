@@ -10,9 +10,10 @@ import pytest
 from resilient_pool import BackoffPolicy, Fault, OutcomeUnknownError
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import AcquireTimeoutError
-from resilient_pool.events import DiscardReason, Dispatcher, OutcomeUnknown, RetryExhausted, RetryScheduled
+from resilient_pool.events import DiscardReason, OutcomeUnknown, RetryExhausted, RetryScheduled
 from resilient_pool.execution.read_check import ReadCheck
 from resilient_pool.execution.retry_loop import Call, RetryLoop
+from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.driver import ReadOnly
 from resilient_pool.retry.verdict import Phase
