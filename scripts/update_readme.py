@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from resilient_pool.config.pool_config import ARGUMENTS
-from resilient_pool.retry.classifier import describe_rules
+from resilient_pool.retry.rules import describe_rules
 from resilient_pool.retry.verdict import Fault, Outcome
 
 ROOT = Path(__file__).resolve().parent.parent

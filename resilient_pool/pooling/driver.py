@@ -23,7 +23,7 @@ import anyio
 import asyncpg
 from asyncpg.connection import _ConnectionProxy
 
-from resilient_pool.retry.classifier import tells_of_a_closed_connection
+from resilient_pool.retry.classifier import reports_closed_connection
 from resilient_pool.retry.commit_status import Abilities
 
 ConnectionProxy = _ConnectionProxy
@@ -689,7 +689,7 @@ def is_of_another_connection(error: BaseException, link: DriverConnection) -> bo
     """
     if link.connection.is_closed() or isinstance(error, TimeoutError):
         return False
-    return isinstance(error, OSError) or tells_of_a_closed_connection(error)
+    return isinstance(error, OSError) or reports_closed_connection(error)
 
 
 def _comes_from_the_driver(error: BaseException) -> bool:

@@ -12,13 +12,8 @@ from asyncpg import exceptions as driver
 
 from resilient_pool.errors import AcquireTimeoutError, ConfigurationError, OutcomeUnknownError
 from resilient_pool.retry import classifier
-from resilient_pool.retry.classifier import (
-    RULES,
-    PostgresClassifier,
-    describe_rules,
-    refuses_commit,
-    refuses_credentials,
-)
+from resilient_pool.retry.classifier import PostgresClassifier, refuses_commit, refuses_credentials
+from resilient_pool.retry.rules import RULES, describe_rules
 from resilient_pool.retry.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
 
 KEEP, DISCARD, EXPIRE = Disposition.KEEP, Disposition.DISCARD, Disposition.EXPIRE
