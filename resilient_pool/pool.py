@@ -12,7 +12,6 @@ from typing import Any, Self, TypeVar, Unpack, cast
 from weakref import WeakSet
 
 import asyncpg
-import backoff
 
 from resilient_pool._validation import names_nearest, require_known, require_seconds
 from resilient_pool.clock import Clock, SystemClock
@@ -20,7 +19,6 @@ from resilient_pool.config.arguments import ConnectArguments, PoolArguments
 from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal
 from resilient_pool.execution.commit_resolver import CommitResolver
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
-from resilient_pool.execution.connection_class import lease_class
 from resilient_pool.execution.invocation import Invocation
 from resilient_pool.execution.query_methods import Queries
 from resilient_pool.execution.read_check import ReadCheck
@@ -31,6 +29,7 @@ from resilient_pool.observability.stats import Counters, PoolStats
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.circuit_breaker import CircuitBreaker
 from resilient_pool.pooling.connect import Connector
+from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection, overrides_statements
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
@@ -38,8 +37,6 @@ from resilient_pool.sql.read_only import StatementReader
 
 T = TypeVar("T")
 
-# max_lifetime is shortened by up to this share, so that connections opened together do not end together.
-_LIFETIME_JITTER = 0.1
 _LONG_CLOSE = 60.0
 
 
@@ -97,38 +94,20 @@ class ResilientPool(Queries):
         self._config = config
         self._clock = clock
         self._counters = Counters()
-        dispatcher = Dispatcher(config.observers)
+        context = PoolContext(config=config, clock=clock, counters=self._counters, events=Dispatcher(config.observers))
         self._resources: ResourcePool[DriverConnection] = ResourcePool(config.max_size, clock, min_size=config.min_size)
         self._reader = StatementReader(config.pure_functions)
-        read_check = ReadCheck(self._reader, clock.monotonic)
-        self._connector = Connector(config, clock, self._counters, dispatcher)
-        self._maintenance = Maintenance(
-            config, self._resources, self._connector, clock, self._draw_lifetime, self._counters, dispatcher
-        )
-        self._circuit_breaker = CircuitBreaker(
-            config, self._resources, self._maintenance, self._connector, clock, self._counters, dispatcher
-        )
-        self._acquirer = Acquirer(
-            config, self._resources, self._maintenance, self._circuit_breaker, clock, self._counters
-        )
+        self._connector = Connector(context)
+        self._maintenance = Maintenance(context, self._resources, self._connector)
+        self._circuit_breaker = CircuitBreaker(context, self._resources, self._maintenance, self._connector)
+        self._acquirer = Acquirer(context, self._resources, self._maintenance, self._circuit_breaker)
         self._retry_loop = RetryLoop(
-            config, self._reader, read_check, self._maintenance, self._connector, clock, self._counters, dispatcher
+            context, ReadCheck(self._reader, clock.monotonic), self._maintenance, self._connector
         )
         self._deposit = config.retry_budget.deposit
-        self._leases = LeaseManager(
-            config,
-            self._acquirer,
-            self._maintenance,
-            self._retry_loop,
-            self._reader,
-            read_check,
-            clock,
-            lease_class(config.connection_class),
-        )
-        commit_resolver = CommitResolver(config, self._leases, clock, dispatcher)
-        self._transactions = Transactions(
-            config, self._leases, self._reader, commit_resolver, clock, self._require_open
-        )
+        self._leases = LeaseManager(context, self._acquirer, self._maintenance, self._retry_loop)
+        commit_resolver = CommitResolver(context, self._leases)
+        self._transactions = Transactions(context, self._leases, commit_resolver, self._require_open)
         self._sets_up = config.setup is not None
         # Of what an application's class makes of a statement a failure tells less, so its attempts are watched from the start.
         self._watches = self._sets_up or overrides_statements(config.connection_class)
@@ -141,10 +120,6 @@ class ResilientPool(Queries):
     def __repr__(self) -> str:
         # Also of a pool whose arguments are being refused: a report of that may show it.
         return f"<{type(self).__name__} {self._state.name.lower()} {getattr(self, '_resources', None)!r}>"
-
-    def _draw_lifetime(self) -> float:
-        longest = self._config.max_lifetime
-        return longest - backoff.full_jitter(longest * _LIFETIME_JITTER) if longest else float("inf")
 
     # Running
 

@@ -12,10 +12,9 @@ from typing import Any
 import asyncpg
 
 from resilient_pool.clock import Clock
-from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.events import OutcomeResolved
 from resilient_pool.execution.connection import LeaseManager
-from resilient_pool.observability.dispatcher import Dispatcher
+from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.commit_status import (
@@ -134,17 +133,15 @@ class CommitResolver:
     """Asks, on behalf of one pool.
 
     Args:
-        config: The name of the commit log, and how to wait.
+        context: The name of the commit log, and how to wait.
         leases: Where connections come from.
-        clock: Counts the deadline.
-        dispatcher: Is told what was resolved.
     """
 
-    def __init__(self, config: PoolConfig, leases: LeaseManager, clock: Clock, dispatcher: Dispatcher) -> None:
-        self._config = config
+    def __init__(self, context: PoolContext, leases: LeaseManager) -> None:
+        config = context.config
+        self._context = context
         self._leases = leases
-        self._clock = clock
-        self._dispatcher = dispatcher
+        self._clock = context.clock
         self._log = config.commit_log
         # `setup` may take on another role at every use, and without resets one may be left from the use before.
         self._careful = self._log is not None and (config.setup is not None or config.session_reset == "off")
@@ -288,7 +285,7 @@ class CommitResolver:
         )
         if answer in (CommitStatus.COMMITTED, CommitStatus.ABORTED):
             elapsed = self._clock.monotonic() - started
-            self._dispatcher.emit(
+            self._context.events.emit(
                 OutcomeResolved(operation="transaction", answer=answer.value, xid=mark.xid, elapsed=elapsed)
             )
         return answer
@@ -420,7 +417,7 @@ class CommitResolver:
 
     def delays(self) -> Iterator[float]:
         """Yield the waits between questions."""
-        return self._config.backoff.delays()
+        return self._context.config.backoff.delays()
 
     # The log
 

@@ -14,21 +14,19 @@ import anyio
 import asyncpg
 from asyncpg import Record
 
-from resilient_pool.clock import Clock
-from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import AcquireTimeoutError
+from resilient_pool.execution.connection_class import lease_class
 from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransaction
 from resilient_pool.execution.query_methods import Queries
-from resilient_pool.execution.read_check import ReadCheck
 from resilient_pool.execution.retry_loop import Call, RetryLoop
 from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.acquire import Acquirer
+from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.deadlines import deadline_after
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.verdict import Phase
-from resilient_pool.sql.read_only import StatementReader
 
 if TYPE_CHECKING:
     from asyncpg.cursor import CursorFactory
@@ -662,40 +660,33 @@ class LeaseManager:
         reset_timeout: How many seconds a rollback may take.
         sets_up: Whether the application prepares connections.
         connection_class: What the driver makes.
+        read_check: Knows what a text may do. What it remembers of the server's catalog ends with the driver's caches.
 
     Args:
-        config: The application's `setup`, and the pool's deadline.
+        context: The application's `setup`, and the pool's deadline.
         acquirer: Finds healthy connections.
         maintenance: Makes them fit for the next one.
         retry_loop: Repeats what fails.
-        reader: Knows what a text may do.
-        read_check: What it remembers of the server's catalog ends with the driver's caches.
-        clock: Counts deadlines.
-        lease_class: What is lent.
     """
 
     def __init__(
         self,
-        config: PoolConfig,
+        context: PoolContext,
         acquirer: Acquirer,
         maintenance: Maintenance,
         retry_loop: RetryLoop,
-        reader: StatementReader,
-        read_check: ReadCheck,
-        clock: Clock,
-        lease_class: type[ResilientConnection],
     ) -> None:
-        self._lease_class = lease_class
+        config = context.config
+        self._lease_class = lease_class(ResilientConnection, config.connection_class)
         self._config = config
         self._acquirer = acquirer
         self._maintenance = maintenance
-        self._clock = clock
+        self._clock = context.clock
         self.reset_timeout = config.reset_timeout
         self.sets_up = config.setup is not None
         self.connection_class = config.connection_class
         self.retry_loop = retry_loop
-        self._reader = reader
-        self.read_check = read_check
+        self.read_check = retry_loop.read_check
 
     def call(
         self,
@@ -798,7 +789,7 @@ class LeaseManager:
             return False
         # An error undoes a whole statement, but not what its functions did outside of the transaction: a lock.
         refused = isinstance(error, asyncpg.PostgresError)
-        return harmless or (refused and call.sql is not None and self._reader.is_plain_read(call.sql))
+        return harmless or (refused and call.sql is not None and self.read_check.reader.is_plain_read(call.sql))
 
     def owns(self, lease: ResilientConnection) -> bool:
         """Whether a connection was lent here."""

@@ -6,13 +6,14 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import asyncpg
 from asyncpg.transaction import Transaction
 
-from resilient_pool.execution.connection import ResilientConnection
 from resilient_pool.pooling.driver import AnyConnection, until_lost
+
+L = TypeVar("L")
 
 # What a lease adds to asyncpg's arguments.
 _OURS = ("idempotent", "exactly_once", "deadline", "fail_fast")
@@ -34,27 +35,25 @@ _FIRST = {"add_listener": "LISTEN", "remove_listener": "UNLISTEN", "reset": "ROL
 _CODECS = frozenset({"set_type_codec", "set_builtin_type_codec", "reset_type_codec"})
 
 
-def lease_class(connection_class: type[asyncpg.Connection[Any]]) -> type[ResilientConnection]:
-    """Return the class of leases of that class: `ResilientConnection`, or one that takes what its methods take."""
+def lease_class(base: type[L], connection_class: type[asyncpg.Connection[Any]]) -> type[L]:
+    """Return the class of leases of that class: `base`, or a subclass that takes what the overridden methods take."""
     overridden = {
         name: make(name, getattr(connection_class, name))
         for name, make in _FORWARDED.items()
         if getattr(connection_class, name) is not getattr(asyncpg.Connection, name)
     }
     if not overridden:
-        return ResilientConnection
+        return base
     members = {"__slots__": (), **overridden}
-    made = types.new_class(
-        ResilientConnection.__name__, (ResilientConnection,), exec_body=lambda body: body.update(members)
-    )
-    return cast("type[ResilientConnection]", made)
+    made = types.new_class(base.__name__, (base,), exec_body=lambda body: body.update(members))
+    return cast("type[L]", made)
 
 
 def _statement(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     ours = [argument for argument in _OURS if argument not in inspect.signature(original).parameters]
 
     @functools.wraps(original)
-    async def forward(self: ResilientConnection, *args: Any, **kwargs: Any) -> Any:
+    async def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = {argument: kwargs.pop(argument) for argument in ours if argument in kwargs}
         return await self._run(
             name,
@@ -72,7 +71,7 @@ def _statement(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _first(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    async def forward(self: ResilientConnection, *args: Any, **kwargs: Any) -> Any:
+    async def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         sql = _FIRST.get(name) or _text(args, kwargs)
         return await self._first(name, sql, _call(name, args, kwargs))
 
@@ -81,7 +80,7 @@ def _first(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _codec(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    async def forward(self: ResilientConnection, *args: Any, **kwargs: Any) -> None:
+    async def forward(self: Any, *args: Any, **kwargs: Any) -> None:
         await self._set_codec(name, _call(name, args, kwargs))
 
     return forward
@@ -89,7 +88,7 @@ def _codec(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _close(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    async def forward(self: ResilientConnection, *args: Any, **kwargs: Any) -> None:
+    async def forward(self: Any, *args: Any, **kwargs: Any) -> None:
         await self._close(_call(name, args, kwargs))
 
     return forward
@@ -97,7 +96,7 @@ def _close(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cursor(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def forward(self: ResilientConnection, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._cursors(_text(args, kwargs) or "", _call(name, args, kwargs))
 
     return forward
@@ -105,7 +104,7 @@ def _cursor(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _transaction(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def forward(self: ResilientConnection, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = _call(name, args, kwargs)(self._look(name))
         return self._transaction(made) if type(made) is Transaction else made
 

@@ -177,10 +177,13 @@ class ReadCheck:
     Args:
         reader: Knows what the texts name.
         now: Returns the present time in seconds; answers count for ten. By default they count until `forget()`.
+
+    Attributes:
+        reader: The same.
     """
 
     def __init__(self, reader: StatementReader, now: Callable[[], float] = lambda: 0.0) -> None:
-        self._reader = reader
+        self.reader = reader
         self._now = now
         self._answers: dict[tuple[frozenset[str], frozenset[str]], tuple[bool, float]] = {}
 
@@ -198,7 +201,7 @@ class ReadCheck:
         Raises:
             Exception: What the driver raises when the connection is lost or the time is up.
         """
-        statements = [self._reader.read(text) for text in texts]
+        statements = [self.reader.read(text) for text in texts]
         if not all(statement.looks_like_read for statement in statements):
             return False
         names = frozenset[str]().union(*(statement.names for statement in statements))
@@ -224,7 +227,7 @@ class ReadCheck:
     ) -> bool:
         # In a database of a single-byte encoding PostgreSQL folds letters outside ASCII, too.
         spellings = sorted(names | {name.lower() for name in names})
-        arguments = (spellings, sorted(operators), _EFFECTS, _HARMLESS, sorted(self._reader.pure))
+        arguments = (spellings, sorted(operators), _EFFECTS, _HARMLESS, sorted(self.reader.pure))
         return await link.fetchval_uncached(_QUESTION, *arguments, timeout=timeout) is True
 
     def forget(self) -> None:

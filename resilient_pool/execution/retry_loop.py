@@ -8,22 +8,17 @@ from typing import Generic, TypeVar
 
 import asyncpg
 
-from resilient_pool.clock import Clock
-from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import OutcomeUnknownError
 from resilient_pool.events import DiscardReason, OutcomeUnknown, RetryExhausted, RetryScheduled
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.observability.dispatcher import Dispatcher
-from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.connect import Connector
-from resilient_pool.pooling.context import judge, nearest_sqlstate, unwrap
+from resilient_pool.pooling.context import PoolContext, nearest_sqlstate
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.retry.backoff import OPERATION_BACKOFF
 from resilient_pool.retry.decision import GiveUp, GiveUpReason, Retry, RetryState, decide
 from resilient_pool.retry.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
-from resilient_pool.sql.read_only import StatementReader
 
 T = TypeVar("T")
 
@@ -177,36 +172,30 @@ class RetryLoop:
     """Runs calls until they succeed or must not be tried again.
 
     Args:
-        config: Policies, budget and classifier.
-        reader: Tells which statements look like reads.
-        read_check: Asks the server whether they are.
+        context: Policies, budget and classifier.
+        read_check: Knows which statements look like reads, and asks the server whether they are.
         maintenance: Expires connections when a verdict says so.
         connector: Knows whether writes are expected to work.
-        clock: Waits.
-        counters: Where it counts.
-        dispatcher: Who is told.
+
+    Attributes:
+        read_check: The same.
     """
 
     def __init__(
         self,
-        config: PoolConfig,
-        reader: StatementReader,
+        context: PoolContext,
         read_check: ReadCheck,
         maintenance: Maintenance,
         connector: Connector,
-        clock: Clock,
-        counters: Counters,
-        dispatcher: Dispatcher,
     ) -> None:
-        self._config = config
-        self._reader = reader
-        self._read_check = read_check
+        self._context = context
+        self._config = context.config
+        self._clock = context.clock
+        self._reader = read_check.reader
+        self.read_check = read_check
         self._maintenance = maintenance
         self._connector = connector
-        self._clock = clock
-        self._counters = counters
-        self._dispatcher = dispatcher
-        self._deposit = config.retry_budget.deposit
+        self._deposit = context.config.retry_budget.deposit
 
     def begin_transaction(self, call: Call[T]) -> RetryState:
         """Count a call whose attempts somebody else makes, and return what is remembered of its failures.
@@ -272,7 +261,7 @@ class RetryLoop:
 
     async def _run_guarded(self, call: Call[T], sql: str, link: DriverConnection) -> T:
         call.phase = Phase.CHECKOUT  # what comes before the statement is part of getting the connection
-        if not await self._read_check.allows(link, (sql,), timeout=self._limit(call)):
+        if not await self.read_check.allows(link, (sql,), timeout=self._limit(call)):
             raise RefusedError
         call.harmless = True
         self._tell_scheduled(call)
@@ -358,8 +347,7 @@ class RetryLoop:
     def _tell_scheduled(self, call: Call[T]) -> None:
         scheduled, call.scheduled = call.scheduled, None
         if scheduled is not None:
-            self._counters.retries[scheduled.fault] += 1
-            self._dispatcher.emit(scheduled)
+            self._context.retry_scheduled(scheduled)
 
     def _decide(
         self, call: Call[T], state: RetryState, failure: Failure, verdict: Verdict, now: float
@@ -384,7 +372,7 @@ class RetryLoop:
         return decision
 
     def _build_failure(self, call: Call[T], error: Exception) -> Failure:
-        link, inner = call.link, unwrap(self._config, error)
+        link, inner = call.link, self._context.unwrap(error)
         refused = call.phase is Phase.EXECUTE and link is not None and wire.nothing_sent(inner, link)
         why = None
         if link is not None and isinstance(inner, asyncpg.ReadOnlySQLTransactionError):
@@ -399,12 +387,12 @@ class RetryLoop:
         )
 
     def _judge(self, call: Call[T], failure: Failure) -> Verdict:
-        inner = unwrap(self._config, failure.error)
+        inner = self._context.unwrap(failure.error)
         executing = call.link is not None and call.phase is Phase.EXECUTE
         if executing and call.link is not None and wire.is_of_another_connection(inner, call.link):
             # The application's own affair, such as what a COPY's source reads from: another attempt here does not cure it.
             return Verdict(fault=Fault.PERMANENT, outcome=Outcome.UNKNOWN)
-        return judge(self._config, failure)
+        return self._context.classify(failure)
 
     def _heed_limits(self, call: Call[T], failure: Failure, verdict: Verdict) -> Verdict:
         """Make final what the server's limits on a transaction have ended, or most likely have, and say so in a note.
@@ -413,7 +401,7 @@ class RetryLoop:
         lost, for how long the transaction had lasted, and which limits the server has. A limit on the whole must have been
         met by then, and is met again; one on being idle only if the same happens twice.
         """
-        inner = unwrap(self._config, failure.error)
+        inner = self._context.unwrap(failure.error)
         told = {getattr(error, "sqlstate", None) for error in (inner, inner.__cause__)} - {None, "08003"}
         if call.began is None and told.isdisjoint({sqlstate for sqlstate, _, _ in _LIMITS}):
             return verdict
@@ -516,8 +504,8 @@ class RetryLoop:
             return self._unknown(call, state, doubt)
         if reason is GiveUpReason.PERMANENT:
             return error
-        self._counters.exhausted += 1
-        self._dispatcher.emit(
+        self._context.counters.exhausted += 1
+        self._context.events.emit(
             RetryExhausted(
                 operation=call.operation,
                 reason=reason.value,
@@ -531,8 +519,8 @@ class RetryLoop:
         return error
 
     def _unknown(self, call: Call[T], state: RetryState, loss: Loss) -> Exception:
-        self._counters.outcomes_unknown += 1
-        self._dispatcher.emit(
+        self._context.counters.outcomes_unknown += 1
+        self._context.events.emit(
             OutcomeUnknown(
                 operation=call.operation,
                 fault=loss.fault,

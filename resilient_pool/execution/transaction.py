@@ -12,19 +12,16 @@ from typing import Literal, Self, TypedDict, TypeVar
 
 import asyncpg
 
-from resilient_pool.clock import Clock
-from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.execution.commit_resolver import CommitResolver, is_our_own_fault
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.loop_control import FramePosition
 from resilient_pool.execution.retry_loop import REFUSALS_OF_A_GUARD, Call, RefusedError
 from resilient_pool.pooling import driver as wire
-from resilient_pool.pooling.context import unwrap
+from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.retry.classifier import refuses_commit
 from resilient_pool.retry.commit_status import CommitStatus, CommitToken
 from resilient_pool.retry.verdict import Outcome, Phase
-from resilient_pool.sql.read_only import StatementReader
 from resilient_pool.sql.statement_tracker import StatementTracker
 
 T = TypeVar("T")
@@ -60,30 +57,24 @@ class Transactions:
     """What the transactions of one pool have in common.
 
     Args:
-        config: The pool's.
+        context: The pool's.
         leases: Lends their connections.
-        reader: Knows which texts look like reads.
         commit_resolver: Asks what became of them.
-        clock: Waits.
         require_open: Raises if the pool cannot be used.
     """
 
-    __slots__ = ("clock", "commit_resolver", "config", "leases", "reader", "require_open")
+    __slots__ = ("commit_resolver", "context", "leases", "require_open")
 
     def __init__(
         self,
-        config: PoolConfig,
+        context: PoolContext,
         leases: LeaseManager,
-        reader: StatementReader,
         commit_resolver: CommitResolver,
-        clock: Clock,
         require_open: Callable[[], None],
     ) -> None:
-        self.config = config
+        self.context = context
         self.leases = leases
-        self.reader = reader
         self.commit_resolver = commit_resolver
-        self.clock = clock
         self.require_open = require_open
 
 
@@ -148,7 +139,7 @@ class RetriedTransaction:
             raise asyncpg.InterfaceError("the attempt before was not entered: write `async with attempt as connection`")
         self._state = _State.RUNNING
         if self._delay:
-            await self._shared.clock.sleep(self._delay)
+            await self._shared.context.clock.sleep(self._delay)
         self._number += 1
         return Attempt(self, self._shared, self._options, self._call, self._number)
 
@@ -218,7 +209,7 @@ class Attempt:
         self._options = options
         self._call = call
         self._lease: ResilientConnection | None = None
-        self._sent = StatementTracker(shared.reader)
+        self._sent = StatementTracker(shared.leases.read_check.reader)
         self._entered = self._asked_in_vain = False
 
     # Beginning
@@ -237,7 +228,7 @@ class Attempt:
                     self._lease = await self._begin()
                 except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                     delay = self._loop.next_delay(error)
-                    await self._shared.clock.sleep(delay)
+                    await self._shared.context.clock.sleep(delay)
             begun = True
         finally:
             if not begun:
@@ -267,7 +258,7 @@ class Attempt:
             readonly=self._is_read_only,
             deferrable=options.get("deferrable", False),
         )
-        self._call.began = self._shared.clock.monotonic()
+        self._call.began = self._shared.context.clock.monotonic()
         self._call.asked = link.queries
 
     @property
@@ -314,7 +305,7 @@ class Attempt:
         if lease is None:
             return
         reset = self._shared.leases.release(lease)
-        if reset is not None and self._shared.config.session_reset == "on_release":
+        if reset is not None and self._shared.context.config.session_reset == "on_release":
             await asyncio.wait(
                 [reset]
             )  # not by shield: one that terminate() cuts short is no cancellation of this task
@@ -342,7 +333,7 @@ class Attempt:
         if not isinstance(error, Exception):
             return None  # there is no time; the connection's reset, in the background, does it
         await self._undo(link)
-        unwrapped = unwrap(self._shared.config, error)
+        unwrapped = self._shared.context.unwrap(error)
         if self._sent.may_have_ended or not _is_the_drivers(unwrapped, link):
             return None
         self._call.settled = Outcome.ROLLED_BACK
@@ -359,7 +350,7 @@ class Attempt:
     async def _undo(self, link: DriverConnection) -> None:
         with contextlib.suppress(Exception):  # the connection's reset does it then, or the server, when it is closed
             if self._is_on_loan and not link.connection.is_closed():
-                await link.end_transaction("ROLLBACK", timeout=self._shared.config.reset_timeout)
+                await link.end_transaction("ROLLBACK", timeout=self._shared.context.config.reset_timeout)
 
     # Committing
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 from math import inf
 
-from resilient_pool.clock import Clock
-from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.events import DiscardReason
-from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.circuit_breaker import CircuitBreaker
+from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
@@ -27,31 +25,27 @@ class Acquirer:
     """Hands out resources whose connections were checked a moment ago.
 
     Args:
-        config: How long a connection may be idle unasked, and how long a ping may take.
+        context: How long a connection may be idle unasked, and how long a ping may take.
         resources: Where resources come from.
         maintenance: Closes.
         circuit_breaker: Opens.
-        clock: Tells idle times and deadlines.
-        counters: Where it counts.
     """
 
     def __init__(
         self,
-        config: PoolConfig,
+        context: PoolContext,
         resources: ResourcePool[DriverConnection],
         maintenance: Maintenance,
         circuit_breaker: CircuitBreaker,
-        clock: Clock,
-        counters: Counters,
     ) -> None:
-        self._ping_after = config.ping_after
-        self._ping_timeout = config.ping_timeout
-        self._sets_up = config.setup is not None
+        self._ping_after = context.config.ping_after
+        self._ping_timeout = context.config.ping_timeout
+        self._sets_up = context.config.setup is not None
         self._resources = resources
         self._maintenance = maintenance
         self._circuit_breaker = circuit_breaker
-        self._clock = clock
-        self._counters = counters
+        self._clock = context.clock
+        self._counters = context.counters
 
     async def acquire(self, deadline: float | None, *, fail_fast: bool = False) -> PoolEntry[DriverConnection]:
         """Take an entry with a healthy connection in it.

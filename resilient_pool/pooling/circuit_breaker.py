@@ -10,16 +10,12 @@ from dataclasses import replace
 
 import asyncpg
 
-from resilient_pool.clock import Clock
-from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.config.secrets import scrub
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.events import CircuitClosed, CircuitOpened, RetryScheduled
-from resilient_pool.observability.dispatcher import Dispatcher
-from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.background import begin
 from resilient_pool.pooling.connect import Connector
-from resilient_pool.pooling.context import judge, nearest_sqlstate
+from resilient_pool.pooling.context import PoolContext, nearest_sqlstate
 from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
@@ -55,32 +51,25 @@ class CircuitBreaker:
     Without any observer, too, the log says when the server is away and when it is back: one line each, at WARNING.
 
     Args:
-        config: The policy and the classifier.
-        resources: Where callers wait, and which is told how many of them may open.
+        context: The policy and the classifier.
+        resources: Where callers wait; its connect limit says how many of them may open.
         maintenance: Opens connections.
         connector: Knows whether writes are expected to work.
-        clock: Tells the time and waits.
-        counters: Where it counts.
-        dispatcher: Who is told.
     """
 
     def __init__(
         self,
-        config: PoolConfig,
+        context: PoolContext,
         resources: ResourcePool[DriverConnection],
         maintenance: Maintenance,
         connector: Connector,
-        clock: Clock,
-        counters: Counters,
-        dispatcher: Dispatcher,
     ) -> None:
-        self._config = config
+        self._context = context
+        self._config = context.config
+        self._clock = context.clock
         self._resources = resources
         self._maintenance = maintenance
         self._connector = connector
-        self._clock = clock
-        self._counters = counters
-        self._dispatcher = dispatcher
         self._outage: _Outage | None = None
         self._crowd: _Outage | None = None
         self._is_reported = False
@@ -88,8 +77,8 @@ class CircuitBreaker:
         self._prober: asyncio.Task[None] | None = None
         self._attempts: set[asyncio.Task[bool]] = set()
         self._attempt_began: float | None = None
-        self._delays = config.reconnect.delays()
-        self._not_before = clock.monotonic()
+        self._delays = context.config.reconnect.delays()
+        self._not_before = context.clock.monotonic()
         self._last_opened: DriverConnection | None = None
         self._is_final = False
         resources.on_connection_needed = self.maintain
@@ -344,7 +333,7 @@ class CircuitBreaker:
         self._wake_window.close()
         if outage is not None:
             elapsed = self._clock.monotonic() - outage.began
-            self._dispatcher.emit(CircuitClosed(attempts=outage.attempts, elapsed=elapsed))
+            self._context.events.emit(CircuitClosed(attempts=outage.attempts, elapsed=elapsed))
         if self._is_reported:
             self._is_reported = False
             _LOGGER.warning("the database server is back: connections are opened again")
@@ -386,8 +375,8 @@ class CircuitBreaker:
             read_only_asked=why is not None and why.asked,
             in_recovery=None if why is None else why.in_recovery,
         )
-        verdict = judge(self._config, failure)
-        self._counters.connect_failures += 1
+        verdict = self._context.classify(failure)
+        self._context.counters.connect_failures += 1
         if verdict.fault in _ABOUT_ONE_MORE_CONNECTION and self._maintenance.connections():
             self._be_content(error, failure, verdict, now)
             return None
@@ -435,12 +424,12 @@ class CircuitBreaker:
         return most is not None and outage.attempts >= most
 
     def _is_extended_by_wake_window(self, failure: Failure) -> bool:
-        return judge(self._config, replace(failure, waking=False)).fault is Fault.PERMANENT
+        return self._context.classify(replace(failure, waking=False)).fault is Fault.PERMANENT
 
     def _open_circuit(self, outage: _Outage, failure: Failure, verdict: Verdict, now: float) -> None:
         if self._outage is None:
             self._outage = outage
-            self._dispatcher.emit(CircuitOpened(fault=verdict.fault, sqlstate=nearest_sqlstate(failure)))
+            self._context.events.emit(CircuitOpened(fault=verdict.fault, sqlstate=nearest_sqlstate(failure)))
         self.half_open()
         self._resources.fail_fast_waiters(lambda: outage.error_for_caller(now))
         longest = self._config.reconnect.max_elapsed
@@ -449,19 +438,17 @@ class CircuitBreaker:
             self._resources.fail_waiters_since(now - longest, lambda: outage.error_for_caller(now))
 
     def _emit_retry(self, outage: _Outage, failure: Failure, verdict: Verdict, delay: float, now: float) -> None:
-        self._counters.retries[verdict.fault] += 1
-        if self._dispatcher:
-            self._dispatcher.emit(
-                RetryScheduled(
-                    operation="connect",
-                    fault=verdict.fault,
-                    outcome=verdict.outcome,
-                    sqlstate=nearest_sqlstate(failure),
-                    attempt=outage.attempts,
-                    delay=delay,
-                    elapsed=now - outage.began,
-                )
+        self._context.retry_scheduled(
+            RetryScheduled(
+                operation="connect",
+                fault=verdict.fault,
+                outcome=verdict.outcome,
+                sqlstate=nearest_sqlstate(failure),
+                attempt=outage.attempts,
+                delay=delay,
+                elapsed=now - outage.began,
             )
+        )
 
 
 class _Outage:

@@ -13,13 +13,10 @@ from typing import cast
 import anyio
 import asyncpg
 
-from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import PassedOn, PoolConfig
 from resilient_pool.events import PoolerDetected
-from resilient_pool.observability.dispatcher import Dispatcher
-from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling import driver as wire
-from resilient_pool.pooling.context import judge
+from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.credentials import Credentials, Login
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection, ReadOnly, ServerInfo
 from resilient_pool.pooling.hosts import Candidate, PinnedLoop, Race, Silence, candidates
@@ -37,24 +34,19 @@ class Connector:
     """Opens one connection at a time, as often as it is asked.
 
     Args:
-        config: Where to connect, and how.
-        clock: Measures what it takes.
-        counters: Where connections are counted.
-        dispatcher: Who is told of a pooler.
+        context: Where to connect, and how.
 
     Attributes:
-        facts: What stands at the other end; `None` before the first connection.
+        server_info: What stands at the other end; `None` before the first connection.
         read_only: Why the server has last refused a write of `init`, if it has.
     """
 
-    def __init__(self, config: PoolConfig, clock: Clock, counters: Counters, dispatcher: Dispatcher) -> None:
-        self._config = config
-        self._target = config
-        self._credentials = Credentials(config)
-        self._silence = Silence(clock)
-        self._clock = clock
-        self._counters = counters
-        self._dispatcher = dispatcher
+    def __init__(self, context: PoolContext) -> None:
+        self._context = context
+        self._config = self._target = context.config
+        self._credentials = Credentials(context.config)
+        self._clock = context.clock
+        self._silence = Silence(context.clock)
         self.server_info: ServerInfo | None = None
         self.read_only: ReadOnly | None = None
 
@@ -79,7 +71,7 @@ class Connector:
         if self.server_info is None or not self.server_info.keeps_session:
             return False
         self.server_info = replace(self.server_info, keeps_session=False)
-        self._counters.pooler = True
+        self._context.counters.pooler = True
         self._emit_pooler_detected(self._target, self.server_info, "a prepared statement was missing in the session")
         return True
 
@@ -107,7 +99,7 @@ class Connector:
             if not ready:
                 link.terminate()
         link.opened_at = self._clock.monotonic()
-        self._counters.opened += 1
+        self._context.counters.opened += 1
         return link
 
     def _left(self, ends: float) -> float:
@@ -191,7 +183,7 @@ class Connector:
 
     def _fault(self, error: Exception) -> Fault:
         failure = Failure(error=error, phase=Phase.CONNECT, sent=False, waking=False, writable=self.expects_writes)
-        return judge(self._config, failure).fault
+        return self._context.classify(failure).fault
 
     def _most_telling(self, errors: Mapping[Candidate, Exception]) -> Exception:
         """Choose from how each host failed: what waiting cures, since that host may be back."""
@@ -242,7 +234,7 @@ class Connector:
             facts = replace(facts, keeps_session=seen is None)
         if self.server_info is None and target is self._target:
             self.server_info = facts
-            self._counters.pooler = facts.has_pooler
+            self._context.counters.pooler = facts.has_pooler
             if facts.has_pooler:
                 self._emit_pooler_detected(target, facts, seen)
         return facts
@@ -277,7 +269,7 @@ class Connector:
         return None if other[1] < took else "another client was given a session that was there before it"
 
     def _emit_pooler_detected(self, target: PoolConfig, facts: ServerInfo, seen: str | None) -> None:
-        self._dispatcher.emit(
+        self._context.events.emit(
             PoolerDetected(
                 handshake_pid=facts.handshake_pid,
                 backend_pid=facts.backend_pid,

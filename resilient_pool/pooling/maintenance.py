@@ -6,19 +6,18 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TypeVar
 
 import asyncpg
+import backoff
 
-from resilient_pool.clock import Clock, Timer
-from resilient_pool.config.pool_config import PoolConfig
+from resilient_pool.clock import Timer
 from resilient_pool.config.secrets import scrub
 from resilient_pool.events import ConnectionDiscarded, ConnectionOpened, DiscardReason
-from resilient_pool.observability.dispatcher import Dispatcher
-from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.background import begin
 from resilient_pool.pooling.connect import Connector
+from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
 from resilient_pool.pooling.timeouts import TimeoutQueue
@@ -28,6 +27,8 @@ T = TypeVar("T")
 _LOGGER = logging.getLogger("resilient_pool")
 
 _CLOSE_LIMIT = 2.0
+# max_lifetime is shortened by up to this share, so that connections opened together do not end together.
+_LIFETIME_JITTER = 0.1
 # 50 s where the server closes idle sessions after 60 s.
 _SHARE_OF_THE_SERVERS_PATIENCE = 5 / 6
 # These connections are beyond a goodbye: it could only hang.
@@ -46,13 +47,9 @@ class Maintenance:
     """Keeps the resources of one pool fit, in the background.
 
     Args:
-        config: Lifetimes, limits and the application's `reset`.
+        context: Lifetimes, limits and the application's `reset`.
         resources: Whose connections are kept.
         connector: Opens them.
-        clock: Tells ages.
-        lifetime: Gives one connection's lifetime in seconds; called once for each.
-        counters: Where it counts.
-        dispatcher: Who is told.
 
     Attributes:
         closing: Whether connections are no longer kept.
@@ -60,30 +57,21 @@ class Maintenance:
         forsaken: Whether a task of ours was cancelled, though not by us: the event loop is about to end.
     """
 
-    def __init__(
-        self,
-        config: PoolConfig,
-        resources: ResourcePool[DriverConnection],
-        connector: Connector,
-        clock: Clock,
-        lifetime: Callable[[], float],
-        counters: Counters,
-        dispatcher: Dispatcher,
-    ) -> None:
-        self._config = config
+    def __init__(self, context: PoolContext, resources: ResourcePool[DriverConnection], connector: Connector) -> None:
+        self._context = context
+        self._config = context.config
+        self._clock = context.clock
         self._resources = resources
         self._connector = connector
-        self._clock = clock
-        self._lifetime = lifetime
-        self._counters = counters
-        self._dispatcher = dispatcher
         self._background: set[asyncio.Task[object]] = set()
         self._chores: set[asyncio.Task[object]] = set()
         self._resets: dict[PoolEntry[DriverConnection], asyncio.Task[None]] = {}
         self._is_reset_reported = False
         self._openings: set[asyncio.Timeout] = set()
         self._cut: set[asyncio.Task[object]] = set()
-        self._watched: TimeoutQueue[asyncio.Task[None]] = TimeoutQueue(clock, lambda task, _: self._cut_short(task))
+        self._watched: TimeoutQueue[asyncio.Task[None]] = TimeoutQueue(
+            context.clock, lambda task, _: self._cut_short(task)
+        )
         self._reaper: Timer | None = None
         self._generation = 0
         self._pid = os.getpid()
@@ -117,15 +105,19 @@ class Maintenance:
         entry.fill(
             link,
             now=now,
-            expires_at=now + self._lifetime(),
+            expires_at=now + self._draw_lifetime(),
             generation=generation,
             asked_at=started,
             uses=link.queries,
         )
-        if self._dispatcher:
-            self._dispatcher.emit(
+        if self._context.events:
+            self._context.events.emit(
                 ConnectionOpened(elapsed=now - started, server_pid=link.pid, size=self._resources.size)
             )
+
+    def _draw_lifetime(self) -> float:
+        longest = self._config.max_lifetime
+        return longest - backoff.full_jitter(longest * _LIFETIME_JITTER) if longest else float("inf")
 
     def require_open(self) -> None:
         """Raise if no connection is opened any more."""
@@ -186,7 +178,7 @@ class Maintenance:
         link = entry.resource
         # What failed on it may have been judged by now, and the connection with it.
         if link is not None and self._unfit(entry) is None:
-            self._counters.resets += 1
+            self._context.counters.resets += 1
             await link.restore(self._config.reset, seconds, watched=watched)
 
     def _settle(self, entry: PoolEntry[DriverConnection], task: asyncio.Task[None], *, prompt: bool) -> None:
@@ -268,9 +260,9 @@ class Maintenance:
         link = entry.empty()
         if link is None:
             return
-        self._counters.discarded[reason] += 1
-        if self._dispatcher:
-            self._dispatcher.emit(
+        self._context.counters.discarded[reason] += 1
+        if self._context.events:
+            self._context.events.emit(
                 ConnectionDiscarded(
                     reason=reason, age=self._clock.now() - entry.opened_at, server_pid=link.pid, error=error
                 )

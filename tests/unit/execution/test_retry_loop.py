@@ -15,6 +15,7 @@ from resilient_pool.execution.read_check import ReadCheck
 from resilient_pool.execution.retry_loop import Call, RetryLoop
 from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters
+from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import ReadOnly
 from resilient_pool.retry.verdict import Phase
 from resilient_pool.sql.read_only import StatementReader
@@ -51,7 +52,7 @@ class FakeLink:
 class Bench:
     """A retry_loop whose attempts end as a script says, on a clock that moves by itself."""
 
-    def __init__(self, *, opened_at=-1.0, read_only=None, **arguments) -> None:
+    def __init__(self, *, opened_at=-1.0, read_only=None, observer=None, **arguments) -> None:
         self.opened_at, self.read_only = opened_at, read_only
         self.events = []
         self.clock = ScriptedClock()
@@ -65,15 +66,12 @@ class Bench:
             ),
         }
         config = PoolConfig.from_arguments(None, **{**defaults, **arguments})
+        observers = [self.events.append] if observer is None else [observer]
         self.retry_loop = RetryLoop(
-            config,
-            StatementReader(),
+            PoolContext(config=config, clock=self.clock, counters=self.counters, events=Dispatcher(observers)),
             ReadCheck(StatementReader()),
             SimpleNamespace(expire=self.expire, discard_idle_since=self.discard_idle_since),
             SimpleNamespace(expects_writes=True, server_info=None),
-            self.clock,
-            self.counters,
-            Dispatcher([self.events.append]),
         )
 
     def expire(self) -> None:
@@ -269,8 +267,7 @@ async def test_an_observer_that_raises_breaks_no_call():
     def broken(event):
         raise RuntimeError("bug")
 
-    bench = Bench()
-    bench.retry_loop._dispatcher = Dispatcher([broken])
+    bench = Bench(observer=broken)
     assert await bench.run([(EXECUTE, lost()), (EXECUTE, 1)]) == 1
 
 

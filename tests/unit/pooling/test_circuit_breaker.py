@@ -16,6 +16,7 @@ from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.circuit_breaker import CircuitBreaker
+from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.resource_pool import ResourcePool
 from resilient_pool.retry.verdict import Fault
 from resilient_pool.testing import ScriptedClock
@@ -114,13 +115,11 @@ class Bench:
         self.resources = ResourcePool(config.max_size, self.clock, min_size=config.min_size)
         self.maintenance = FakeMaintenance(self.resources, self.clock, errors, takes)
         connector = SimpleNamespace(expects_writes=True)
-        dispatcher = Dispatcher([self.events.append])
-        self.circuit_breaker = CircuitBreaker(
-            config, self.resources, self.maintenance, connector, self.clock, self.counters, dispatcher
+        context = PoolContext(
+            config=config, clock=self.clock, counters=self.counters, events=Dispatcher([self.events.append])
         )
-        self.acquirer = Acquirer(
-            config, self.resources, self.maintenance, self.circuit_breaker, self.clock, self.counters
-        )
+        self.circuit_breaker = CircuitBreaker(context, self.resources, self.maintenance, connector)
+        self.acquirer = Acquirer(context, self.resources, self.maintenance, self.circuit_breaker)
 
     def call(self, deadline=60.0, *, fail_fast=False, holds=0.0):
         """Begin a call that takes a connection, keeps it for a while and gives it back."""
