@@ -80,6 +80,7 @@ format: $(DEVELOP)
 
 readme: $(VENV)/.wheel
 	$(BIN)/python scripts/update_readme.py
+	$(BIN)/python scripts/draw_architecture.py
 
 clean:
 	rm -rf $(VENV) .nox .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
