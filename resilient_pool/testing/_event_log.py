@@ -1,4 +1,4 @@
-"""What a pausing server has seen, and what can be counted from it; no I/O, and the time comes as an argument."""
+"""Log and counters of a pausing server; no I/O, the time is an argument."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from array import array
 from typing import Final, Literal
 
 Phase = Literal["awake", "paused", "resuming"]
-"""Whether the server works, sleeps, or was woken and is not up yet."""
+"""Whether the server is up, scaled to zero, or on its way up."""
 
 PENDING: Final = "pending"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One TCP connection that somebody tried to make, and what became of the attempt.
+    """One attempt to open a TCP connection, and its outcome.
 
     Attributes:
         number: Which attempt it was, counted from 1.
         at: When it arrived, in seconds of `time.monotonic()`.
         phase: What the server was doing then; the attempt that wakes it finds it "paused".
         outcome: "pending" while it has no answer; "served" when its session was ready for a first statement; "reset";
-            "refused"; "gave up" if the client left without an answer; the SQLSTATE it was turned away with; "cancel" for
+            "refused"; "gave up" if the client disconnected without an answer; the SQLSTATE it was refused with; "cancel" for
             a request to cancel; "failed" if it ended otherwise.
         settled_at: When that was known, likewise, or None while it is pending.
     """
@@ -36,7 +36,7 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """One line of a pausing server's log; `str()` is how a person reads it.
+    """One line of a pausing server's log; `str()` is its form for people.
 
     Attributes:
         at: When it happened, in seconds of `time.monotonic()`.
@@ -56,11 +56,11 @@ class LogEntry:
         return f"{self.seconds:9.3f} s  {subject}{self.event}"
 
 
-class Journal:
-    """Keeps the log and the counts of one server.
+class EventLog:
+    """Log and counters of one server.
 
     Args:
-        now: When it begins, awake.
+        now: When it starts, in the phase "awake".
     """
 
     def __init__(self, now: float) -> None:
@@ -74,66 +74,66 @@ class Journal:
         self._outage_ended: int | None = 0
         self._began = now
         self._awake_since = now
-        self._awake_before = 0.0
-        self._heard_at = array("d")
-        self._heard = array("Q")
-        self.note("started", now)
+        self._awake_total = 0.0
+        self._received_at = array("d")
+        self._received_total = array("Q")
+        self.record("started", now)
 
-    def note(self, event: str, now: float, attempt: int | None = None) -> None:
-        """Write a line."""
+    def record(self, event: str, now: float, attempt: int | None = None) -> None:
+        """Append a line to the log."""
         self.log.append(LogEntry(at=now, seconds=now - self._began, event=event, attempt=attempt))
 
-    # The server's sleep
+    # Pauses
 
     def paused(self, now: float) -> None:
-        """Begin to sleep, and a new outage."""
+        """Enter the phase "paused"; a new outage begins."""
         self.phase = "paused"
         self.pauses += 1
-        self._awake_before += now - self._awake_since
+        self._awake_total += now - self._awake_since
         self._outage_began, self._outage_ended = len(self._attempts), None
-        self.note("paused", now)
+        self.record("paused", now)
 
     def resuming(self, now: float) -> None:
-        """Begin to wake."""
+        """Enter the phase "resuming"."""
         self.phase = "resuming"
-        self.note("resuming", now)
+        self.record("resuming", now)
 
     def resumed(self, now: float) -> None:
-        """Be awake: the outage is over, and the attempts in flight are counted anew."""
+        """Enter the phase "awake": the outage is over, and the peak of attempts in flight is reset."""
         self.phase = "awake"
         self._awake_since = now
         self._outage_ended = len(self._attempts)
         self.peak_in_flight = self.in_flight
-        self.note("resumed", now)
+        self.record("resumed", now)
 
     def awake_seconds(self, now: float) -> float:
-        """Tell how long it was awake until now."""
-        return self._awake_before + (now - self._awake_since if self.phase == "awake" else 0.0)
+        """Return how many seconds it has been awake until now."""
+        return self._awake_total + (now - self._awake_since if self.phase == "awake" else 0.0)
 
-    # The attempts
+    # Attempts
 
-    def arrived(self, now: float) -> int:
+    def attempt_started(self, now: float) -> int:
         """Count an attempt, and return its number."""
         number = len(self._attempts) + 1
         self._attempts.append(Attempt(number=number, at=now, phase=self.phase))
         self._pending.add(number)
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
-        self.note("arrived", now, number)
+        self.record("arrived", now, number)
         return number
 
-    def refused(self, now: float) -> None:
-        """Count an attempt that never got as far as to be accepted."""
+    def attempt_refused(self, now: float) -> None:
+        """Count an attempt that the kernel refused."""
         number = len(self._attempts) + 1
         self._attempts.append(Attempt(number=number, at=now, phase=self.phase, outcome="refused", settled_at=now))
-        self.note("refused", now, number)
+        self.record("refused", now, number)
 
-    def settle(self, number: int, outcome: str, now: float) -> None:
-        """Say what became of an attempt; only the first word on it counts."""
+    def set_outcome(self, number: int, outcome: str, now: float) -> None:
+        """Record the outcome of an attempt; only the first one counts."""
         if number in self._pending:
             self._pending.remove(number)
             attempt = self._attempts[number - 1]
             self._attempts[number - 1] = dataclasses.replace(attempt, outcome=outcome, settled_at=now)
-            self.note(outcome, now, number)
+            self.record(outcome, now, number)
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -150,15 +150,15 @@ class Journal:
         """How many attempts have no outcome yet."""
         return len(self._pending)
 
-    # What clients sent
+    # Bytes from clients
 
-    def heard(self, count: int, now: float) -> None:
+    def bytes_received(self, count: int, now: float) -> None:
         """Count bytes that a client sent."""
-        self._heard_at.append(now)
-        self._heard.append(count + (self._heard[-1] if self._heard else 0))
+        self._received_at.append(now)
+        self._received_total.append(count + (self._received_total[-1] if self._received_total else 0))
 
     def bytes_since(self, moment: float) -> int:
-        """Tell how many bytes have come at that moment or later."""
-        before = bisect.bisect_left(self._heard_at, moment)
-        total = self._heard[-1] if self._heard else 0
-        return total - (self._heard[before - 1] if before else 0)
+        """Return how many bytes have arrived at that moment or later."""
+        before = bisect.bisect_left(self._received_at, moment)
+        total = self._received_total[-1] if self._received_total else 0
+        return total - (self._received_total[before - 1] if before else 0)

@@ -1,4 +1,4 @@
-"""The only module of the testing tools that knows the machine: binaries, accounts, directories, and a guard that cleans up."""
+"""The PostgreSQL installation on this machine: binaries, accounts, directories, and a guard process that cleans up."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Account:
     """The operating system's user that the server runs as.
 
     Attributes:
-        uid: Its number, or None where the server runs as whoever runs this.
+        uid: Its number, or None where the server runs as the current user.
         gid: Its group's number, or None likewise.
     """
 
@@ -129,7 +129,7 @@ def make_base_directory(account: Account) -> Path:
 
 
 def free_port() -> int:
-    """Find a TCP port of 127.0.0.1 that nobody uses at the moment."""
+    """Find a TCP port of 127.0.0.1 that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -137,7 +137,7 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Tell the environment for PostgreSQL's programs: none of the caller's `PG...` variables, no locale, no home."""
+    """Return the environment for PostgreSQL's programs: none of the caller's `PG...` variables, no locale, no home."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
     return {"LC_ALL": "C", "PATH": os.defpath, **kept}
 
@@ -185,9 +185,9 @@ def launch(command: Sequence[str | Path], account: Account, directory: Path, log
 
 
 class Guard:
-    """A small process that outlives this one, to stop the server and remove its files however this one ends.
+    """A small process that stops the server and removes its files when this process ends, in whatever way.
 
-    It waits for the end of a pipe whose other end only this process holds, so even SIGKILL is noticed.
+    It waits for end of file on a pipe whose other end this process holds, so that even SIGKILL is noticed.
 
     Args:
         data: The server's data directory, where it writes its process id.

@@ -62,14 +62,14 @@ class Splitter:
     """Cuts a stream into messages.
 
     Args:
-        untyped: Whether the stream begins with messages that have no type byte; `began()` ends that.
+        untyped: Whether the stream begins with messages that have no type byte; `session_started()` ends that.
     """
 
     def __init__(self, *, untyped: bool) -> None:
         self._untyped = untyped
         self._buffer = bytearray()
 
-    def began(self) -> None:
+    def session_started(self) -> None:
         """From here on every message has a type."""
         self._untyped = False
 

@@ -1,4 +1,4 @@
-"""One proxied connection and what can be done to it; everything here runs in the event loop of the service it is part of."""
+"""One proxied connection and its faults; everything here runs in the event loop of the service it is part of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from resilient_pool.testing import _protocol as _messages
 Ending = Literal["fin", "rst", "hang"]
 
 _CHUNK = 1 << 20
-_LINGER_NOT = struct.pack("ii", 1, 0)
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _KEY_DATA = struct.Struct("!i")
 
 
@@ -29,8 +29,8 @@ class State(enum.Enum):
     ENDED = "ended"
 
 
-class Manner(enum.Enum):
-    """How a new connection is met."""
+class AcceptMode(enum.Enum):
+    """How a new connection is answered."""
 
     SERVE = "serve"
     HANG = "hang"
@@ -47,16 +47,16 @@ class Stream(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class OneShot:
-    """A fault that waits for the request it is meant for.
+class ArmedFault:
+    """A fault that is armed for the next matching request.
 
     Attributes:
-        matches: Whether it is meant for a request, told from its SQL and arguments.
+        matches: Predicate on a request: its SQL and its arguments, as bytes.
         reaches_server: Whether the server gets the request.
         after_bytes: How much of the answer the client gets.
-        then: What the client sees next.
+        then: How the connection ends for the client.
         server_sees_close: Whether the server's side is closed too.
-        says: What the client is told after that much of the answer, before the end.
+        error_response: An ErrorResponse to send after that much of the answer, before the end.
     """
 
     matches: Callable[[bytes], bool]
@@ -64,22 +64,22 @@ class OneShot:
     after_bytes: int
     then: Ending
     server_sees_close: bool
-    says: bytes = b""
+    error_response: bytes = b""
 
 
-class Rules:
-    """What holds for all connections that share it, and what they count together."""
+class ProxyState:
+    """Settings and counters that all connections of one proxy share."""
 
     def __init__(self, target: tuple[str, int], tls: ssl.SSLContext | None) -> None:
         self.target = target
         self.tls = tls
         self.tls_refused = False
-        self.manner = Manner.SERVE
+        self.accept_mode = AcceptMode.SERVE
         self.error = b""
         self.delay = 0.0
         self.passable = asyncio.Event()
         self.passable.set()
-        self.armed: list[OneShot] = []
+        self.armed: list[ArmedFault] = []
         self.accepted = 0
         self.fired = 0
         self.bytes_to_server = 0
@@ -89,20 +89,20 @@ class Rules:
 class Relay:
     """One connection: a client's side, the server's side, and what passes between them, message by message."""
 
-    def __init__(self, rules: Rules, client: Stream, number: int) -> None:
+    def __init__(self, proxy_state: ProxyState, client: Stream, number: int) -> None:
         self.number = number
         self.state = State.OPEN
-        self.client_is_there = True
+        self.client_connected = True
         self.parameters: dict[str, str] = {}
         self.backend_pid: int | None = None
-        self.turned_away_with: str | None = None
+        self.startup_error: str | None = None
         self.delay = 0.0
         self.passable = asyncio.Event()
         self.passable.set()
-        self.armed: list[OneShot] = []
+        self.armed: list[ArmedFault] = []
         self.bytes_to_server = 0
         self.bytes_to_client = 0
-        self._rules = rules
+        self._proxy_state = proxy_state
         self._client = client
         self._server: Stream | None = None
         self._from_client = _messages.Splitter(untyped=True)
@@ -110,7 +110,7 @@ class Relay:
         self._requests = _messages.RequestReader()
         self._rounds_answered = 0
         self._in_transaction = False
-        self._firing: OneShot | None = None
+        self._firing: ArmedFault | None = None
         self._firing_round = 0
         self._withheld = b""
         self._withheld_length = 0
@@ -130,13 +130,13 @@ class Relay:
         """Serve the connection to its end."""
         try:
             with contextlib.suppress(OSError, ValueError, EOFError):
-                await self._greet()
+                await self._handshake()
         finally:
-            self.drop()
+            self.abort()
 
     def end(self, how: Ending, *, server_sees_close: bool) -> None:
         """End the connection as the client is to see it, and perhaps on the server's side too."""
-        if self.state is State.ENDED or not self.client_is_there:
+        if self.state is State.ENDED or not self.client_connected:
             return
         self.state = State.FORGOTTEN if how == "hang" else State.ENDED
         if how == "hang":
@@ -146,34 +146,38 @@ class Relay:
         if server_sees_close and self._server is not None:
             close(self._server.writer)
 
-    def drop(self) -> None:
-        """Let go of both sides at once."""
-        self.client_is_there = False
+    def abort(self) -> None:
+        """Abort both sides at once."""
+        self.client_connected = False
         for side in (self._client, self._server):
             if side is not None:
                 side.writer.transport.abort()
 
-    # The beginning
+    # Startup
 
-    async def _greet(self) -> None:
-        await self._held_up()
-        manner = self._rules.manner
-        if manner is Manner.HANG:
+    async def _handshake(self) -> None:
+        await self._wait_until_passable()
+        accept_mode = self._proxy_state.accept_mode
+        if accept_mode is AcceptMode.HANG:
             self.state = State.FORGOTTEN
-            await self._listen_in_vain()
-        elif manner in {Manner.FIN, Manner.RST}:
-            await self._turn_away("rst" if manner is Manner.RST else "fin")
+            await self._discard_input()
+        elif accept_mode in {AcceptMode.FIN, AcceptMode.RST}:
+            await self._reject("rst" if accept_mode is AcceptMode.RST else "fin")
         else:
-            await self._introduce(await self._first_request())
+            await self._start_session(await self._first_request())
 
     async def _first_request(self) -> _messages.Message:
         while True:
             message = await self._first_message()
-            if message.code == _messages.TLS_REQUEST and self._rules.tls is not None and not self._rules.tls_refused:
-                await self._say(b"S")
-                await self._client.writer.start_tls(self._rules.tls)
+            if (
+                message.code == _messages.TLS_REQUEST
+                and self._proxy_state.tls is not None
+                and not self._proxy_state.tls_refused
+            ):
+                await self._send(b"S")
+                await self._client.writer.start_tls(self._proxy_state.tls)
             elif message.code in {_messages.TLS_REQUEST, _messages.GSS_REQUEST}:
-                await self._say(b"N")
+                await self._send(b"N")
             else:
                 return message
 
@@ -182,49 +186,49 @@ class Relay:
             data = await self._client.reader.read(_CHUNK)
             if not data:
                 raise EOFError
-            await self._held_up()
+            await self._wait_until_passable()
             self._from_client.feed(data)
         return message
 
-    async def _introduce(self, request: _messages.Message) -> None:
-        if self._rules.manner is Manner.ERROR and request.code != _messages.CANCEL_REQUEST:
-            await self._say(self._rules.error)
-            await self._turn_away("fin")
+    async def _start_session(self, request: _messages.Message) -> None:
+        if self._proxy_state.accept_mode is AcceptMode.ERROR and request.code != _messages.CANCEL_REQUEST:
+            await self._send(self._proxy_state.error)
+            await self._reject("fin")
             return
         try:
-            self._server = await self._reach_server()
+            self._server = await self._connect_to_server()
         except OSError:
             _reset(self._client.writer)
             raise
-        if self.state is State.ENDED:  # by a fault that came in between, when there was no server's side to end yet
+        if self.state is State.ENDED:  # by a fault during the connect, when there was no server side to end
             self._server.writer.transport.abort()
-            await self._listen_in_vain()
+            await self._discard_input()
             return
-        self._rules.accepted += 1
+        self._proxy_state.accepted += 1
         if request.code != _messages.CANCEL_REQUEST:
             self.parameters = _messages.startup_parameters(request)
-        self._from_client.began()
+        self._from_client.session_started()
         self._pass_to_server(self._server, request)
         await self._relay(self._server)
 
-    async def _reach_server(self) -> Stream:
-        return Stream(*await asyncio.open_connection(*self._rules.target, limit=_CHUNK))
+    async def _connect_to_server(self) -> Stream:
+        return Stream(*await asyncio.open_connection(*self._proxy_state.target, limit=_CHUNK))
 
-    async def _turn_away(self, how: Ending) -> None:
+    async def _reject(self, how: Ending) -> None:
         self.end(how, server_sees_close=True)
-        await self._listen_in_vain()
+        await self._discard_input()
 
-    async def _listen_in_vain(self) -> None:
+    async def _discard_input(self) -> None:
         while await self._client.reader.read(_CHUNK):
             pass
 
-    async def _say(self, data: bytes) -> None:
-        if self.state is State.ENDED:  # by a fault that came in the middle of the greeting
+    async def _send(self, data: bytes) -> None:
+        if self.state is State.ENDED:  # by a fault during the handshake
             raise EOFError
         self._client.writer.write(data)
         await self._client.writer.drain()
 
-    # The middle
+    # Relaying
 
     async def _relay(self, server: Stream) -> None:
         async with asyncio.TaskGroup() as directions:
@@ -234,42 +238,42 @@ class Relay:
     async def _relay_requests(self, server: Stream) -> None:
         self._read_requests(server)
         while data := await _read(self._client.reader):
-            await self._held_up()
+            await self._wait_until_passable()
             if self.state is State.OPEN:
                 self._from_client.feed(data)
                 self._read_requests(server)
                 await _drain(server.writer)
-        await self._held_up()
-        self.client_is_there = False
+        await self._wait_until_passable()
+        self.client_connected = False
         if self.state is State.OPEN:
             server.writer.close()
         self._client.writer.close()
 
     async def _relay_answers(self, server: Stream) -> None:
         while data := await _read(server.reader):
-            await self._held_up()
+            await self._wait_until_passable()
             if self.state is State.OPEN:
                 self._from_server.feed(data)
                 self._read_answers()
                 await _drain(self._client.writer)
-        await self._held_up()
+        await self._wait_until_passable()
         if self.state is State.OPEN:
-            self._server_left()
+            self._server_closed()
 
     def _read_requests(self, server: Stream) -> None:
         while self.state is State.OPEN and (message := self._from_client.next()) is not None:
-            self._arm_for(message)
+            self._match_fault(message)
             if self._firing is not None and not self._firing.reaches_server:
                 self._fire(self._firing)
                 return
             self._pass_to_server(server, message)
             self._requests.passed(message)
 
-    def _arm_for(self, message: _messages.Message) -> None:
+    def _match_fault(self, message: _messages.Message) -> None:
         subject = self._requests.read(message)
         if subject is None or self._firing is not None:
             return
-        for waiting in (self.armed, self._rules.armed):
+        for waiting in (self.armed, self._proxy_state.armed):
             for fault in waiting:
                 if fault.matches(subject):
                     waiting.remove(fault)
@@ -281,7 +285,7 @@ class Relay:
             if message.kind == _messages.KEY_DATA:
                 self.backend_pid = _KEY_DATA.unpack_from(message.body)[0]
             if message.kind == _messages.ERROR and not self.is_ready:
-                self.turned_away_with = _messages.sqlstate(message)
+                self.startup_error = _messages.sqlstate(message)
             self._deliver(message)
             if message.kind == _messages.READY:
                 self._rounds_answered += 1
@@ -307,14 +311,14 @@ class Relay:
         if message.kind == _messages.READY:
             self._fire(fault)
 
-    def _fire(self, fault: OneShot) -> None:
+    def _fire(self, fault: ArmedFault) -> None:
         # Never the whole answer, however much was asked for.
-        self._pass_to_client(self._withheld[: max(self._withheld_length - 1, 0)] + fault.says)
-        self._rules.fired += 1
+        self._pass_to_client(self._withheld[: max(self._withheld_length - 1, 0)] + fault.error_response)
+        self._proxy_state.fired += 1
         self._firing = None
         self.end(fault.then, server_sees_close=fault.server_sees_close)
 
-    def _server_left(self) -> None:
+    def _server_closed(self) -> None:
         if self._firing is not None and self._rounds_answered == self._firing_round:
             self._fire(self._firing)
         else:
@@ -324,24 +328,24 @@ class Relay:
     def _pass_to_server(self, server: Stream, message: _messages.Message) -> None:
         _write(server, message.data)
         self.bytes_to_server += len(message.data)
-        self._rules.bytes_to_server += len(message.data)
+        self._proxy_state.bytes_to_server += len(message.data)
 
     def _pass_to_client(self, data: bytes) -> None:
         _write(self._client, data)
         self.bytes_to_client += len(data)
-        self._rules.bytes_to_client += len(data)
+        self._proxy_state.bytes_to_client += len(data)
 
-    async def _held_up(self) -> None:
-        seconds = self.delay + self._rules.delay
+    async def _wait_until_passable(self) -> None:
+        seconds = self.delay + self._proxy_state.delay
         if seconds:
             await asyncio.sleep(seconds)
-        while not (self.passable.is_set() and self._rules.passable.is_set()):
+        while not (self.passable.is_set() and self._proxy_state.passable.is_set()):
             await self.passable.wait()
-            await self._rules.passable.wait()
+            await self._proxy_state.passable.wait()
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes:
-    # A reset is an end like any other to the side that is only told of it.
+    # A reset counts as end of file here.
     with contextlib.suppress(OSError):
         return await reader.read(_CHUNK)
     return b""
@@ -353,12 +357,12 @@ async def _drain(writer: asyncio.StreamWriter) -> None:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    _socket_of(writer).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+    _socket_of(writer).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
     writer.transport.abort()
 
 
 def _write(stream: Stream, data: bytes) -> None:
-    # Whoever has left before the last answers is no news; asyncio would warn of each.
+    # asyncio logs a warning for each write to a closing transport.
     if not stream.writer.is_closing():
         stream.writer.write(data)
 

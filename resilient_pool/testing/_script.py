@@ -1,4 +1,4 @@
-"""What a scripted server says, and when: the script is data, and its progress needs no I/O; the time comes as an argument."""
+"""What a scripted server answers, and when; no I/O, the time is an argument."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Point(enum.Enum):
 
 
 class End(enum.Enum):
-    """What becomes of the connection once the script has spoken."""
+    """What happens to the connection after a scripted answer."""
 
     READY = "ready"
     """It goes on: ReadyForQuery follows."""
     CLOSE = "fin"
     """It is closed in an orderly way."""
     RESET = "rst"
-    """It is reset. What was said before can be lost on the way, as in life."""
+    """It is reset. What was sent before may be lost on the way."""
     SILENCE = "hang"
-    """Nothing more is said, and nothing read, for ever."""
+    """Nothing more is sent, and nothing read, for ever."""
 
 
 _STATEMENTS = frozenset({Point.PARSE, Point.QUERY, Point.COMMIT})
@@ -55,10 +55,10 @@ _EXECUTIONS = frozenset({Point.QUERY, Point.COMMIT})
 class Refusal:
     """One line of a script: an ErrorResponse, and what comes after it.
 
-    Without `message`, `detail`, `hint` and `sqlstate` nothing is said, and the connection just ends as `then` has it.
+    Without `message`, `detail`, `hint` and `sqlstate` nothing is sent, and the connection just ends as `then` has it.
 
     Attributes:
-        at: Where it is said.
+        at: Where it is sent.
         message: The text (field M).
         severity: The severity (field S), translated or not, or None to leave it out; "FATAL" by default.
         severity_en: The severity untranslated (field V); by default the same as `severity`. Empty to leave it out, as
@@ -66,16 +66,16 @@ class Refusal:
         sqlstate: The code (field C), or None to leave it out.
         detail: The detail (field D).
         hint: The hint (field H).
-        bare: Whether it is said in the format of protocol version 2, "E" and the message alone, as a server says it that
+        bare: Whether it is sent in the format of protocol version 2, "E" and the message alone, as a server says it that
             has not read, or cannot serve, the client's first message. False by default.
         then: What becomes of the connection; `End.CLOSE` by default. `End.READY` is for PARSE, QUERY and COMMIT.
         executed: Whether the real server carries out the statement all the same; False by default. For QUERY and COMMIT.
         matching: Which statements are meant, at PARSE, QUERY, COMMIT and IDLE: text that their SQL or their arguments
             contain (at PARSE the SQL alone), a function of both as bytes, or None: all.
-        nth: At which occasion it is said first, counted from 1 over all connections; 1 by default.
-        times: How often it is said; None by default: every time.
-        seconds: For how long it is said, from the first attempt to connect; None by default: for ever.
-        beyond: How many clients must have been let in, and still be there, for it to be said; 0 by default.
+        nth: At which occasion it is sent first, counted from 1 over all connections; 1 by default.
+        times: How often it is sent; None by default: every time.
+        seconds: For how long it is sent, from the first attempt to connect; None by default: for ever.
+        beyond: How many clients must have been let in, and still be there, for it to be sent; 0 by default.
 
     Raises:
         ValueError: The parts do not fit together, or a number is out of range.
@@ -101,7 +101,7 @@ class Refusal:
         where = f"at {self.at.name}"
         if self.then is End.READY and self.at not in _STATEMENTS:
             raise ValueError(f"then=End.READY is for PARSE, QUERY and COMMIT, not {where}")
-        if self.then is End.READY and not self.words:
+        if self.then is End.READY and not self.error_response:
             raise ValueError(f"then=End.READY needs something to say {where}: message= or sqlstate=")
         if self.executed and self.at not in _EXECUTIONS:
             raise ValueError(f"executed=True is for QUERY and COMMIT, not {where}")
@@ -116,8 +116,8 @@ class Refusal:
             raise ValueError(f"seconds must be more than 0, not {self.seconds!r}")
 
     @property
-    def words(self) -> bytes:
-        """What is said, as it is sent; nothing if there is nothing to say."""
+    def error_response(self) -> bytes:
+        """The encoded ErrorResponse; empty if there is nothing to send."""
         if self.bare:
             return f"E{self.message}\0".encode()
         if self.message is None and self.sqlstate is None and self.detail is None and self.hint is None:
@@ -134,7 +134,7 @@ class Refusal:
         return _messages.error_response({code: value for code, value in fields.items() if value is not None})
 
     def is_meant_for(self, sql: bytes) -> bool:
-        """Whether a statement is meant, told from its SQL and its arguments."""
+        """Whether a statement matches; `sql` is its SQL followed by its arguments."""
         if self.at is Point.COMMIT and not _COMMIT.match(sql):
             return False
         return _messages.matcher(self.matching)(sql)
@@ -144,18 +144,18 @@ class Script:
     """The lines of a script, and how often each has had its occasion.
 
     Args:
-        lines: Asked in their order: the first that applies is said, and the others have no occasion then.
-        let_in: Counts the clients that have been let in and are still there.
+        lines: Asked in their order: the first that applies is sent, and the others have no occasion then.
+        count_admitted: Counts the clients that have been let in and are still there.
 
     Attributes:
-        said: What was said, in order.
+        sent: What was sent, in order.
     """
 
-    def __init__(self, lines: tuple[Refusal, ...], let_in: Callable[[], int]) -> None:
-        self.said: list[Refusal] = []
+    def __init__(self, lines: tuple[Refusal, ...], count_admitted: Callable[[], int]) -> None:
+        self.sent: list[Refusal] = []
         self._lines = lines
         self._occasions = [0] * len(lines)
-        self._let_in = let_in
+        self._count_admitted = count_admitted
         self._began: float | None = None
 
     def begin(self, now: float) -> None:
@@ -164,7 +164,7 @@ class Script:
             self._began = now
 
     def next(self, at: Point, now: float, sql: bytes = b"") -> Refusal | None:
-        """Find what is to be said, and count it as said.
+        """Find what is to be sent, and count it as sent.
 
         Args:
             at: Where a connection is.
@@ -172,14 +172,14 @@ class Script:
             sql: The statement with its arguments, where there is one.
         """
         for number, line in enumerate(self._lines):
-            if line.at is at and self._is_on(line, now) and line.is_meant_for(sql):
+            if line.at is at and self._is_active(line, now) and line.is_meant_for(sql):
                 self._occasions[number] += 1
                 occasion = self._occasions[number] - line.nth
                 if occasion >= 0 and (line.times is None or occasion < line.times):
-                    self.said.append(line)
+                    self.sent.append(line)
                     return line
         return None
 
-    def _is_on(self, line: Refusal, now: float) -> bool:
+    def _is_active(self, line: Refusal, now: float) -> bool:
         in_time = line.seconds is None or self._began is None or now - self._began <= line.seconds
-        return in_time and (not line.beyond or self._let_in() >= line.beyond)
+        return in_time and (not line.beyond or self._count_admitted() >= line.beyond)

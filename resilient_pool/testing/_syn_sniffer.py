@@ -1,4 +1,4 @@
-"""Sees connection attempts that the kernel refuses; the only module of the testing tools that needs a privilege."""
+"""Counts connection attempts that the kernel refuses; needs Linux, and root or CAP_NET_RAW."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _INSTRUCTION = struct.Struct("HBBI")
 _PROGRAM = struct.Struct("HP")
 
 
-class RefusalWatch:
-    """Reads the SYN packets that are sent to a port, whether anybody listens there or not.
+class SynSniffer:
+    """Reads the SYN packets that are sent to a port, whether it is open or closed.
 
-    A connection that is refused leaves no trace with the socket that refuses it. What is left is to read the packets
-    themselves, which takes a raw socket: Linux, and root or CAP_NET_RAW.
+    The kernel answers a SYN to a closed port with RST and reports it to no socket. The alternatives count something
+    else: a listener that accepts and resets gives the client ECONNRESET in place of ECONNREFUSED, a socket filter on a
+    listener drops the SYN, and the counters in /proc/net are for the whole host. So the packets are read, which takes a
+    raw socket: Linux, and root or CAP_NET_RAW.
 
     Args:
-        packets: A raw socket that is given the packets.
+        packets: A raw socket that receives the packets.
     """
 
     def __init__(self, packets: socket.socket) -> None:
@@ -32,7 +34,7 @@ class RefusalWatch:
 
     @classmethod
     def open(cls, host: str, port: int) -> Self | None:
-        """Begin to watch a port of an IPv4 address, or return None if this process may not."""
+        """Start to watch a port of an IPv4 address, or return None if this process may not."""
         if sys.platform != "linux":
             return None
         try:
@@ -43,11 +45,11 @@ class RefusalWatch:
         packets.bind((host, 0))
         packets.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         _attach(packets, _filter(port))
-        watch = cls(packets)
-        # What came before the filter was there is of no concern here, and may be anybody's.
-        watch.drain(0.0)
-        watch.take(0.0)
-        return watch
+        sniffer = cls(packets)
+        # Packets that came before the filter was attached may belong to other ports.
+        sniffer.drain(0.0)
+        sniffer.take(0.0)
+        return sniffer
 
     def fileno(self) -> int:
         """Return what a selector needs."""
@@ -64,7 +66,7 @@ class RefusalWatch:
         self._unmatched.pop(client_port, None)
 
     def take(self, until: float) -> list[float]:
-        """Take and return the times of the attempts, no later than `until`, that nobody accepted."""
+        """Take and return the times of the attempts, no later than `until`, that were not accepted."""
         taken = {port: at for port, at in self._unmatched.items() if at <= until}
         for port in taken:
             del self._unmatched[port]
@@ -76,7 +78,7 @@ class RefusalWatch:
 
 
 def source_port(packet: bytes) -> int:
-    """Tell which port an IPv4 packet with a TCP header comes from."""
+    """Return the source port of an IPv4 packet with a TCP header."""
     port: int = struct.unpack_from("!H", packet, (packet[0] & 0xF) * _WORD_LENGTH)[0]
     return port
 

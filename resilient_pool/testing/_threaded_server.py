@@ -1,4 +1,4 @@
-"""A listener on 127.0.0.1 that serves connections in a thread of its own; the only module here that owns a thread."""
+"""A listener on 127.0.0.1 that serves connections in a thread and an event loop of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 from resilient_pool.testing._relay import Relay
 
 Result = TypeVar("Result")
-AnyFlow = TypeVar("AnyFlow", bound=Relay)
+RelayType = TypeVar("RelayType", bound=Relay)
 
 _PATIENCE = 30.0
 _LISTEN_BACKLOG = 512
@@ -22,10 +22,10 @@ READ_LIMIT = 1 << 20
 """How many bytes a client may send ahead of what is read."""
 
 
-class LoopbackService(abc.ABC, Generic[AnyFlow]):
-    """Listens, runs a flow for each connection, and ends without leaving anything behind.
+class LoopbackService(abc.ABC, Generic[RelayType]):
+    """Listens, runs a relay for each connection, and closes all sockets at the end.
 
-    Everything with a leading underscore but `_do()` and `_await()` belongs to the thread's event loop.
+    Everything with a leading underscore but `_call_in_loop()` and `_run_coroutine()` belongs to the thread's event loop.
 
     Args:
         listen_port: Its own port; by default any.
@@ -35,7 +35,7 @@ class LoopbackService(abc.ABC, Generic[AnyFlow]):
 
     def __init__(self, listen_port: int = 0) -> None:
         self._listen_port = listen_port
-        self._running: dict[AnyFlow, asyncio.Task[None]] = {}
+        self._running: dict[RelayType, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._reserved: socket.socket | None = None
@@ -47,17 +47,17 @@ class LoopbackService(abc.ABC, Generic[AnyFlow]):
             return
         self._reserved = _reserve(self._listen_port)
         self._listen_port = self._reserved.getsockname()[1]
-        # Not whatever loop the program under test uses: this one is known to close sockets as told.
+        # Not the loop policy of the program under test: this loop closes sockets in the documented order.
         self._loop = asyncio.SelectorEventLoop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=repr(self), daemon=True)
         self._thread.start()
-        self._await(self._started())
+        self._run_coroutine(self._started())
 
     def close(self) -> None:
-        """Stop listening and drop every connection, on both sides."""
+        """Stop listening and abort every connection, on both sides."""
         if self._loop is None or self._thread is None:
             return
-        self._await(self._shut_down())
+        self._run_coroutine(self._shut_down())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -94,7 +94,7 @@ class LoopbackService(abc.ABC, Generic[AnyFlow]):
         return urlunsplit(parts._replace(netloc=f"{account}@{place}" if account else place))
 
     @abc.abstractmethod
-    def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None: ...
+    def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None: ...
 
     def _new_reader(self) -> asyncio.StreamReader:
         return asyncio.StreamReader(limit=READ_LIMIT)
@@ -102,15 +102,15 @@ class LoopbackService(abc.ABC, Generic[AnyFlow]):
     async def _started(self) -> None:
         await self._listen()
 
-    def _run(self, flow: AnyFlow) -> asyncio.Task[None]:
-        self._running[flow] = task = asyncio.get_running_loop().create_task(flow.run())
-        task.add_done_callback(lambda _: self._running.pop(flow))
+    def _run(self, relay: RelayType) -> asyncio.Task[None]:
+        self._running[relay] = task = asyncio.get_running_loop().create_task(relay.run())
+        task.add_done_callback(lambda _: self._running.pop(relay))
         return task
 
     async def _listen(self) -> None:
         if self._reserved is not None:
             self._listener = await asyncio.get_running_loop().create_server(
-                lambda: asyncio.StreamReaderProtocol(self._new_reader(), self._arrived),
+                lambda: asyncio.StreamReaderProtocol(self._new_reader(), self._on_connection),
                 sock=self._reserved,
                 backlog=_LISTEN_BACKLOG,
             )
@@ -121,12 +121,12 @@ class LoopbackService(abc.ABC, Generic[AnyFlow]):
         if listener is None:
             return
         # asyncio accepts a connection in one turn of the loop and serves it in the next: a listener that is closed in
-        # between would leave its socket to nobody.
+        # between would leak the accepted socket.
         for listening in listener.sockets:
             asyncio.get_running_loop().remove_reader(listening.fileno())
-        await let_the_loop_turn()
+        await yield_to_loop()
         listener.close()
-        # Bound but not listening: nobody else can take the port, and connecting to it is refused.
+        # Bound but not listening: the port stays reserved, and connecting to it is refused.
         self._reserved = _reserve(self._listen_port)
 
     async def _shut_down(self) -> None:
@@ -134,28 +134,28 @@ class LoopbackService(abc.ABC, Generic[AnyFlow]):
         if self._reserved is not None:
             self._reserved.close()
         tasks = list(self._running.values())
-        for flow, task in list(self._running.items()):
-            flow.drop()
+        for relay, task in list(self._running.items()):
+            relay.abort()
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await let_the_loop_turn()
+        await yield_to_loop()
 
-    def _do(self, action: Callable[[], Result]) -> Result:
+    def _call_in_loop(self, action: Callable[[], Result]) -> Result:
         async def act() -> Result:
             result = action()
-            await let_the_loop_turn()
+            await yield_to_loop()
             return result
 
-        return self._await(act())
+        return self._run_coroutine(act())
 
-    def _await(self, work: Coroutine[object, object, Result], patience: float = _PATIENCE) -> Result:
+    def _run_coroutine(self, work: Coroutine[object, object, Result], patience: float = _PATIENCE) -> Result:
         if self._loop is None:
             work.close()
             raise RuntimeError(f"{self!r} was not started, or is closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(patience)
 
 
-async def let_the_loop_turn() -> None:
+async def yield_to_loop() -> None:
     """Give aborted transports, which close their sockets in the loop's next turn, the time to do so."""
     for _ in range(3):
         await asyncio.sleep(0)

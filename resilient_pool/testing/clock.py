@@ -1,4 +1,4 @@
-"""A clock for tests, on which time passes only as the test says."""
+"""A clock for tests, which only the test advances."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ScriptedTimer:
 
 @constructor_names_nearest
 class ScriptedClock:
-    """Stands wherever a `resilient_pool.clock.Clock` does.
+    """A `resilient_pool.clock.Clock` for tests.
 
         clock = ScriptedClock()
         await clock.sleep(3.0)              # returns at once
@@ -66,11 +66,11 @@ class ScriptedClock:
         self._order = itertools.count()
 
     def now(self) -> float:
-        """Tell the time, time spent frozen included."""
+        """Return the time, time spent frozen included."""
         return self._monotonic + self._frozen
 
     def monotonic(self) -> float:
-        """Tell the time without what was spent frozen."""
+        """Return the time without what was spent frozen."""
         return self._monotonic
 
     async def sleep(self, seconds: float) -> None:

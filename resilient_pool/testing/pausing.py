@@ -1,4 +1,4 @@
-"""A server that sleeps when nobody is connected and takes its time to wake, in front of a real PostgreSQL.
+"""A server that scales to zero while no client is connected, in front of a real PostgreSQL.
 
 from resilient_pool.testing import EmbeddedPostgres, PausingServer
 
@@ -6,10 +6,10 @@ async with EmbeddedPostgres() as postgres:
     with PausingServer(postgres.host, postgres.port, resume_seconds=3.0, away=("hang", "57P03"), seed=1) as server:
         server.pause()                                      # now, without waiting for `pause_after`
         pool = await create_pool(server.dsn(postgres.dsn()))
-        assert await pool.fetchval("SELECT 1") == 1         # woke it, and waited
+        assert await pool.fetchval("SELECT 1") == 1         # resumed it, and waited
         assert len(server.outage_attempts) < 10
         await pool.close()
-        await server.until("paused", timeout=10)            # nobody is connected: it sleeps again
+        await server.until("paused", timeout=10)            # no connection is open: it pauses again
         print(server.report())
 """
 
@@ -22,16 +22,16 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Literal, TypeVar, get_args
 
 from resilient_pool._validation import constructor_names_nearest
-from resilient_pool.testing._event_log import Attempt, Journal, LogEntry, Phase
-from resilient_pool.testing._pausable_relay import Ear, PausableRelay
-from resilient_pool.testing._relay import Rules, Stream
-from resilient_pool.testing._syn_sniffer import RefusalWatch
+from resilient_pool.testing._event_log import Attempt, EventLog, LogEntry, Phase
+from resilient_pool.testing._pausable_relay import CountingReader, PausableRelay
+from resilient_pool.testing._relay import ProxyState, Stream
+from resilient_pool.testing._syn_sniffer import SynSniffer
 from resilient_pool.testing._threaded_server import READ_LIMIT, LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
 Result = TypeVar("Result")
 Away = Literal["hang", "refuse", "reset", "57P03", "28000"]
-"""How an attempt is met while the server is away."""
+"""How an attempt is answered while the server is away."""
 
 _REFUSAL_SECONDS = 0.5
 _TIME_TO_BE_ACCEPTED = 0.1
@@ -42,12 +42,12 @@ _POLL = 0.005
 class PausingServer(LoopbackService[PausableRelay]):
     """A PostgreSQL on 127.0.0.1 that behaves like a serverless one which scales to zero.
 
-    It sleeps after `pause_after` seconds without a connection; an open one keeps it awake, even if idle. The first
-    attempt to connect wakes it, whatever becomes of that attempt, and it is up `resume_seconds` later. Until then
-    attempts are met as `away` says:
+    It pauses after `pause_after` seconds without a connection; an open one keeps it awake, even if idle. The first
+    attempt to connect resumes it, whatever the outcome of that attempt, and it is up `resume_seconds` later. Until then
+    attempts are answered according to `away`:
 
     * "hang": accepted, and served once the server is up, if the client is still there then;
-    * "refuse": the first is accepted and reset, since nobody can notice it otherwise; then the port is closed, and the
+    * "refuse": the first is accepted and reset, since a refused one cannot be noticed; then the port is closed, and the
       kernel refuses every other (`ECONNREFUSED`) until the server is up, or in a mix for 0.5 s;
     * "reset": accepted and reset;
     * "57P03": FATAL "the database system is starting up";
@@ -61,9 +61,9 @@ class PausingServer(LoopbackService[PausableRelay]):
     Args:
         host: Where the real server is.
         port: Where it listens, unencrypted.
-        pause_after: Seconds without a connection before it sleeps; 1 by default. None: only when `pause()` says so.
-        resume_seconds: Seconds from the attempt that wakes it until it is up; 3 by default.
-        away: How attempts are met meanwhile, "hang" by default. With several, each attempt draws one.
+        pause_after: Seconds without a connection before it pauses; 1 by default. None: only when `pause()` is called.
+        resume_seconds: Seconds from the attempt that resumes it until it is up; 3 by default.
+        away: How attempts are answered meanwhile, "hang" by default. With several, each attempt draws one.
         seed: What the draws depend on, besides their order; 0 by default.
         idle_session_timeout: Seconds after which the real server (PostgreSQL 14 or newer) ends idle sessions with 57P05,
             set for every session that does not set it itself; None by default: what the server is configured to do.
@@ -96,23 +96,23 @@ class PausingServer(LoopbackService[PausableRelay]):
         self._target = (host, port)
         self._pause_after = None if pause_after is None else _at_least(0, "pause_after", pause_after)
         self._resume_seconds = _at_least(0, "resume_seconds", resume_seconds)
-        self._away = _ways(away)
+        self._away = _away_modes(away)
         self._seed = seed
         self._settings = _settings(idle_session_timeout)
         self._capacity = None if capacity is None else _at_least(1, "capacity", capacity)
         self._capacity_seconds = _at_least(0, "capacity_seconds", capacity_seconds)
         self._tls = None if tls is None else tls.server_context()
-        self._written: Journal | None = None
-        self._closed_at: float | None = None
+        self._log_if_started: EventLog | None = None
+        self._stopped_at: float | None = None
 
     def __repr__(self) -> str:
         host, port = self._target
         return f"<PausingServer {self.host}:{self._listen_port} before {host}:{port}>"
 
-    # To sleep and to wake
+    # Pause and resume
 
     def pause(self, timeout: float = 5.0) -> None:
-        """Sleep now, as if every idle session had timed out and `pause_after` had passed since.
+        """Pause now, as if every idle session had timed out and `pause_after` had passed since.
 
         Idle sessions are ended with 57P05. This blocks the calling thread, so a request that the same thread is yet
         to send does not count as under way.
@@ -123,11 +123,11 @@ class PausingServer(LoopbackService[PausableRelay]):
         Raises:
             RuntimeError: One still is after that time, or the server is resuming.
         """
-        self._await(self._pause(timeout), timeout + 5.0)
+        self._run_coroutine(self._pause(timeout), timeout + 5.0)
 
     def resume(self) -> None:
         """Be up now, if paused or resuming."""
-        self._await(self._resume())
+        self._run_coroutine(self._resume())
 
     def wait_until(self, phase: Phase, timeout: float) -> None:
         """Block the calling thread until the server is "awake", "paused" or "resuming".
@@ -149,37 +149,37 @@ class PausingServer(LoopbackService[PausableRelay]):
         while not self._has_reached(phase, deadline, timeout):  # noqa: ASYNC110 - it changes in another thread
             await asyncio.sleep(_POLL)
 
-    # What there is to see
+    # State, counters and log
 
     @property
     def phase(self) -> Phase:
-        """What the server does: "awake", "paused" or "resuming"."""
-        return self._read(lambda journal: journal.phase)
+        """The present phase: "awake", "paused" or "resuming"."""
+        return self._read_log(lambda log: log.phase)
 
     @property
     def open_connections(self) -> int:
         """How many clients are connected, or waiting to be."""
-        return self._read(lambda _: len(self._open()))
+        return self._read_log(lambda _: len(self._open_relays()))
 
     @property
     def pauses(self) -> int:
         """How often it has paused."""
-        return self._read(lambda journal: journal.pauses)
+        return self._read_log(lambda log: log.pauses)
 
     @property
     def awake_seconds(self) -> float:
         """How many seconds it has been awake, from its start and from each resume to the next pause."""
-        return self._read(lambda journal: journal.awake_seconds(self._now()))
+        return self._read_log(lambda log: log.awake_seconds(self._now()))
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
         """Every attempt to connect, requests to cancel included; refused ones only if `counts_refusals`."""
-        return self._read(lambda journal: journal.attempts)
+        return self._read_log(lambda log: log.attempts)
 
     @property
     def outage_attempts(self) -> tuple[Attempt, ...]:
         """Those of the last outage: from the last pause until the server was up again; likewise."""
-        return self._read(lambda journal: journal.outage_attempts)
+        return self._read_log(lambda log: log.outage_attempts)
 
     @property
     def counts_refusals(self) -> bool:
@@ -189,39 +189,39 @@ class PausingServer(LoopbackService[PausableRelay]):
     @property
     def in_flight(self) -> int:
         """How many attempts were accepted and have no outcome yet."""
-        return self._read(lambda journal: journal.in_flight)
+        return self._read_log(lambda log: log.in_flight)
 
     @property
     def peak_in_flight(self) -> int:
         """The most of them at once since the last resume, those included that waited for it; before, since the start."""
-        return self._read(lambda journal: journal.peak_in_flight)
+        return self._read_log(lambda log: log.peak_in_flight)
 
     def bytes_since(self, moment: float) -> int:
-        """Tell how many bytes clients have sent since a moment, in any phase and whether anybody read them.
+        """Return how many bytes clients have sent since a moment, in any phase, read by the server or not.
 
         Args:
             moment: A reading of `time.monotonic()`.
         """
-        return self._read(lambda journal: journal.bytes_since(moment))
+        return self._read_log(lambda log: log.bytes_since(moment))
 
     @property
     def log(self) -> tuple[LogEntry, ...]:
         """What has happened, in the order in which it was noticed."""
-        return self._read(lambda journal: tuple(journal.log))
+        return self._read_log(lambda log: tuple(log.log))
 
     def report(self) -> str:
         """Write the log for a person, a line each."""
         return "\n".join(map(str, self.log))
 
-    def _read(self, look: Callable[[Journal], Result]) -> Result:
+    def _read_log(self, read: Callable[[EventLog], Result]) -> Result:
         if self._loop is None:
-            return look(self._journal)
+            return read(self._events)
 
         def act() -> Result:
-            self._look_for_refusals()
-            return look(self._journal)
+            self._record_refusals()
+            return read(self._events)
 
-        return self._do(act)
+        return self._call_in_loop(act)
 
     def _has_reached(self, phase: Phase, deadline: float, timeout: float) -> bool:
         now = self.phase
@@ -231,193 +231,193 @@ class PausingServer(LoopbackService[PausableRelay]):
             )
         return now == phase
 
-    # Being there
+    # Start and stop
 
     @property
-    def _journal(self) -> Journal:
-        if self._written is None:
+    def _events(self) -> EventLog:
+        if self._log_if_started is None:
             raise RuntimeError(f"{self!r} was not started")
-        return self._written
+        return self._log_if_started
 
     def _now(self) -> float:
-        return time.monotonic() if self._closed_at is None else self._closed_at
+        return time.monotonic() if self._stopped_at is None else self._stopped_at
 
     async def _started(self) -> None:
-        self._written, self._closed_at = Journal(self._now()), None
-        self._chooser = random.Random(self._seed)  # noqa: S311 - to be repeatable is the point
+        self._log_if_started, self._stopped_at = EventLog(self._now()), None
+        self._random = random.Random(self._seed)  # noqa: S311 - to be repeatable is the point
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._errands: set[asyncio.Task[None]] = set()
-        self._port_moves = asyncio.Lock()
-        self._limited = False
-        self._watch = RefusalWatch.open(self.host, self.port) if "refuse" in self._away else None
-        self._can_count_refusals = self._watch is not None
-        if self._watch is not None:
-            asyncio.get_running_loop().add_reader(self._watch, self._look_for_refusals)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._port_lock = asyncio.Lock()
+        self._capacity_limited = False
+        self._sniffer = SynSniffer.open(self.host, self.port) if "refuse" in self._away else None
+        self._can_count_refusals = self._sniffer is not None
+        if self._sniffer is not None:
+            asyncio.get_running_loop().add_reader(self._sniffer, self._record_refusals)
         await self._listen()
-        self._rest()
+        self._schedule_pause()
 
     async def _shut_down(self) -> None:
-        self._look_for_refusals()
-        self._closed_at = self._now()
+        self._record_refusals()
+        self._stopped_at = self._now()
         for timer in self._timers.values():
             timer.cancel()
-        for errand in self._errands:
-            errand.cancel()
-        await asyncio.gather(*self._errands, return_exceptions=True)
+        for work in self._tasks:
+            work.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await super()._shut_down()
-        if self._watch is not None:
-            asyncio.get_running_loop().remove_reader(self._watch)
-            self._watch.close()
+        if self._sniffer is not None:
+            asyncio.get_running_loop().remove_reader(self._sniffer)
+            self._sniffer.close()
 
-    def _later(self, name: str, seconds: float, action: Callable[[], object]) -> None:
+    def _set_timer(self, name: str, seconds: float, action: Callable[[], object]) -> None:
         if name in self._timers:
             self._timers[name].cancel()
         self._timers[name] = asyncio.get_running_loop().call_later(seconds, action)
 
-    def _send(self, errand: Coroutine[object, object, None]) -> None:
-        task = asyncio.get_running_loop().create_task(errand)
-        self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    # Falling asleep and waking
+    # Phases
 
-    def _open(self) -> list[PausableRelay]:
-        return [visit for visit in self._running if visit.is_open]
+    def _open_relays(self) -> list[PausableRelay]:
+        return [relay for relay in self._running if relay.is_open]
 
-    def _rest(self) -> None:
-        quiet = self._journal.phase == "awake" and self._closed_at is None and not self._open()
+    def _schedule_pause(self) -> None:
+        quiet = self._events.phase == "awake" and self._stopped_at is None and not self._open_relays()
         if quiet and self._pause_after is not None and "pause" not in self._timers:
-            self._later("pause", self._pause_after, self._fall_asleep)
+            self._set_timer("pause", self._pause_after, self._enter_pause)
 
-    def _stay_awake(self) -> None:
+    def _cancel_pause(self) -> None:
         if "pause" in self._timers:
             self._timers.pop("pause").cancel()
 
-    def _fall_asleep(self) -> None:
-        self._stay_awake()
-        self._lift_limit()
-        self._journal.paused(self._now())
+    def _enter_pause(self) -> None:
+        self._cancel_pause()
+        self._end_capacity_limit()
+        self._events.paused(self._now())
 
     async def _pause(self, timeout: float) -> None:
         deadline = self._now() + timeout
-        while busy := [visit for visit in self._open() if not visit.is_idle]:
-            if self._now() > deadline or self._journal.phase != "awake":
-                raise RuntimeError(f"cannot pause while {self._journal.phase} with {len(busy)} connections in use")
+        while busy := [relay for relay in self._open_relays() if not relay.is_idle]:
+            if self._now() > deadline or self._events.phase != "awake":
+                raise RuntimeError(f"cannot pause while {self._events.phase} with {len(busy)} connections in use")
             await asyncio.sleep(_POLL)
-        if self._journal.phase == "resuming":
+        if self._events.phase == "resuming":
             raise RuntimeError("cannot pause while resuming; wait until it is awake")
-        for visit in self._open():
-            visit.time_out()
-        if self._journal.phase == "awake":
-            self._fall_asleep()
+        for relay in self._open_relays():
+            relay.end_idle_session()
+        if self._events.phase == "awake":
+            self._enter_pause()
 
-    def _begin_to_wake(self) -> None:
-        self._journal.resuming(self._now())
-        self._later("resume", self._resume_seconds, lambda: self._send(self._resume()))
+    def _start_resuming(self) -> None:
+        self._events.resuming(self._now())
+        self._set_timer("resume", self._resume_seconds, lambda: self._spawn(self._resume()))
 
     async def _resume(self) -> None:
-        async with self._port_moves:
-            if self._journal.phase != "awake":
-                self._look_for_refusals()
-                self._wake()
+        async with self._port_lock:
+            if self._events.phase != "awake":
+                self._record_refusals()
+                self._finish_resuming()
                 await self._open_port()
 
-    def _wake(self) -> None:
+    def _finish_resuming(self) -> None:
         if "resume" in self._timers:
             self._timers["resume"].cancel()
-        self._journal.resumed(self._now())
+        self._events.resumed(self._now())
         if self._capacity is not None:
-            self._limited = True
-            self._journal.note("limit", self._now())
-            self._later("limit", self._capacity_seconds, self._lift_limit)
-        for visit in self._open():
-            if not visit.is_decided:
-                self._admit(visit)
-        self._rest()
+            self._capacity_limited = True
+            self._events.record("limit", self._now())
+            self._set_timer("limit", self._capacity_seconds, self._end_capacity_limit)
+        for relay in self._open_relays():
+            if not relay.is_decided:
+                self._admit(relay)
+        self._schedule_pause()
 
-    def _lift_limit(self) -> None:
-        if self._limited:
-            self._limited = False
-            self._journal.note("no limit", self._now())
+    def _end_capacity_limit(self) -> None:
+        if self._capacity_limited:
+            self._capacity_limited = False
+            self._events.record("no limit", self._now())
 
     # Attempts
 
     def _new_reader(self) -> asyncio.StreamReader:
-        return Ear(lambda count: self._journal.heard(count, self._now()), READ_LIMIT)
+        return CountingReader(lambda count: self._events.bytes_received(count, self._now()), READ_LIMIT)
 
-    def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._stay_awake()
-        self._match(writer)
-        number = self._journal.arrived(self._now())
-        visit = PausableRelay(
-            Rules(self._target, self._tls), Stream(reader, writer), number, self._settings, self._settled
+    def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._cancel_pause()
+        self._mark_accepted(writer)
+        number = self._events.attempt_started(self._now())
+        relay = PausableRelay(
+            ProxyState(self._target, self._tls), Stream(reader, writer), number, self._settings, self._on_outcome
         )
-        self._run(visit).add_done_callback(lambda _: self._left(visit))
-        if self._journal.phase == "awake":
-            self._admit(visit)
+        self._run(relay).add_done_callback(lambda _: self._on_disconnect(relay))
+        if self._events.phase == "awake":
+            self._admit(relay)
             return
-        if self._journal.phase == "paused":
-            self._begin_to_wake()
-        self._put_off(visit, self._chooser.choice(self._away))
+        if self._events.phase == "paused":
+            self._start_resuming()
+        self._answer_while_away(relay, self._random.choice(self._away))
 
-    def _admit(self, visit: PausableRelay) -> None:
+    def _admit(self, relay: PausableRelay) -> None:
         served = sum(each.is_served for each in self._running)
-        if self._limited and self._capacity is not None and served >= self._capacity:
-            visit.turn_away("53300")
+        if self._capacity_limited and self._capacity is not None and served >= self._capacity:
+            relay.refuse("53300")
         else:
-            visit.serve()
+            relay.serve()
 
-    def _put_off(self, visit: PausableRelay, away: Away) -> None:
+    def _answer_while_away(self, relay: PausableRelay, away: Away) -> None:
         if away in {"57P03", "28000"}:
-            visit.turn_away(away)
+            relay.refuse(away)
         elif away != "hang":
-            visit.reset()
+            relay.reset()
         if away == "refuse":
-            self._send(self._close_port())
+            self._spawn(self._close_port())
 
-    def _settled(self, visit: PausableRelay, outcome: str) -> None:
-        self._journal.settle(visit.number, outcome, self._now())
-        self._rest()
+    def _on_outcome(self, relay: PausableRelay, outcome: str) -> None:
+        self._events.set_outcome(relay.number, outcome, self._now())
+        self._schedule_pause()
 
-    def _left(self, visit: PausableRelay) -> None:
-        if visit.is_ready:
-            self._journal.note("left", self._now(), visit.number)
-        self._rest()
+    def _on_disconnect(self, relay: PausableRelay) -> None:
+        if relay.is_ready:
+            self._events.record("left", self._now(), relay.number)
+        self._schedule_pause()
 
     # The port
 
     async def _close_port(self) -> None:
-        async with self._port_moves:
-            if self._journal.phase == "awake" or self._listener is None:
+        async with self._port_lock:
+            if self._events.phase == "awake" or self._listener is None:
                 return
             await self._stop_listening()
-            self._journal.note("port closed", self._now())
+            self._events.record("port closed", self._now())
         if len(set(self._away)) > 1:
-            self._later("port", _REFUSAL_SECONDS, lambda: self._send(self._end_refusal()))
+            self._set_timer("port", _REFUSAL_SECONDS, lambda: self._spawn(self._reopen_port()))
 
-    async def _end_refusal(self) -> None:
-        async with self._port_moves:
-            self._look_for_refusals()
+    async def _reopen_port(self) -> None:
+        async with self._port_lock:
+            self._record_refusals()
             await self._open_port()
 
     async def _open_port(self) -> None:
         if self._listener is None:
             await self._listen()
-            self._journal.note("port open", self._now())
+            self._events.record("port open", self._now())
 
-    def _match(self, writer: asyncio.StreamWriter) -> None:
-        if self._watch is not None:
-            self._watch.drain(self._now())
-            self._watch.accepted(writer.get_extra_info("peername")[1])
+    def _mark_accepted(self, writer: asyncio.StreamWriter) -> None:
+        if self._sniffer is not None:
+            self._sniffer.drain(self._now())
+            self._sniffer.accepted(writer.get_extra_info("peername")[1])
 
-    def _look_for_refusals(self) -> None:
-        if self._watch is None or self._closed_at is not None:
+    def _record_refusals(self) -> None:
+        if self._sniffer is None or self._stopped_at is not None:
             return
-        self._watch.drain(self._now())
+        self._sniffer.drain(self._now())
         # While the port is open, what was not accepted yet may still be; what came as it closed will never be.
         grace = 0.0 if self._reserved is not None else _TIME_TO_BE_ACCEPTED
-        for at in self._watch.take(self._now() - grace):
-            self._journal.refused(at)
+        for at in self._sniffer.take(self._now() - grace):
+            self._events.attempt_refused(at)
 
 
 def _at_least(least: float, name: str, value: float) -> float:
@@ -426,12 +426,12 @@ def _at_least(least: float, name: str, value: float) -> float:
     return value
 
 
-def _ways(away: Away | Sequence[Away]) -> tuple[Away, ...]:
-    ways: tuple[Away, ...] = (away,) if isinstance(away, str) else tuple(away)
-    unknown = [way for way in ways if way not in get_args(Away)]
-    if unknown or not ways:
+def _away_modes(away: Away | Sequence[Away]) -> tuple[Away, ...]:
+    modes: tuple[Away, ...] = (away,) if isinstance(away, str) else tuple(away)
+    unknown = [way for way in modes if way not in get_args(Away)]
+    if unknown or not modes:
         raise ValueError(f"away must be one or more of {', '.join(get_args(Away))}, not {away!r}")
-    return ways
+    return modes
 
 
 def _settings(idle_session_timeout: float | None) -> dict[str, str]:

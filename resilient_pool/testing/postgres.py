@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for tests: the only module here that starts, stops, freezes and copies servers.
+"""A real PostgreSQL server for tests, which can be restarted, crashed, frozen, copied and failed over.
 
 from resilient_pool.testing import EmbeddedPostgres
 
@@ -167,7 +167,7 @@ class EmbeddedPostgres:
     def connect_arguments(
         self, database: str | None = None, user: str | None = None, password: str | None = None
     ) -> ConnectArguments:
-        """Tell the keyword arguments that `asyncpg.connect` needs; by default superuser and database `postgres`."""
+        """Return the keyword arguments for `asyncpg.connect`; by default superuser and database `postgres`."""
         return {
             "host": self.host,
             "port": self.port,
@@ -177,7 +177,7 @@ class EmbeddedPostgres:
         }
 
     def dsn(self, database: str | None = None, user: str | None = None, password: str | None = None) -> str:
-        """Tell the same as one URL, with every part quoted."""
+        """Return the same as one URL, with every part quoted."""
         secret = "" if password is None else ":" + quote(password, safe="")
         role = quote(user or _SUPERUSER, safe="")
         return f"postgresql://{role}{secret}@{self.host}:{self.port}/{quote(database or _SUPERUSER, safe='')}"
@@ -200,7 +200,7 @@ class EmbeddedPostgres:
         finally:
             await connection.close(timeout=5)
 
-    # Being there and not being there
+    # Start and stop
 
     async def start(self) -> None:
         """Start the server and return when it accepts connections; a server that runs is left alone.
@@ -279,7 +279,7 @@ class EmbeddedPostgres:
             for name, value in settings.items():
                 await connection.execute(_alter_system(name, value))
             await connection.execute("SELECT pg_reload_conf()")
-            # The postmaster reads its files before it tells its children, of which this session is one.
+            # The postmaster reads its files before it signals its children, of which this session is one.
             while await connection.fetchval("SELECT pg_conf_load_time()") == before:  # noqa: ASYNC110 - SQL has no events
                 await asyncio.sleep(0.005)
 

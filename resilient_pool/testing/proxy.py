@@ -7,7 +7,7 @@ async with EmbeddedPostgres() as server:
         connection = await asyncpg.connect(proxy.dsn(server.dsn()))
         proxy.swallow_next_answer(matching=b"COMMIT")   # committed, and the client will never know
         proxy.rst()                                     # every connection is reset, now
-        proxy.refuse()                                  # nobody listens any more ...
+        proxy.refuse()                                  # the port is closed ...
         proxy.accept()                                  # ... and again, on the same port
         proxy.delay(0.05)                               # a far-away server: 0.1 s per round trip
         proxy.connections[0].forget()                   # a firewall lost this one from its table
@@ -27,7 +27,7 @@ from typing import Literal, TypeVar
 
 from resilient_pool._validation import constructor_names_nearest
 from resilient_pool.testing._protocol import Matcher, fatal_error, matcher
-from resilient_pool.testing._relay import Ending, Manner, OneShot, Relay, Rules, State, Stream
+from resilient_pool.testing._relay import AcceptMode, ArmedFault, Ending, ProxyState, Relay, State, Stream
 from resilient_pool.testing._threaded_server import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
@@ -38,13 +38,13 @@ class _Faults(abc.ABC):
     """The faults that a whole proxy and a single connection have in common."""
 
     @abc.abstractmethod
-    def _flows(self) -> list[Relay]: ...
+    def _relays(self) -> list[Relay]: ...
 
     @abc.abstractmethod
-    def _armed(self) -> list[OneShot]: ...
+    def _armed(self) -> list[ArmedFault]: ...
 
     @abc.abstractmethod
-    def _do(self, action: Callable[[], Result]) -> Result: ...
+    def _call_in_loop(self, action: Callable[[], Result]) -> Result: ...
 
     @abc.abstractmethod
     def _closing(self, server_sees_close: bool | None) -> bool: ...
@@ -53,7 +53,7 @@ class _Faults(abc.ABC):
         """Close in an orderly way, as a server that shuts down does.
 
         Args:
-            server_sees_close: Whether the server's side is closed too; by default as the proxy was told.
+            server_sees_close: Whether the server's side is closed too; by default as the proxy's own argument says.
         """
         self._end("fin", server_sees_close)
 
@@ -124,10 +124,10 @@ class _Faults(abc.ABC):
         closing = self._closing(server_sees_close)
 
         def end() -> None:
-            for flow in self._flows():
-                flow.end(how, server_sees_close=closing)
+            for relay in self._relays():
+                relay.end(how, server_sees_close=closing)
 
-        self._do(end)
+        self._call_in_loop(end)
 
     def _arm(
         self,
@@ -139,14 +139,14 @@ class _Faults(abc.ABC):
         *,
         reaches_server: bool = True,
     ) -> None:
-        fault = OneShot(
+        fault = ArmedFault(
             matches=matcher(matching),
             reaches_server=reaches_server,
             after_bytes=after_bytes,
             then=then,
             server_sees_close=self._closing(server_sees_close),
         )
-        self._do(lambda: self._armed().extend([fault] * times))
+        self._call_in_loop(lambda: self._armed().extend([fault] * times))
 
 
 @constructor_names_nearest
@@ -154,8 +154,8 @@ class FaultProxy(LoopbackService[Relay], _Faults):
     """A proxy on 127.0.0.1 in front of a PostgreSQL server.
 
     It lives in a thread with an event loop of its own and keeps working while the client's loop is blocked. Every
-    method may be called from any thread and returns when it has taken effect. It cannot be told from a server by its
-    TCP behaviour, except that the kernel acknowledges what the proxy does not read.
+    method may be called from any thread and returns when it has taken effect. Its TCP behaviour is
+    that of a server, except that the kernel acknowledges what the proxy does not read.
 
     Args:
         host: Where the server is.
@@ -177,12 +177,12 @@ class FaultProxy(LoopbackService[Relay], _Faults):
         listen_port: int = 0,
     ) -> None:
         super().__init__(listen_port)
-        self._rules = Rules((host, port), None if tls is None else tls.server_context())
+        self._proxy_state = ProxyState((host, port), None if tls is None else tls.server_context())
         self._server_sees_close = server_sees_close
         self._attempted_at: list[float] = []
 
     def __repr__(self) -> str:
-        host, port = self._rules.target
+        host, port = self._proxy_state.target
         return f"<FaultProxy {self.host}:{self._listen_port} to {host}:{port}>"
 
     # What there is to see
@@ -190,10 +190,10 @@ class FaultProxy(LoopbackService[Relay], _Faults):
     @property
     def connections(self) -> list[ProxiedConnection]:
         """The connections whose client is still there, oldest first."""
-        return self._do(lambda: [ProxiedConnection(self, flow) for flow in self._flows()])
+        return self._call_in_loop(lambda: [ProxiedConnection(self, relay) for relay in self._relays()])
 
     def connection(self, backend_pid: int) -> ProxiedConnection:
-        """Find a connection by its session's process id, which `asyncpg.Connection.get_server_pid()` tells.
+        """Find a connection by its session's process id, as `asyncpg.Connection.get_server_pid()` returns it.
 
         Raises:
             LookupError: There is none.
@@ -216,108 +216,108 @@ class FaultProxy(LoopbackService[Relay], _Faults):
     @property
     def accepted(self) -> int:
         """How many of them were passed on to the server, requests to cancel included."""
-        return self._rules.accepted
+        return self._proxy_state.accepted
 
     @property
     def fired(self) -> int:
         """How many armed faults have happened."""
-        return self._rules.fired
+        return self._proxy_state.fired
 
     @property
     def armed(self) -> int:
         """How many faults that were armed for any connection still wait for their request."""
-        return len(self._rules.armed)
+        return len(self._proxy_state.armed)
 
     @property
     def bytes_to_server(self) -> int:
         """How many bytes were passed to the server."""
-        return self._rules.bytes_to_server
+        return self._proxy_state.bytes_to_server
 
     @property
     def bytes_to_client(self) -> int:
         """How many bytes were passed to clients."""
-        return self._rules.bytes_to_client
+        return self._proxy_state.bytes_to_client
 
     # How new connections are met
 
     def refuse(self) -> None:
         """Stop listening: new connections are refused, present ones stay. The port remains reserved."""
-        self._await(self._stop_listening())
+        self._run_coroutine(self._stop_listening())
 
     def accept(self) -> None:
         """Listen (again), on the same port."""
-        self._await(self._listen())
+        self._run_coroutine(self._listen())
 
     def hang(self) -> None:
         """Accept new connections and never answer them, not even after `restore()`."""
-        self._meet(Manner.HANG)
+        self._meet(AcceptMode.HANG)
 
     def reject(self, then: Literal["fin", "rst"] = "rst") -> None:
         """Accept new connections only to close them at once; unlike refused ones they are counted."""
-        self._meet(Manner.RST if then == "rst" else Manner.FIN)
+        self._meet(AcceptMode.RST if then == "rst" else AcceptMode.FIN)
 
     def answer_with_error(self, sqlstate: str = "57P03", text: str = "the database system is starting up") -> None:
         """Turn new connections away with a FATAL error in answer to their startup message."""
-        self._rules.error = fatal_error(sqlstate, text)
-        self._meet(Manner.ERROR)
+        self._proxy_state.error = fatal_error(sqlstate, text)
+        self._meet(AcceptMode.ERROR)
 
     def refuse_tls(self) -> None:
         """Answer requests for TLS with "N" from now on."""
-        self._rules.tls_refused = True
+        self._proxy_state.tls_refused = True
 
     def retarget(self, host: str, port: int) -> None:
         """Lead new connections to another server, as a name does after a fail-over."""
-        self._rules.target = (host, port)
+        self._proxy_state.target = (host, port)
 
     # How all are treated
 
     def delay(self, seconds: float) -> None:
         """Hold everything back that long, in either direction; 0 ends it."""
-        self._rules.delay = seconds
+        self._proxy_state.delay = seconds
 
     def blackhole(self) -> None:
         """Let nothing pass, on present and new connections, until `restore()`; then everything held back arrives."""
-        self._do(self._rules.passable.clear)
+        self._call_in_loop(self._proxy_state.passable.clear)
 
     def restore(self) -> None:
         """Serve again: undo all but what is final, and disarm what has not happened yet."""
         self.accept()
-        self._do(self._undo)
+        self._call_in_loop(self._undo)
 
     # Inside
 
     def _undo(self) -> None:
-        rules = self._rules
-        rules.manner, rules.delay, rules.tls_refused = Manner.SERVE, 0.0, False
-        rules.armed.clear()
-        rules.passable.set()
-        for flow in self._running:
-            _undo(flow)
+        proxy_state = self._proxy_state
+        proxy_state.accept_mode, proxy_state.delay, proxy_state.tls_refused = AcceptMode.SERVE, 0.0, False
+        proxy_state.armed.clear()
+        proxy_state.passable.set()
+        for relay in self._running:
+            _undo(relay)
 
-    def _meet(self, manner: Manner) -> None:
+    def _meet(self, accept_mode: AcceptMode) -> None:
         self.accept()
-        self._rules.manner = manner
+        self._proxy_state.accept_mode = accept_mode
 
-    def _flows(self) -> list[Relay]:
-        return [flow for flow in self._running if flow.client_is_there and flow.state is not State.ENDED]
+    def _relays(self) -> list[Relay]:
+        return [relay for relay in self._running if relay.client_connected and relay.state is not State.ENDED]
 
-    def _armed(self) -> list[OneShot]:
-        return self._rules.armed
+    def _armed(self) -> list[ArmedFault]:
+        return self._proxy_state.armed
 
     def _closing(self, server_sees_close: bool | None) -> bool:
         return self._server_sees_close if server_sees_close is None else server_sees_close
 
-    def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._attempted_at.append(asyncio.get_running_loop().time())
-        self._run(Relay(self._rules, Stream(reader, writer), len(self._attempted_at)))
+        self._run(Relay(self._proxy_state, Stream(reader, writer), len(self._attempted_at)))
 
 
 class ProxiedConnection(_Faults):
     """One connection through a `FaultProxy`, with the same faults for it alone."""
 
-    def __init__(self, proxy: FaultProxy, flow: Relay) -> None:
+    def __init__(self, proxy: FaultProxy, relay: Relay) -> None:
         self._proxy = proxy
-        self._flow = flow
+        self._relay = relay
 
     def __repr__(self) -> str:
         return f"<ProxiedConnection {self.number} {self.state} backend={self.backend_pid}>"
@@ -325,59 +325,59 @@ class ProxiedConnection(_Faults):
     @property
     def number(self) -> int:
         """Which of the proxy's connections it is, counted from 1."""
-        return self._flow.number
+        return self._relay.number
 
     @property
     def state(self) -> str:
         """What became of it: "open", "forgotten" (it hangs for ever) or "ended"."""
-        return self._flow.state.value if self._flow.client_is_there else State.ENDED.value
+        return self._relay.state.value if self._relay.client_connected else State.ENDED.value
 
     @property
     def backend_pid(self) -> int | None:
         """Its session's process id, known once the server has let the client in."""
-        return self._flow.backend_pid
+        return self._relay.backend_pid
 
     @property
     def parameters(self) -> dict[str, str]:
         """What the client said of itself at the start: `user`, `database`, `application_name` and others."""
-        return dict(self._flow.parameters)
+        return dict(self._relay.parameters)
 
     @property
     def bytes_to_server(self) -> int:
         """How many bytes were passed to the server."""
-        return self._flow.bytes_to_server
+        return self._relay.bytes_to_server
 
     @property
     def bytes_to_client(self) -> int:
         """How many bytes were passed to the client."""
-        return self._flow.bytes_to_client
+        return self._relay.bytes_to_client
 
     def delay(self, seconds: float) -> None:
         """Hold everything back that long, on top of the proxy's own delay; 0 ends it."""
-        self._flow.delay = seconds
+        self._relay.delay = seconds
 
     def blackhole(self) -> None:
         """Let nothing pass until `restore()`."""
-        self._do(self._flow.passable.clear)
+        self._call_in_loop(self._relay.passable.clear)
 
     def restore(self) -> None:
         """Undo what this connection's own methods did, as far as it is not final."""
-        self._do(lambda: _undo(self._flow))
+        self._call_in_loop(lambda: _undo(self._relay))
 
-    def _flows(self) -> list[Relay]:
-        return [self._flow]
+    def _relays(self) -> list[Relay]:
+        return [self._relay]
 
-    def _armed(self) -> list[OneShot]:
-        return self._flow.armed
+    def _armed(self) -> list[ArmedFault]:
+        return self._relay.armed
 
-    def _do(self, action: Callable[[], Result]) -> Result:
-        return self._proxy._do(action)  # noqa: SLF001 - its own proxy
+    def _call_in_loop(self, action: Callable[[], Result]) -> Result:
+        return self._proxy._call_in_loop(action)  # noqa: SLF001 - its own proxy
 
     def _closing(self, server_sees_close: bool | None) -> bool:
         return self._proxy._closing(server_sees_close)  # noqa: SLF001 - its own proxy
 
 
-def _undo(flow: Relay) -> None:
-    flow.delay = 0.0
-    flow.armed.clear()
-    flow.passable.set()
+def _undo(relay: Relay) -> None:
+    relay.delay = 0.0
+    relay.armed.clear()
+    relay.passable.set()

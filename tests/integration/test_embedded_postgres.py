@@ -119,7 +119,7 @@ async def test_a_killed_backend_is_a_crash_for_every_session(server):
     await connection.close()
 
 
-async def test_a_frozen_server_answers_nobody_until_it_is_thawed(server):
+async def test_a_frozen_server_answers_no_client_until_it_is_thawed(server):
     """New connections hang with the postmaster, present ones too when asked for."""
     connection = await asyncpg.connect(server.dsn())
     server.freeze()

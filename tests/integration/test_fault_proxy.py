@@ -129,7 +129,7 @@ async def test_these_tests_run_on_the_loop_they_are_named_after(event_loop_polic
 
 
 async def test_a_connection_knows_its_session(connect, proxy):
-    """Connections are found by backend and told apart by what the client said of itself."""
+    """Connections are found by backend pid and distinguished by the client's startup parameters."""
     first = await connect(server_settings={"application_name": "first"})
     second = await connect()
     assert [connection.number for connection in proxy.connections] == [1, 2]
@@ -148,7 +148,7 @@ async def test_a_cancelled_query_is_cancelled_through_the_proxy(connect, proxy):
     assert proxy.attempts == 2
 
 
-async def test_refused_connections_find_nobody_until_the_port_listens_again(connect, proxy):
+async def test_connections_are_refused_until_the_port_listens_again(connect, proxy):
     """Present connections stay, new ones are refused, and the port is the same afterwards."""
     connection = await connect()
     port = proxy.port
@@ -435,7 +435,7 @@ async def test_the_proxy_works_while_the_clients_loop_is_blocked(connect, proxy)
 
 
 async def test_it_is_an_asynchronous_context_manager_too(postgres):
-    """Afterwards nobody listens, and using it says so."""
+    """Afterwards the port is closed, and every method raises an error that says so."""
     async with FaultProxy(postgres.host, postgres.port) as proxy:
         connection = await asyncpg.connect(proxy.dsn(postgres.dsn()))
     await eventually(connection.is_closed)

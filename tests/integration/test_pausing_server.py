@@ -1,4 +1,4 @@
-"""The server that sleeps, as plain asyncpg meets it."""
+"""PausingServer, seen through plain asyncpg."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import asyncpg
 import pytest
 
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy, PausingServer, TlsCertificates
-from resilient_pool.testing._syn_sniffer import RefusalWatch
+from resilient_pool.testing._syn_sniffer import SynSniffer
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 RESUME = 0.4
@@ -32,7 +32,7 @@ NOT_THERE = (
 
 @pytest.fixture
 def pausing(postgres: EmbeddedPostgres):
-    """Makes servers, which by default pause only when told to, and closes them."""
+    """Makes servers, which by default pause only on demand, and closes them."""
     with contextlib.ExitStack() as servers:
 
         def start(**arguments) -> PausingServer:
@@ -104,7 +104,7 @@ async def test_an_awake_server_is_the_real_one(pausing, connect):
     assert (server.phase, server.pauses) == ("awake", 0)
 
 
-async def test_it_sleeps_when_nobody_has_been_connected_for_a_while(pausing, connect):
+async def test_it_pauses_when_no_client_has_been_connected_for_a_while(pausing, connect):
     """The time counts from the end of the last connection, and an open one prevents it however idle."""
     server = pausing(pause_after=0.3)
     connections = [await connect(server), await connect(server)]
@@ -121,7 +121,7 @@ async def test_it_sleeps_when_nobody_has_been_connected_for_a_while(pausing, con
     assert server.pauses == 1
 
 
-async def test_it_sleeps_when_nobody_ever_came(pausing):
+async def test_it_pauses_when_no_client_ever_connects(pausing):
     """The first pause needs no connection before it."""
     await pausing(pause_after=0.05).until("paused", timeout=5)
 
@@ -209,7 +209,7 @@ async def test_a_client_that_asks_for_tls_first_is_answered_like_by_a_real_serve
 
 
 async def test_a_server_that_refuses_is_woken_by_an_attempt_that_it_resets(pausing, connect):
-    """All others are refused by the kernel until it is up, and are counted if anybody can."""
+    """All others are refused by the kernel until it is up, and are counted if this process may."""
     server = pausing(away="refuse")
     server.pause()
     with pytest.raises(NOT_THERE) as failure:
@@ -266,12 +266,12 @@ def test_other_peoples_packets_are_never_counted():
 
 
 def count_of_strangers(port: int) -> int:
-    watch = RefusalWatch.open("127.0.0.1", port)
-    if watch is None:  # without the privilege nothing is counted at all
+    sniffer = SynSniffer.open("127.0.0.1", port)
+    if sniffer is None:  # without the privilege nothing is counted at all
         return 0
-    with contextlib.closing(watch):
-        watch.drain(1.0)
-        return len(watch.take(1.0))
+    with contextlib.closing(sniffer):
+        sniffer.drain(1.0)
+        return len(sniffer.take(1.0))
 
 
 async def test_a_process_without_privileges_says_that_it_cannot_count_refusals(pausing, connect, monkeypatch):
@@ -343,7 +343,7 @@ async def test_only_so_many_connections_are_allowed_at_first(pausing, connect):
 
 
 async def test_those_who_waited_for_the_resume_are_limited_too(pausing, connect):
-    """As many as are allowed get in, whoever came first."""
+    """As many as are allowed are admitted, in any order."""
     server = pausing(capacity=2, capacity_seconds=30)
     server.pause()
     results = await asyncio.gather(*(connect(server) for _ in range(6)), return_exceptions=True)
@@ -375,7 +375,7 @@ async def test_an_unreachable_server_behind_it_is_a_failed_attempt(postgres, con
 
 
 async def test_idle_sessions_are_ended_by_the_server_itself(pausing, connect):
-    """The setting can be read by the session, the reason is 57P05, and the server sleeps after that."""
+    """The setting can be read by the session, the reason is 57P05, and the server pauses after that."""
     server = pausing(pause_after=0.1, idle_session_timeout=0.3)
     connection = await connect(server)
     heard = asyncio.get_running_loop().create_future()
@@ -421,7 +421,7 @@ async def test_an_idle_session_is_told_why_it_ends(pausing):
 
 
 async def test_it_can_be_told_to_be_up(pausing, connect):
-    """Whoever waits is served at once, and being up twice is no more than once."""
+    """Waiting clients are served at once, and resuming twice changes nothing."""
     server = pausing(resume_seconds=60)
     server.pause()
     waiting = asyncio.ensure_future(connect(server))
@@ -448,7 +448,7 @@ async def test_a_resume_that_was_due_is_forgotten_when_it_came_early(pausing, co
 
 
 async def test_nothing_sent_is_zero_bytes(pausing, connect):
-    """Bytes count from the moment asked for, and also those that nobody has read yet."""
+    """Bytes count from the moment asked for, and also those that are not read yet."""
     server = pausing(resume_seconds=60)
     connection = await connect(server)
     quiet_since = time.monotonic()
@@ -482,7 +482,7 @@ async def test_only_the_time_awake_is_paid_for(pausing, connect):
 
 
 async def test_it_keeps_time_while_the_program_under_test_is_blocked(pausing):
-    """The event loop that uses it may stand still: the server sleeps, and a blocking wait sees it."""
+    """The event loop that uses it may block: the server still pauses, and a blocking wait sees it."""
     server = pausing(pause_after=0.1)
     server.wait_until("paused", timeout=5)
     assert server.pauses == 1

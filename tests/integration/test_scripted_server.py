@@ -14,7 +14,7 @@ from resilient_pool import ResilientPool
 from resilient_pool.testing import EmbeddedPostgres, End, Point, Refusal, ScriptedServer, TlsCertificates
 from resilient_pool.testing import _protocol as _messages
 
-# From this version on asyncpg passes on what the server said before it closed a connection.
+# From this version on asyncpg passes on what the server sent before it closed a connection.
 TELLS_THE_REASON = tuple(int(part) for part in asyncpg.__version__.split(".")[:2]) >= (0, 32)
 LIMIT = 10.0
 
@@ -47,7 +47,7 @@ def refusal(at: Point, **fields) -> Refusal:
 
 
 def seen(error: BaseException) -> BaseException:
-    """What the server said, where the driver passes it on."""
+    """What the server sent, where the driver passes it on."""
     return error.__cause__ if isinstance(error, asyncpg.ConnectionDoesNotExistError) and error.__cause__ else error
 
 
@@ -75,7 +75,7 @@ async def test_a_client_that_is_turned_away_gets_every_field(behind, postgres, p
     error = caught.value
     told = (error.severity, error.severity_en, error.sqlstate, error.message, error.detail, error.hint)
     assert told == ("FATAL", "FATAL", "57P03", "not yet", "asleep", "wait")
-    assert server.said == (line,)
+    assert server.sent == (line,)
 
 
 async def test_a_client_that_is_let_in_again_was_not_harmed(behind, postgres):
@@ -85,7 +85,7 @@ async def test_a_client_that_is_let_in_again_was_not_harmed(behind, postgres):
         for line in lines:
             with pytest.raises(asyncpg.InternalServerError, match="as written"):
                 await connect(server, postgres, ssl=False)
-            assert server.said[-1] == line
+            assert server.sent[-1] == line
         connection = await connect(server, postgres, ssl=False)
         await connection.execute("SELECT 1")
         await connection.close()
@@ -134,7 +134,7 @@ async def test_a_stand_in_asks_for_a_password_in_every_usual_way(login):
         with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError) as caught:
             await asyncpg.connect(server.dsn(), ssl=False, timeout=LIMIT)
     assert caught.value.message == "no such tenant"
-    assert server.said == (line,)
+    assert server.sent == (line,)
 
 
 async def test_a_real_server_s_own_password_check_goes_before_the_script_s(postgres):
@@ -210,7 +210,7 @@ async def test_a_commit_that_is_refused_has_rolled_back_unless_it_was_executed(p
 async def test_a_statement_lost_with_its_connection_was_executed_if_the_script_says_so(
     postgres, ledger, executed, then
 ):
-    """Nothing of it is to be told from the client's side."""
+    """The client cannot see the difference."""
     line = refusal(Point.QUERY, then=then, executed=executed, matching="INSERT")
     with ScriptedServer(line, host=postgres.host, port=postgres.port) as server:
         connection = await connect(server, postgres)
@@ -286,7 +286,7 @@ async def test_a_request_to_cancel_is_no_client_to_turn_away(postgres):
         assert await connection.fetchval("SELECT 1", timeout=LIMIT) == 1
         await connection.close()
         assert server.attempts == 2
-        assert server.said == ()
+        assert server.sent == ()
 
 
 async def test_a_client_that_leaves_makes_room(behind, postgres):
@@ -379,10 +379,10 @@ async def test_a_hundred_callers_are_served_by_an_endpoint_that_takes_three_seco
         async with ResilientPool(server.dsn(postgres.dsn()), max_size=5) as pool:
             answers = await asyncio.gather(*(pool.fetchval("SELECT $1::int", number) for number in range(100)))
         assert answers == list(range(100))
-        assert 1 <= len(server.said) <= 9
+        assert 1 <= len(server.sent) <= 9
 
 
-async def test_nobody_fails_at_a_pooler_that_has_room_for_two(postgres):
+async def test_no_call_fails_at_a_pooler_that_has_room_for_two(postgres):
     """As Supavisor says it in session mode: what there is circulates, and the refusals of more are no outage."""
     full = Refusal(
         at=Point.STARTUP,
@@ -394,7 +394,7 @@ async def test_nobody_fails_at_a_pooler_that_has_room_for_two(postgres):
         async with ResilientPool(server.dsn(postgres.dsn()), max_size=10) as pool:
             answers = await asyncio.gather(*(pool.fetchval("SELECT $1::int", number) for number in range(100)))
         assert answers == list(range(100))
-        assert set(server.said) == {full}
+        assert set(server.sent) == {full}
 
 
 def test_a_server_needs_a_whole_address_and_its_own_login():

@@ -234,7 +234,7 @@ async def tests_with_a_script() -> None:
     with ScriptedServer(full, host="127.0.0.1", port=5432) as server:
         assert_type(server, ScriptedServer)
         assert_type(server.dsn(DSN), str)
-        assert_type(server.said, tuple[Refusal, ...])
+        assert_type(server.sent, tuple[Refusal, ...])
         assert_type(server.statements, tuple[str, ...])
         assert_type(server.attempts, int)
     async with ScriptedServer(login="scram", parameters={"server_version": "15.0"}) as alone:

@@ -64,7 +64,7 @@ def test_a_listener_that_fails_is_not_told_any_more(caplog):
 
 def test_passwords_are_found_in_the_urls_of_arguments_and_environment():
     """As they are written, and unquoted."""
-    environment = {"PGPASSWORD": "first", "SHOP_URL": "mysql://me:sec%2Fond@host/db", "HOME": "/root"}
+    environment = {"PGPASSWORD": "first", "SHOP_URL": "mysql://me:sec%2Fond@host/db", "HOME": "/home/app"}
     found = secrets_around(["--url=postgresql://me:third@host/db", "plain"], environment)
     assert {secret.reveal() for secret in found} == {"first", "sec%2Fond", "sec/ond", "third"}
 

@@ -18,7 +18,7 @@ def untyped(code: int, body: bytes = b"") -> bytes:
 
 
 def read(*messages: bytes) -> list[bytes | None]:
-    """Tell what the server is seen to execute for each message."""
+    """Return what the server would execute for each message."""
     reader, splitter = _messages.RequestReader(), _messages.Splitter(untyped=False)
     splitter.feed(b"".join(messages))
     subjects = []
@@ -46,11 +46,11 @@ def test_messages_are_whole_however_the_stream_is_cut(size):
 
 
 def test_a_stream_begins_without_types():
-    """Requests for TLS and the startup message are told by their code, and types come after."""
+    """Requests for TLS and the startup message are recognised by their code; later messages have a type."""
     splitter = _messages.Splitter(untyped=True)
     splitter.feed(untyped(_messages.TLS_REQUEST) + untyped(196608, b"user\0me\0database\0mine\0\0") + typed(b"S"))
     first, second = splitter.next(), splitter.next()
-    splitter.began()
+    splitter.session_started()
     third = splitter.next()
     assert first is not None
     assert second is not None

@@ -8,18 +8,18 @@ from resilient_pool.testing import End, Point, Refusal
 from resilient_pool.testing._script import Script
 
 
-def words(**fields) -> bytes:
-    return Refusal(at=Point.STARTUP, **fields).words
+def error_response(**fields) -> bytes:
+    return Refusal(at=Point.STARTUP, **fields).error_response
 
 
-def said(script: Script, *occasions: tuple[Point, float] | tuple[Point, float, bytes]) -> list[str | None]:
+def sent(script: Script, *occasions: tuple[Point, float] | tuple[Point, float, bytes]) -> list[str | None]:
     lines = [script.next(*occasion) for occasion in occasions]
     return [line and line.message for line in lines]
 
 
 def startups(script: Script, *times: float) -> list[str | None]:
     script.begin(times[0])
-    return said(script, *((Point.STARTUP, time) for time in times))
+    return sent(script, *((Point.STARTUP, time) for time in times))
 
 
 def line(message: str, at: Point = Point.STARTUP, **fields) -> Refusal:
@@ -28,10 +28,10 @@ def line(message: str, at: Point = Point.STARTUP, **fields) -> Refusal:
 
 def test_an_error_has_the_fields_that_it_was_given_and_no_others():
     """Proxies leave out the untranslated severity, or the severity and the code."""
-    postgres = words(sqlstate="57P03", message="m", detail="d", hint="h")
-    neon = words(severity="ERROR", severity_en="", sqlstate="XX000", message="m")
-    prisma = words(severity=None, message="m")
-    german = words(severity="FEHLER", severity_en="ERROR", message="m")
+    postgres = error_response(sqlstate="57P03", message="m", detail="d", hint="h")
+    neon = error_response(severity="ERROR", severity_en="", sqlstate="XX000", message="m")
+    prisma = error_response(severity=None, message="m")
+    german = error_response(severity="FEHLER", severity_en="ERROR", message="m")
     assert postgres[5:] == b"SFATAL\0VFATAL\0C57P03\0Mm\0Dd\0Hh\0\0"
     assert neon[5:] == b"SERROR\0CXX000\0Mm\0\0"
     assert prisma[5:] == b"Mm\0\0"
@@ -43,12 +43,12 @@ def test_an_error_has_the_fields_that_it_was_given_and_no_others():
 
 def test_an_error_of_the_second_protocol_is_a_letter_and_its_text():
     """So says a server that could not fork, whatever the client speaks."""
-    assert words(bare=True, message="could not fork\n", sqlstate="53300") == b"Ecould not fork\n\0"
+    assert error_response(bare=True, message="could not fork\n", sqlstate="53300") == b"Ecould not fork\n\0"
 
 
 def test_a_line_with_nothing_to_say_says_nothing():
     """The connection just ends."""
-    assert words(then=End.RESET) == b""
+    assert error_response(then=End.RESET) == b""
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,10 @@ def test_what_does_not_fit_together_is_named(fields, complaint):
 
 
 def test_lines_follow_each_other():
-    """The first that applies is said, and what comes after it begins to count when it is done."""
+    """The first that applies is sent, and what comes after it begins to count when it is done."""
     script = Script((line("first", times=2), line("second", times=1)), lambda: 0)
     assert startups(script, 0.0, 0.0, 0.0, 0.0) == ["first", "first", "second", None]
-    assert [each.message for each in script.said] == ["first", "first", "second"]
+    assert [each.message for each in script.sent] == ["first", "first", "second"]
 
 
 def test_a_line_can_begin_late_and_end_early():
@@ -95,14 +95,14 @@ def test_a_full_server_is_full_while_its_clients_stay():
     """Two may come in; a third when one has left."""
     counts = iter((0, 1, 2, 3, 1))
     script = Script((line("full", beyond=2),), lambda: next(counts))
-    heard = said(script, *[(Point.STARTUP, 0.0)] * 5)
+    heard = sent(script, *[(Point.STARTUP, 0.0)] * 5)
     assert heard == [None, None, "full", "full", None]
 
 
 def test_a_line_is_said_at_its_point_only():
     """A script may speak at several."""
     script = Script(tuple(line(point.value, at=point) for point in Point if point is not Point.IDLE), lambda: 0)
-    assert said(script, *((point, 0.0, b"COMMIT") for point in Point)) == [
+    assert sent(script, *((point, 0.0, b"COMMIT") for point in Point)) == [
         *(point.value for point in Point if point is not Point.IDLE),
         None,
     ]
@@ -111,11 +111,11 @@ def test_a_line_is_said_at_its_point_only():
 def test_statements_are_known_by_what_they_contain():
     """Its SQL, its arguments, or a function of both."""
     script = Script((line("text", at=Point.QUERY, matching="INSERT", times=1),), lambda: 0)
-    assert said(script, (Point.QUERY, 0.0, b"SELECT"), (Point.QUERY, 0.0, b"INSERT\0x")) == [None, "text"]
+    assert sent(script, (Point.QUERY, 0.0, b"SELECT"), (Point.QUERY, 0.0, b"INSERT\0x")) == [None, "text"]
     script = Script((line("argument", at=Point.QUERY, matching=b"\0x"),), lambda: 0)
-    assert said(script, (Point.QUERY, 0.0, b"INSERT\0x")) == ["argument"]
+    assert sent(script, (Point.QUERY, 0.0, b"INSERT\0x")) == ["argument"]
     script = Script((line("function", at=Point.QUERY, matching=lambda sql: len(sql) == 3),), lambda: 0)
-    assert said(script, (Point.QUERY, 0.0, b"ab"), (Point.QUERY, 0.0, b"abc")) == [None, "function"]
+    assert sent(script, (Point.QUERY, 0.0, b"ab"), (Point.QUERY, 0.0, b"abc")) == [None, "function"]
 
 
 @pytest.mark.parametrize(
@@ -125,4 +125,4 @@ def test_statements_are_known_by_what_they_contain():
 def test_a_commit_begins_with_its_word(sql, is_commit):
     """END means the same."""
     script = Script((line("m", at=Point.COMMIT),), lambda: 0)
-    assert said(script, (Point.COMMIT, 0.0, sql)) == ["m" if is_commit else None]
+    assert sent(script, (Point.COMMIT, 0.0, sql)) == ["m" if is_commit else None]

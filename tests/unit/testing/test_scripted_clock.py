@@ -145,6 +145,6 @@ async def test_freezing_is_seen_by_now_alone():
 
 
 def test_time_does_not_run_backwards():
-    """The message tells the offending value."""
+    """The message has the offending value."""
     with pytest.raises(ValueError, match=r"-1.0 seconds"):
         ScriptedClock().advance(-1.0)

@@ -1,4 +1,4 @@
-"""How refused attempts are told from accepted ones, on packets composed by hand."""
+"""How refused attempts are distinguished from accepted ones, on packets composed by hand."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import deque
 
 import pytest
 
-from resilient_pool.testing._syn_sniffer import RefusalWatch, source_port
+from resilient_pool.testing._syn_sniffer import SynSniffer, source_port
 
 
 class Packets:
-    """A raw socket's side that the watch reads."""
+    """The raw socket that the sniffer reads."""
 
     def __init__(self) -> None:
         self.waiting: deque[bytes] = deque()
@@ -33,16 +33,16 @@ def test_the_client_is_known_by_its_port(words):
     assert source_port(packet(50_123, words)) == 50_123
 
 
-def test_what_nobody_accepted_was_refused():
+def test_an_attempt_that_was_not_accepted_was_refused():
     """Each attempt is taken once, with its own time, a repeated packet is the same attempt, and young ones wait."""
     packets = Packets()
-    watch = RefusalWatch(packets)
+    sniffer = SynSniffer(packets)
     packets.waiting.extend([packet(1), packet(2)])
-    watch.drain(10.0)
+    sniffer.drain(10.0)
     packets.waiting.extend([packet(2), packet(3)])
-    watch.drain(11.0)
-    watch.accepted(1)
-    watch.accepted(99)
-    assert watch.take(10.5) == [10.0]
-    assert watch.take(20.0) == [11.0]
-    assert watch.take(20.0) == []
+    sniffer.drain(11.0)
+    sniffer.accepted(1)
+    sniffer.accepted(99)
+    assert sniffer.take(10.5) == [10.0]
+    assert sniffer.take(20.0) == [11.0]
+    assert sniffer.take(20.0) == []

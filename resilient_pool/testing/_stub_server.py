@@ -1,4 +1,4 @@
-"""What answers where a scripted server has no real one behind it: it lets clients in, and every statement has an empty result."""
+"""A stub of a PostgreSQL server: it admits clients, and every statement has an empty result."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from resilient_pool.testing import _protocol as _messages
 from resilient_pool.testing._protocol import compose, error_response
 
 Login = Literal["trust", "password", "md5", "scram"]
-"""How a client has to prove who it is."""
+"""The authentication method."""
 
-SPOILT = b"refused by the script"
+INVALID = b"refused by the script"
 """Refused wherever it stands for a statement or a portal, as every server would."""
 
 _CHUNK = 1 << 16
@@ -54,12 +54,12 @@ _NUMBERED = re.compile(rb"\$(\d+)")
 _FIRST_OF_SCRAM = re.compile(rb"SCRAM-SHA-256\0.*?r=([^,]+)", re.DOTALL)
 
 
-class StandIn:
-    """The server's side of one connection.
+class StubServer:
+    """The server side of one connection.
 
     Args:
-        pid: The process id that it tells.
-        login: How the client proves who it is. Any password will do, except with SCRAM, where the server would have to
+        pid: The process id that it reports.
+        login: The authentication method. Any password is accepted, except with SCRAM, where the server would have to
             know it: there every proof is refused with 28P01.
         parameters: What the server says of itself, besides and instead of what PostgreSQL 18 says.
     """
@@ -68,10 +68,10 @@ class StandIn:
         self._pid = pid
         self._login = login
         self._parameters = {**_PARAMETERS, **parameters}
-        self._has_begun = False
+        self._authenticated = False
         self._requests = _messages.RequestReader()
         self._status = b"I"
-        self._skips = False
+        self._skipping_until_sync = False
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer until the client leaves."""
@@ -83,7 +83,7 @@ class StandIn:
                     while (message := splitter.next()) is not None:
                         if message.kind == _messages.TERMINATE:
                             return
-                        splitter.began()
+                        splitter.session_started()
                         writer.write(self.answer(message))
         finally:
             writer.transport.abort()
@@ -91,17 +91,17 @@ class StandIn:
     def answer(self, message: _messages.Message) -> bytes:
         """Answer one message."""
         if not message.kind:
-            return b"" if message.code == _messages.CANCEL_REQUEST else self._ask()
-        if not self._has_begun:
-            return self._check(message)
+            return b"" if message.code == _messages.CANCEL_REQUEST else self._request_password()
+        if not self._authenticated:
+            return self._check_password(message)
         subject = self._requests.read(message)
         if message.kind == b"S":
-            self._skips = False
-        return b"" if self._skips else self._answer(message, subject)
+            self._skipping_until_sync = False
+        return b"" if self._skipping_until_sync else self._answer(message, subject)
 
-    # To be let in
+    # Authentication
 
-    def _ask(self) -> bytes:
+    def _request_password(self) -> bytes:
         match self._login:
             case "password":
                 return _authentication(3)
@@ -110,22 +110,22 @@ class StandIn:
             case "scram":
                 return _authentication(10, b"SCRAM-SHA-256\0\0")
             case _:
-                return self._let_in()
+                return self._admit()
 
-    def _check(self, proof: _messages.Message) -> bytes:
+    def _check_password(self, proof: _messages.Message) -> bytes:
         if self._login != "scram":
-            return self._let_in()
+            return self._admit()
         first = _FIRST_OF_SCRAM.match(proof.body)
         if first is None:
-            return _messages.fatal_error("28P01", "password authentication failed: a stand-in knows no password")
+            return _messages.fatal_error("28P01", "password authentication failed: a stub server knows no password")
         nonce = first[1] + secrets.token_hex(9).encode()
         return _authentication(11, b"r=%b,s=%b,i=4096" % (nonce, base64.b64encode(_SALT)))
 
-    def _let_in(self) -> bytes:
-        self._has_begun = True
-        told = (compose(b"S", f"{name}\0{value}\0".encode()) for name, value in self._parameters.items())
+    def _admit(self) -> bytes:
+        self._authenticated = True
+        parameters = (compose(b"S", f"{name}\0{value}\0".encode()) for name, value in self._parameters.items())
         key = compose(b"K", _CODE.pack(self._pid) + _SALT)
-        return _authentication(0) + b"".join(told) + key + self._ready()
+        return _authentication(0) + b"".join(parameters) + key + self._ready()
 
     # Statements
 
@@ -133,13 +133,13 @@ class StandIn:
         match message.kind:
             case b"Q":
                 answer = self._execute(message.body)
-                self._skips = False
+                self._skipping_until_sync = False
                 return answer + self._ready()
             case b"E":
                 # A portal of that name is as good as a statement that fails.
-                return self._execute(SPOILT if SPOILT in message.body else subject or b"")
-            case b"P" if SPOILT in message.body:
-                return self._execute(SPOILT)
+                return self._execute(INVALID if INVALID in message.body else subject or b"")
+            case b"P" if INVALID in message.body:
+                return self._execute(INVALID)
             case b"D":
                 return self._describe(message.body)
             case b"S":
@@ -156,7 +156,7 @@ class StandIn:
         return compose(b"t", _COUNT.pack(count) + _CODE.pack(_TEXT) * count) + no_rows
 
     def _execute(self, sql: bytes) -> bytes:
-        if SPOILT in sql:
+        if INVALID in sql:
             return self._failed("42601", "syntax error")
         words = _WORDS.match(sql)
         if words is None:
@@ -176,7 +176,7 @@ class StandIn:
         return compose(_messages.COMPLETE, f"{tag}\0".encode())
 
     def _failed(self, sqlstate: str, text: str) -> bytes:
-        self._skips = True
+        self._skipping_until_sync = True
         if self._status == b"T":
             self._status = b"E"
         return error_response({"S": "ERROR", "V": "ERROR", "C": sqlstate, "M": text})

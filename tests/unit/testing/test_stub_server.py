@@ -6,7 +6,7 @@ import struct
 
 from resilient_pool.testing import _protocol as _messages
 from resilient_pool.testing._protocol import Message, compose
-from resilient_pool.testing._stand_in import SPOILT, Login, StandIn
+from resilient_pool.testing._stub_server import INVALID, Login, StubServer
 
 STARTUP = Message(kind=b"", data=struct.pack("!ii", 8, 196608))
 CANCEL = Message(kind=b"", data=struct.pack("!ii", 8, _messages.CANCEL_REQUEST))
@@ -16,7 +16,7 @@ def message(kind: bytes, body: bytes = b"") -> Message:
     return Message(kind=kind, data=compose(kind, body))
 
 
-def answers(server: StandIn, *messages: Message) -> list[tuple[bytes, bytes]]:
+def answers(server: StubServer, *messages: Message) -> list[tuple[bytes, bytes]]:
     """Give it messages, and cut what it answers into kinds and bodies."""
     splitter, found = _messages.Splitter(untyped=False), []
     splitter.feed(b"".join(map(server.answer, messages)))
@@ -25,8 +25,8 @@ def answers(server: StandIn, *messages: Message) -> list[tuple[bytes, bytes]]:
     return found
 
 
-def ready(login: Login = "trust") -> StandIn:
-    server = StandIn(7, login, {})
+def ready(login: Login = "trust") -> StubServer:
+    server = StubServer(7, login, {})
     answers(server, STARTUP)
     return server
 
@@ -43,27 +43,27 @@ def queries(*texts: str) -> list[str]:
 
 def test_a_client_is_let_in_and_told_what_it_needs_to_know():
     """Consent, settings, the process id, and readiness."""
-    told = answers(StandIn(7, "trust", {"server_version": "13.1", "crdb_version": "CockroachDB"}), STARTUP)
-    settings = dict(body[:-1].split(b"\0") for kind, body in told if kind == b"S")
-    assert told[0] == (b"R", b"\0\0\0\0")
+    parameters = answers(StubServer(7, "trust", {"server_version": "13.1", "crdb_version": "CockroachDB"}), STARTUP)
+    settings = dict(body[:-1].split(b"\0") for kind, body in parameters if kind == b"S")
+    assert parameters[0] == (b"R", b"\0\0\0\0")
     assert settings[b"server_version"] == b"13.1"
     assert settings[b"crdb_version"] == b"CockroachDB"
     assert settings[b"client_encoding"] == b"UTF8"
-    assert told[-2] == (b"K", b"\0\0\0\7salt")
-    assert told[-1] == (b"Z", b"I")
+    assert parameters[-2] == (b"K", b"\0\0\0\7salt")
+    assert parameters[-1] == (b"Z", b"I")
 
 
 def test_a_password_is_asked_for_and_taken():
     """In clear text and as MD5, whatever it is."""
     for login, request in (("password", b"\0\0\0\3"), ("md5", b"\0\0\0\5salt")):
-        server = StandIn(7, login, {})
+        server = StubServer(7, login, {})
         assert answers(server, STARTUP) == [(b"R", request)]
         assert answers(server, message(b"p", b"guess\0"))[0] == (b"R", b"\0\0\0\0")
 
 
 def test_scram_goes_to_its_last_step_and_fails():
     """The server would have to know the password."""
-    server = StandIn(7, "scram", {})
+    server = StubServer(7, "scram", {})
     assert answers(server, STARTUP) == [(b"R", b"\0\0\0\x0aSCRAM-SHA-256\0\0")]
     ((kind, body),) = answers(server, message(b"p", b"SCRAM-SHA-256\0\0\0\0\x10n,,n=,r=abc"))
     assert kind == b"R"
@@ -75,7 +75,7 @@ def test_scram_goes_to_its_last_step_and_fails():
 
 def test_a_request_to_cancel_has_no_answer():
     """As with any server."""
-    assert answers(StandIn(7, "trust", {}), CANCEL) == []
+    assert answers(StubServer(7, "trust", {}), CANCEL) == []
 
 
 def test_statements_are_answered_with_their_tags():
@@ -98,14 +98,14 @@ def test_transactions_begin_and_end():
         "ROLLBACK T",
         "COMMIT I",
     ]
-    assert queries("START TRANSACTION", SPOILT.decode(), "SELECT 1", "END", "SELECT 1") == [
+    assert queries("START TRANSACTION", INVALID.decode(), "SELECT 1", "END", "SELECT 1") == [
         "START TRANSACTION T",
         "42601 E",
         "25P02 E",
         "ROLLBACK I",
         "SELECT 0 I",
     ]
-    assert queries("begin", SPOILT.decode(), "rollback to savepoint x", "abort") == [
+    assert queries("begin", INVALID.decode(), "rollback to savepoint x", "abort") == [
         "BEGIN T",
         "42601 E",
         "ROLLBACK T",
@@ -130,6 +130,6 @@ def test_a_prepared_statement_takes_as_many_texts_as_it_names():
 
 def test_after_an_error_everything_is_skipped_until_the_next_sync():
     """As the protocol has it."""
-    failed = message(b"P", b"\0" + SPOILT + b"\0\0\0"), message(b"B", b"\0\0"), message(b"E", b"\0\0\0\0\0")
+    failed = message(b"P", b"\0" + INVALID + b"\0\0\0"), message(b"B", b"\0\0"), message(b"E", b"\0\0\0\0\0")
     (kind, _), last = answers(ready(), *failed, message(b"S"))
     assert (kind, last) == (b"E", (b"Z", b"I"))
