@@ -362,7 +362,7 @@ class Attempt:
             self._require_ended_by_text()
             return None
         if link.queries != self._call.asked and self._sent.reads == ():
-            self._sent.sent(None)  # past the lease, on the driver's own connection
+            self._sent.sent(None)  # past the lease, on the driver's own connection; the driver does not count a COPY
         try:
             mark = await self._mark(link)
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
@@ -410,8 +410,6 @@ class Attempt:
 
     async def _mark(self, link: DriverConnection) -> CommitToken:
         sent, readonly = self._sent, self._is_read_only
-        if link.queries == self._call.asked:
-            return CommitToken(nothing_written=True)
         only_reads = not sent.may_write or (readonly and sent.reads is not None)
         if only_reads or not self._options.get("resolve_commit", True):
             return CommitToken()

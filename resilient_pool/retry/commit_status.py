@@ -65,7 +65,7 @@ class CommitToken:
         xid: Its id; `None` if the server could not be asked.
         epoch: When the id was given; `None` if the server could not tell.
         token: Its row in the commit log; `None` without one.
-        nothing_written: Whether it is certain that its COMMIT decides nothing: nothing was sent, or the server was in recovery.
+        nothing_written: Whether it is certain that its COMMIT decides nothing: the server was in recovery.
     """
 
     xid: int | None = None

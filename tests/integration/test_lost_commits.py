@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import uuid
 
 import asyncpg
@@ -230,17 +231,37 @@ async def test_a_pool_that_repeats_what_is_unknown_may_write_when_it_is_run_agai
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_a_block_that_sent_nothing_is_done(scene, fault):
-    """Its COMMIT decides nothing."""
-    runs = []
+async def test_a_block_that_seems_to_have_sent_nothing_is_run_again_read_only(scene, fault):
+    """Past the lease it may have sent anything."""
+
+    async def work(_connection):
+        await kept[-1].copy_records_to_table("journal", records=[("copied",)])
+
+    async with opened(scene, init=keep) as pool:
+        scene.arrange(fault)
+        said = await outcome(pool.run_in_transaction(work))
+    kept.clear()
+    assert await scene.effects("rows") <= 1
+    assert said == "unknown"
+
+
+@pytest.mark.parametrize("way", ["out", "in"])
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_copy_is_never_called_done_without_its_effect(scene, fault, way):
+    """Neither one into a table, nor one of a query that writes."""
 
     async def work(connection):
-        runs.append(None)
+        if way == "out":
+            await connection.copy_from_query("SELECT * FROM v", output=io.BytesIO())
+        else:
+            await connection.copy_records_to_table("journal", records=[("copied",)])
 
     async with opened(scene) as pool:
         scene.arrange(fault)
-        await pool.run_in_transaction(work)
-    assert len(runs) == 1
+        said = await outcome(pool.run_in_transaction(work))
+    effects = await scene.effects("rows")
+    assert said == ("unknown" if way == "out" else "done")
+    assert effects == 1 if said == "done" else effects <= 1
 
 
 @pytest.mark.parametrize("beside", [[], ["SELECT 1"]], ids=["alone", "beside a read"])
