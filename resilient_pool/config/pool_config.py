@@ -16,7 +16,8 @@ from urllib.parse import urlencode
 import asyncpg
 
 from resilient_pool._validation import require_known
-from resilient_pool.config import _checks
+from resilient_pool.config import _checks as kinds
+from resilient_pool.config._checks import Unusable, option, unrevealing
 from resilient_pool.config.dsn import (
     LONGEST_TIMEOUT,
     SYSTEM_ROOTS,
@@ -41,10 +42,6 @@ CredentialsSource = Callable[[], "tuple[str, str | Secret] | Awaitable[tuple[str
 
 SessionReset = Literal["auto", "background", "on_release", "off"]
 
-_SESSION_RESETS = ("auto", "background", "on_release", "off")
-_TARGETS = ("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
-_GSS_LIBRARIES = ("gssapi", "sspi")
-_TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
 _DEFAULT_PORT = 5432
 _DSN_ONLY = ("tls", "sslpassword", "passed")
 _DRIVERS_OWN = (
@@ -63,7 +60,7 @@ _DRIVERS_OWN = (
 )
 
 
-SealedDsn = Hidden[object] | _checks.Unusable | None
+SealedDsn = Hidden[object] | Unusable | None
 """A DSN as `seal` returns it."""
 
 
@@ -167,326 +164,155 @@ class PoolConfig:
     `tls` and `sslpassword` hold what asyncpg knows in a DSN only. `ARGUMENTS` documents each.
     """
 
-    host: tuple[str, ...] | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.sequence(
-                "str or sequence of str", "a non-empty str or a sequence of them", _checks.is_filled, optional=True
-            ),
-            "Host names, addresses or socket directories, tried in turn.",
-        ),
+    # fmt: off - a table: default, kind of value, meaning
+    host: tuple[str, ...] | None = option(
+        None, kinds.HOSTS, "Host names, addresses or socket directories, tried in turn."
     )
-    port: tuple[int, ...] | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.sequence(
-                "port number, or one for each host",
-                f"a whole number from 1 to {_checks.HIGHEST_PORT}",
-                _checks.is_port,
-                optional=True,
-            ),
-            "Where the server listens; 5432 unless PGPORT says otherwise.",
-        ),
+    port: tuple[int, ...] | None = option(
+        None, kinds.PORTS, "Where the server listens; 5432 unless PGPORT says otherwise."
     )
-    user: str | None = field(default=None, metadata=_checks.about(_checks.TEXT, "Whom to connect as."))
-    password: Secret | PasswordSource | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.password_check(), "The password, or whom to ask for it at every connect.", quiet=True
-        ),
+    user: str | None = option(None, kinds.TEXT, "Whom to connect as.")
+    password: Secret | PasswordSource | None = option(
+        None, kinds.PASSWORD, "The password, or whom to ask for it at every connect."
     )
-    passfile: str | os.PathLike[str] | None = field(
-        default=None, metadata=_checks.about(_checks.PATH, "A password file to look in when no password is given.")
+    passfile: str | os.PathLike[str] | None = option(
+        None, kinds.PATH, "A password file to look in when no password is given."
     )
-    credentials: CredentialsSource | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.function("(async) function"),
-            "Returns `(user, password)`; asked at every connect, in place of `user` and `password`.",
-            quiet=True,
-        ),
+    credentials: CredentialsSource | None = option(
+        None,
+        kinds.CREDENTIALS,
+        "Returns `(user, password)`; asked at every connect, in place of `user` and `password`.",
     )
-    service: str | None = field(
-        default=None, metadata=_checks.about(_checks.TEXT, "A section of the service file to take options from.")
+    service: str | None = option(None, kinds.TEXT, "A section of the service file to take options from.")
+    servicefile: str | os.PathLike[str] | None = option(None, kinds.PATH, "The service file.")
+    database: str | None = option(None, kinds.TEXT, "The database's name.")
+    timeout: float = option(60.0, kinds.POSITIVE_SECONDS, "How long one attempt to connect may take; None is a day.")
+    statement_cache_size: int | None = option(
+        None,
+        kinds.STATEMENTS,
+        "How many prepared statements a connection keeps; None is asyncpg's 100, and 0 behind a pooler.",
     )
-    servicefile: str | os.PathLike[str] | None = field(
-        default=None, metadata=_checks.about(_checks.PATH, "The service file.")
+    max_cached_statement_lifetime: float = option(
+        300, kinds.SECONDS, "How long a prepared statement is kept; 0 is for ever."
     )
-    database: str | None = field(default=None, metadata=_checks.about(_checks.TEXT, "The database's name."))
-    timeout: float = field(
-        default=60.0,
-        metadata=_checks.about(
-            _checks.numeric("seconds", least=0, above=True), "How long one attempt to connect may take; None is a day."
-        ),
+    max_cacheable_statement_size: int = option(15360, kinds.BYTES, "The longest statement that is kept; 0 is any.")
+    command_timeout: float | None = option(
+        None, kinds.SECONDS_OR_NONE, "How long one statement may run; None is no limit."
     )
-    statement_cache_size: int | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.numeric("statements", least=0, whole=True, optional=True),
-            "How many prepared statements a connection keeps; None is asyncpg's 100, and 0 behind a pooler.",
-        ),
+    ssl: str | bool | ssl_module.SSLContext | None = option(
+        None, kinds.TLS, "Whether and how to use TLS; None is 'prefer' unless PGSSLMODE is set."
     )
-    max_cached_statement_lifetime: float = field(
-        default=300,
-        metadata=_checks.about(
-            _checks.numeric("seconds", least=0), "How long a prepared statement is kept; 0 is for ever."
-        ),
+    direct_tls: bool | None = option(None, kinds.FLAG_OR_NONE, "Whether to begin with TLS at once, unasked.")
+    server_settings: Mapping[str, str] = option(
+        None, kinds.SETTINGS, "Settings of the server's for every session.", factory=dict, shown="None"
     )
-    max_cacheable_statement_size: int = field(
-        default=15360,
-        metadata=_checks.about(
-            _checks.numeric("bytes", least=0, whole=True), "The longest statement that is kept; 0 is any."
-        ),
+    target_session_attrs: str | None = option(None, kinds.TARGET, "What kind of server to look for among the hosts.")
+    krbsrvname: str | None = option(None, kinds.TEXT, "Kerberos' name of the service.")
+    gsslib: str | None = option(None, kinds.GSS_LIBRARY, "Which library GSSAPI uses.")
+    min_size: int = option(0, kinds.CONNECTIONS, "How many connections are kept open when idle.")
+    max_size: int = option(10, kinds.MAX_SIZE, "How many connections may be open.")
+    init_size: int = option(
+        0, kinds.CONNECTIONS, "How many connections are opened at the start; None is min_size.", shown="None"
     )
-    command_timeout: float | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.numeric("seconds", least=0, above=True, optional=True),
-            "How long one statement may run; None is no limit.",
-        ),
+    max_queries: int = option(50000, kinds.OPERATIONS, "After how many operations a connection is replaced.")
+    max_inactive_connection_lifetime: float = option(
+        50.0, kinds.SECONDS, "How long a connection may be idle before it is closed; 0 is for ever."
     )
-    ssl: str | bool | ssl_module.SSLContext | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.ssl_check(), "Whether and how to use TLS; None is 'prefer' unless PGSSLMODE is set."
-        ),
+    connect: Callable[..., Awaitable[object]] | None = option(None, kinds.HOOK, "Called instead of asyncpg.connect.")
+    setup: Callable[..., Awaitable[object]] | None = option(
+        None, kinds.HOOK, "Called with a connection each time before it is used."
     )
-    direct_tls: bool | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.kind("bool", "True or False", bool), "Whether to begin with TLS at once, unasked."
-        ),
+    init: Callable[..., Awaitable[object]] | None = option(
+        None, kinds.HOOK, "Called with a connection when it was opened."
     )
-    server_settings: Mapping[str, str] = field(
-        default_factory=dict,
-        metadata=_checks.about(_checks.settings_check(), "Settings of the server's for every session.", default="None"),
+    reset: Callable[..., Awaitable[None]] | None = option(
+        None, kinds.HOOK, "Called with a connection instead of its own reset after use."
     )
-    target_session_attrs: str | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.one_of(_TARGETS, optional=True), "What kind of server to look for among the hosts."
-        ),
+    loop: AbstractEventLoop | None = option(None, kinds.EVENT_LOOP, "The event loop; None is the running one.")
+    connection_class: type[asyncpg.Connection[Any]] = option(
+        asyncpg.Connection, kinds.CONNECTION_CLASS, "The class of the driver's connections.", shown="asyncpg.Connection"
     )
-    krbsrvname: str | None = field(default=None, metadata=_checks.about(_checks.TEXT, "Kerberos' name of the service."))
-    gsslib: str | None = field(
-        default=None,
-        metadata=_checks.about(_checks.one_of(_GSS_LIBRARIES, optional=True), "Which library GSSAPI uses."),
+    record_class: type[asyncpg.Record] = option(
+        asyncpg.Record, kinds.RECORD_CLASS, "The class of the records returned.", shown="asyncpg.Record"
     )
-    min_size: int = field(
-        default=0,
-        metadata=_checks.about(
-            _checks.numeric("connections", least=0, whole=True), "How many connections are kept open when idle."
-        ),
+    classifier: Classifier = option(
+        None,
+        kinds.CLASSIFIER,
+        "Tells from a failure what is known about it.",
+        factory=PostgresClassifier,
+        shown="PostgresClassifier()",
     )
-    max_size: int = field(
-        default=10,
-        metadata=_checks.about(
-            _checks.numeric("connections", least=1, whole=True), "How many connections may be open."
-        ),
+    backoff: BackoffPolicy = option(
+        OPERATION_BACKOFF,
+        kinds.BACKOFF,
+        "When to run a failed operation again, and how often.",
+        shown="0.05 s, x2, up to 2 s; 5 attempts",
     )
-    init_size: int = field(
-        default=0,
-        metadata=_checks.about(
-            _checks.numeric("connections", least=0, whole=True),
-            "How many connections are opened at the start; None is min_size.",
-            default="None",
-        ),
+    reconnect: BackoffPolicy = option(
+        RECONNECT_BACKOFF,
+        kinds.BACKOFF,
+        "When to try again to reach a server that is away.",
+        shown="0.25 s, x2, up to 1 s; for 60 s",
     )
-    max_queries: int = field(
-        default=50000,
-        metadata=_checks.about(
-            _checks.numeric("operations", least=1, whole=True), "After how many operations a connection is replaced."
-        ),
+    deadline: float | None = option(
+        60.0,
+        kinds.SECONDS_OR_NONE,
+        "How long a call may wait for a healthy connection and begin further attempts; it never cuts a running "
+        "statement. None is no limit.",
     )
-    max_inactive_connection_lifetime: float = field(
-        default=50.0,
-        metadata=_checks.about(
-            _checks.numeric("seconds", least=0), "How long a connection may be idle before it is closed; 0 is for ever."
-        ),
+    may_pause: bool = option(
+        False,
+        kinds.FLAG,
+        "Whether the database pauses when nobody is connected: then the pool warns of what would keep it awake.",
     )
-    connect: Callable[..., Awaitable[object]] | None = field(
-        default=None,
-        metadata=_checks.about(_checks.function("async function"), "Called instead of asyncpg.connect.", quiet=True),
+    fail_fast: bool = option(
+        False, kinds.FLAG, "Whether calls fail at once while the server is known to be away, instead of waiting for it."
     )
-    setup: Callable[..., Awaitable[object]] | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.function("async function"), "Called with a connection each time before it is used.", quiet=True
-        ),
+    ping_after: float = option(
+        1.0, kinds.SECONDS, "How long a connection may be idle and still be used without a ping."
     )
-    init: Callable[..., Awaitable[object]] | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.function("async function"), "Called with a connection when it was opened.", quiet=True
-        ),
+    ping_timeout: float = option(
+        1.0, kinds.POSITIVE_SECONDS, "How long a ping may take before the connection is given up."
     )
-    reset: Callable[..., Awaitable[None]] | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.function("async function"),
-            "Called with a connection instead of its own reset after use.",
-            quiet=True,
-        ),
+    max_lifetime: float = option(
+        1800.0, kinds.SECONDS, "At what age a connection is replaced, less up to a tenth by chance; 0 is never."
     )
-    loop: AbstractEventLoop | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.kind("event loop", "an asyncio event loop", AbstractEventLoop),
-            "The event loop; None is the running one.",
-            quiet=True,
-        ),
+    session_reset: SessionReset = option(
+        "auto", kinds.SESSION_RESET, "When a session's state is reset after use, and whether."
     )
-    connection_class: type[asyncpg.Connection[Any]] = field(
-        default=asyncpg.Connection,
-        metadata=_checks.about(
-            _checks.class_of(asyncpg.Connection), "The class of the driver's connections.", default="asyncpg.Connection"
-        ),
+    reset_timeout: float = option(
+        5.0, kinds.POSITIVE_SECONDS, "How long making a used connection fit again may take before it is closed."
     )
-    record_class: type[asyncpg.Record] = field(
-        default=asyncpg.Record,
-        metadata=_checks.about(
-            _checks.class_of(asyncpg.Record), "The class of the records returned.", default="asyncpg.Record"
-        ),
+    retry_unknown: bool = option(
+        False,
+        kinds.FLAG,
+        "Whether to repeat also what may already have taken effect: at least once instead of at most once.",
     )
-    classifier: Classifier = field(
-        default_factory=PostgresClassifier,
-        metadata=_checks.about(
-            _checks.having("a classifier", "classify"),
-            "Tells from a failure what is known about it.",
-            default="PostgresClassifier()",
-            quiet=True,
-        ),
+    commit_log: str | None = option(
+        None,
+        kinds.TABLE,
+        "A table of the pool's own, in which every retried transaction that writes leaves a row, so that a COMMIT "
+        "whose answer was lost is known for certain also after a crash or a failover. The pool makes it and prunes it.",
     )
-    backoff: BackoffPolicy = field(
-        default=OPERATION_BACKOFF,
-        metadata=_checks.about(
-            _checks.kind("BackoffPolicy", "a BackoffPolicy", BackoffPolicy, optional=False),
-            "When to run a failed operation again, and how often.",
-            default="0.05 s, x2, up to 2 s; 5 attempts",
-            quiet=True,
-        ),
+    pure_functions: tuple[str, ...] = option(
+        (), kinds.FUNCTION_NAMES, "Functions of the database's that write nothing."
     )
-    reconnect: BackoffPolicy = field(
-        default=RECONNECT_BACKOFF,
-        metadata=_checks.about(
-            _checks.kind("BackoffPolicy", "a BackoffPolicy", BackoffPolicy, optional=False),
-            "When to try again to reach a server that is away.",
-            default="0.25 s, x2, up to 1 s; for 60 s",
-            quiet=True,
-        ),
+    observers: tuple[Observer, ...] = option((), kinds.OBSERVERS, "Who is told of events.")
+    retry_budget: RetryBudget = option(
+        None,
+        kinds.BUDGET,
+        "What retries may add to the load of a server that is up but failing.",
+        factory=RetryBudget,
+        shown="RetryBudget()",
     )
-    deadline: float | None = field(
-        default=60.0,
-        metadata=_checks.about(
-            _checks.numeric("seconds", least=0, above=True, optional=True),
-            "How long a call may wait for a healthy connection and begin further attempts; it never cuts a running "
-            "statement. None is no limit.",
-        ),
+    clock: TimeSource | None = option(None, kinds.CLOCK, "Where the time comes from; None is the machine.")
+    tcp_keepalive: bool = option(True, kinds.FLAG, "Whether the kernel probes idle connections of a TCP server.")
+    tcp_user_timeout: float | None = option(
+        30.0,
+        kinds.SECONDS_OR_NONE,
+        "After how long without an answer the kernel gives a TCP connection up; None is its own limit.",
     )
-    may_pause: bool = field(
-        default=False,
-        metadata=_checks.about(
-            _checks.kind("bool", "True or False", bool, optional=False),
-            "Whether the database pauses when nobody is connected: then the pool warns of what would keep it awake.",
-        ),
-    )
-    fail_fast: bool = field(
-        default=False,
-        metadata=_checks.about(
-            _checks.kind("bool", "True or False", bool, optional=False),
-            "Whether calls fail at once while the server is known to be away, instead of waiting for it.",
-        ),
-    )
-    ping_after: float = field(
-        default=1.0,
-        metadata=_checks.about(
-            _checks.numeric("seconds", least=0), "How long a connection may be idle and still be used without a ping."
-        ),
-    )
-    ping_timeout: float = field(
-        default=1.0,
-        metadata=_checks.about(
-            _checks.numeric("seconds", least=0, above=True),
-            "How long a ping may take before the connection is given up.",
-        ),
-    )
-    max_lifetime: float = field(
-        default=1800.0,
-        metadata=_checks.about(
-            _checks.numeric("seconds", least=0),
-            "At what age a connection is replaced, less up to a tenth by chance; 0 is never.",
-        ),
-    )
-    session_reset: SessionReset = field(
-        default="auto",
-        metadata=_checks.about(
-            _checks.one_of(_SESSION_RESETS), "When a session's state is reset after use, and whether."
-        ),
-    )
-    reset_timeout: float = field(
-        default=5.0,
-        metadata=_checks.about(
-            _checks.numeric("seconds", least=0, above=True),
-            "How long making a used connection fit again may take before it is closed.",
-        ),
-    )
-    retry_unknown: bool = field(
-        default=False,
-        metadata=_checks.about(
-            _checks.kind("bool", "True or False", bool, optional=False),
-            "Whether to repeat also what may already have taken effect: at least once instead of at most once.",
-        ),
-    )
-    commit_log: str | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.table_check(),
-            "A table of the pool's own, in which every retried transaction that writes leaves a row, so that a COMMIT "
-            "whose answer was lost is known for certain also after a crash or a failover. The pool makes it and prunes it.",
-        ),
-    )
-    pure_functions: tuple[str, ...] = field(
-        default=(),
-        metadata=_checks.about(
-            _checks.sequence("names", "a sequence of function names", _checks.is_filled),
-            "Functions of the database's that write nothing.",
-        ),
-    )
-    observers: tuple[Observer, ...] = field(
-        default=(),
-        metadata=_checks.about(_checks.observers(), "Who is told of events.", quiet=True),
-    )
-    retry_budget: RetryBudget = field(
-        default_factory=RetryBudget,
-        metadata=_checks.about(
-            _checks.kind("RetryBudget", "a RetryBudget", RetryBudget, optional=False),
-            "What retries may add to the load of a server that is up but failing.",
-            default="RetryBudget()",
-            quiet=True,
-        ),
-    )
-    clock: TimeSource | None = field(
-        default=None,
-        metadata=_checks.about(
-            _checks.having("a clock", "now", "monotonic", "sleep", "call_later", optional=True),
-            "Where the time comes from; None is the machine.",
-            quiet=True,
-        ),
-    )
-    tcp_keepalive: bool = field(
-        default=True,
-        metadata=_checks.about(
-            _checks.kind("bool", "True or False", bool, optional=False),
-            "Whether the kernel probes idle connections of a TCP server.",
-        ),
-    )
-    tcp_user_timeout: float | None = field(
-        default=30.0,
-        metadata=_checks.about(
-            _checks.numeric("seconds", least=0, above=True, optional=True),
-            "After how long without an answer the kernel gives a TCP connection up; None is its own limit.",
-        ),
-    )
+    # fmt: on
     tls: Mapping[str, str] = field(default_factory=dict)
     sslpassword: Secret | None = field(default=None)
     passed: Hidden[PassedOn] | None = field(default=None)
@@ -496,7 +322,7 @@ class PoolConfig:
             if "check" in each.metadata:
                 each.metadata["check"](each.name, getattr(self, each.name))
         for name in ("ssl_min_protocol_version", "ssl_max_protocol_version"):
-            _checks.one_of(_TLS_VERSIONS, optional=True)[1](name, self.tls.get(name))
+            kinds.TLS_VERSION.check(name, self.tls.get(name))
         if not self.min_size <= self.init_size <= self.max_size:
             raise ConfigurationError(
                 f"min_size <= init_size <= max_size connections must hold, not {self.min_size!r} <= {self.init_size!r} "
@@ -654,7 +480,7 @@ def seal(
     raw = passes_on or arguments.get("connect") is not None
     sealed: dict[str, object] = {}
     for name, value in arguments.items():
-        if isinstance(value, Hidden | _checks.Unusable) or (value is None and not raw):
+        if isinstance(value, Hidden | Unusable) or (value is None and not raw):
             sealed[name] = value
         elif name not in _POOL_ARGUMENTS and (raw or name not in CONNECTION_ARGUMENTS):
             sealed[name] = Hidden(value)  # under a misspelt name stands anything
@@ -663,7 +489,7 @@ def seal(
         elif name == "server_settings" and isinstance(value, Mapping):
             sealed[name] = _Settings(value)
         else:
-            sealed[name] = _checks.unrevealing(value)
+            sealed[name] = unrevealing(value)
     named = sealed.pop("dsn", None)
     given = (named.reveal() if type(named) is Hidden else named) if dsn is None else dsn
     if raw:
@@ -676,10 +502,10 @@ def seal_leniently(dsn: object) -> SealedDsn:
     return _LenientDsn(dsn) if isinstance(dsn, str) else _sealed(dsn)
 
 
-def _sealed(value: object) -> Hidden[object] | _checks.Unusable | None:
-    if value is None or isinstance(value, Hidden | _checks.Unusable):
+def _sealed(value: object) -> Hidden[object] | Unusable | None:
+    if value is None or isinstance(value, Hidden | Unusable):
         return value
-    return Secret(value) if isinstance(value, str) else _checks.Unusable(type(value).__name__)
+    return Secret(value) if isinstance(value, str) else Unusable(type(value).__name__)
 
 
 def _passed_on(dsn: SealedDsn, arguments: Mapping[str, object]) -> dict[str, object]:
@@ -718,7 +544,7 @@ def _require_one_source(given: Mapping[str, object]) -> None:
 
 
 def _read(dsn: SealedDsn) -> dict[str, object]:
-    if isinstance(dsn, _checks.Unusable):
+    if isinstance(dsn, Unusable):
         raise ConfigurationError(f"dsn must be a str, not {dsn}")
     if not isinstance(dsn, Secret) or dsn == Secret(""):
         return {}
