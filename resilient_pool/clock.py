@@ -22,14 +22,14 @@ class Timer(Protocol):
 
 
 class Clock(Protocol):
-    """Where the pool takes its time from. All durations and instants are float seconds."""
+    """Where the pool takes its time from, and what can be given as `clock=`. All durations and instants are float seconds."""
 
     def now(self) -> float:
-        """Tell the time on a line of its own, which never stands still while any clock of the machine moves on."""
+        """Return the time on a line of its own, which never stands still while any clock of the machine moves on."""
         ...
 
     def monotonic(self) -> float:
-        """Tell the event loop's kind of time, on which deadlines are counted."""
+        """Return the event loop's kind of time, on which deadlines are counted."""
         ...
 
     async def sleep(self, seconds: float) -> None:
@@ -45,9 +45,10 @@ class SystemClock:
     """The machine's clocks.
 
     `now()` advances by the largest step that any clock claims since the reading before: boot time, which counts what
-    the monotonic clock counts and the time spent suspended besides, and the wall clock. A process that was suspended with its machine, paused by its container's runtime or frozen between
-    two invocations sees that time has passed, whichever clock it was that kept counting. A wall clock that is set back
-    is ignored; one that is set forward makes connections look older than they are, which costs a ping.
+    the monotonic clock counts and the time spent suspended besides, and the wall clock. A process that was suspended
+    with its machine, paused by its container's runtime or frozen between two invocations sees that time has passed,
+    whichever clock it was that kept counting. A wall clock that is set back is ignored; one that is set forward makes
+    connections look older than they are, which costs a ping.
     """
 
     __slots__ = ("_boot", "_now", "_wall")
@@ -58,7 +59,7 @@ class SystemClock:
         self._now = 0.0
 
     def now(self) -> float:
-        """Tell the time on the line described above, in seconds since this clock was made."""
+        """Return the time on the line described above, in seconds since this clock was made."""
         boot, wall = time.clock_gettime(_BOOT_TIME), time.time()
         by_boot, by_wall = boot - self._boot, wall - self._wall
         self._boot, self._wall = boot, wall
@@ -66,7 +67,7 @@ class SystemClock:
         return self._now
 
     def monotonic(self) -> float:
-        """Tell `time.monotonic()`."""
+        """Return `time.monotonic()`."""
         return time.monotonic()
 
     async def sleep(self, seconds: float) -> None:

@@ -10,7 +10,8 @@ from typing import TypedDict
 
 import asyncpg
 
-from resilient_pool.config.pool_config import CredentialsSource, PasswordSource, SessionReset, TimeSource
+from resilient_pool.clock import Clock
+from resilient_pool.config.pool_config import CredentialsSource, PasswordSource, SessionReset
 from resilient_pool.events import Observer
 from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.retry.budget import RetryBudget
@@ -74,6 +75,6 @@ class PoolArguments(ConnectArguments, total=False):
     pure_functions: Iterable[str]
     observers: Iterable[Observer]
     retry_budget: RetryBudget
-    clock: TimeSource | None
+    clock: Clock | None
     tcp_keepalive: bool
     tcp_user_timeout: float | None

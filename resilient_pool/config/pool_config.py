@@ -10,12 +10,13 @@ import ssl as ssl_module
 from asyncio import AbstractEventLoop
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, Self, cast
 from urllib.parse import urlencode
 
 import asyncpg
 
 from resilient_pool._validation import require_known
+from resilient_pool.clock import Clock
 from resilient_pool.config import _checks as kinds
 from resilient_pool.config._checks import Unusable, option, unrevealing
 from resilient_pool.config.dsn import (
@@ -92,34 +93,6 @@ class _Settings(Mapping[str, str]):
         return "{" + ", ".join(f"{name!r}: {MASK}" for name in self) + "}"
 
 
-class Cancellable(Protocol):
-    """A call scheduled for later."""
-
-    def cancel(self) -> None:
-        """Make sure that the call does not happen, if it has not yet."""
-        ...
-
-
-class TimeSource(Protocol):
-    """What can be given as `clock=`. All durations and instants are float seconds."""
-
-    def now(self) -> float:
-        """Tell the time on a line of its own, which never stands still while any clock of the machine moves on."""
-        ...
-
-    def monotonic(self) -> float:
-        """Tell the event loop's kind of time, on which deadlines are counted."""
-        ...
-
-    async def sleep(self, seconds: float) -> None:
-        """Sleep; cancellation passes through."""
-        ...
-
-    def call_later(self, seconds: float, callback: Callable[[], object]) -> Cancellable:
-        """Call `callback()` in the running event loop after that many seconds."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Argument:
     """One constructor argument, as documentation shows it.
@@ -164,154 +137,94 @@ class PoolConfig:
     `tls` and `sslpassword` hold what asyncpg knows in a DSN only. `ARGUMENTS` documents each.
     """
 
-    # fmt: off - a table: default, kind of value, meaning
-    host: tuple[str, ...] | None = option(
-        None, kinds.HOSTS, "Host names, addresses or socket directories, tried in turn."
-    )
-    port: tuple[int, ...] | None = option(
-        None, kinds.PORTS, "Where the server listens; 5432 unless PGPORT says otherwise."
-    )
+    # fmt: off
+    host: tuple[str, ...] | None = option(None, kinds.HOSTS,
+        "Host names, addresses or socket directories, tried in turn.")
+    port: tuple[int, ...] | None = option(None, kinds.PORTS,
+        "Where the server listens; 5432 unless PGPORT says otherwise.")
     user: str | None = option(None, kinds.TEXT, "Whom to connect as.")
-    password: Secret | PasswordSource | None = option(
-        None, kinds.PASSWORD, "The password, or whom to ask for it at every connect."
-    )
-    passfile: str | os.PathLike[str] | None = option(
-        None, kinds.PATH, "A password file to look in when no password is given."
-    )
-    credentials: CredentialsSource | None = option(
-        None,
-        kinds.CREDENTIALS,
-        "Returns `(user, password)`; asked at every connect, in place of `user` and `password`.",
-    )
+    password: Secret | PasswordSource | None = option(None, kinds.PASSWORD,
+        "The password, or whom to ask for it at every connect.")
+    passfile: str | os.PathLike[str] | None = option(None, kinds.PATH,
+        "A password file to look in when no password is given.")
+    credentials: CredentialsSource | None = option(None, kinds.CREDENTIALS,
+        "Returns `(user, password)`; asked at every connect, in place of `user` and `password`.")
     service: str | None = option(None, kinds.TEXT, "A section of the service file to take options from.")
     servicefile: str | os.PathLike[str] | None = option(None, kinds.PATH, "The service file.")
     database: str | None = option(None, kinds.TEXT, "The database's name.")
     timeout: float = option(60.0, kinds.POSITIVE_SECONDS, "How long one attempt to connect may take; None is a day.")
-    statement_cache_size: int | None = option(
-        None,
-        kinds.STATEMENTS,
-        "How many prepared statements a connection keeps; None is asyncpg's 100, and 0 behind a pooler.",
-    )
-    max_cached_statement_lifetime: float = option(
-        300, kinds.SECONDS, "How long a prepared statement is kept; 0 is for ever."
-    )
+    statement_cache_size: int | None = option(None, kinds.STATEMENTS,
+        "How many prepared statements a connection keeps; None is asyncpg's 100, and 0 behind a pooler.")
+    max_cached_statement_lifetime: float = option(300, kinds.SECONDS,
+        "How long a prepared statement is kept; 0 is for ever.")
     max_cacheable_statement_size: int = option(15360, kinds.BYTES, "The longest statement that is kept; 0 is any.")
-    command_timeout: float | None = option(
-        None, kinds.SECONDS_OR_NONE, "How long one statement may run; None is no limit."
-    )
-    ssl: str | bool | ssl_module.SSLContext | None = option(
-        None, kinds.TLS, "Whether and how to use TLS; None is 'prefer' unless PGSSLMODE is set."
-    )
+    command_timeout: float | None = option(None, kinds.SECONDS_OR_NONE,
+        "How long one statement may run; None is no limit.")
+    ssl: str | bool | ssl_module.SSLContext | None = option(None, kinds.TLS,
+        "Whether and how to use TLS; None is 'prefer' unless PGSSLMODE is set.")
     direct_tls: bool | None = option(None, kinds.FLAG_OR_NONE, "Whether to begin with TLS at once, unasked.")
-    server_settings: Mapping[str, str] = option(
-        None, kinds.SETTINGS, "Settings of the server's for every session.", factory=dict, shown="None"
-    )
+    server_settings: Mapping[str, str] = option(None, kinds.SETTINGS,
+        "Settings of the server's for every session.", factory=dict, shown="None")
     target_session_attrs: str | None = option(None, kinds.TARGET, "What kind of server to look for among the hosts.")
     krbsrvname: str | None = option(None, kinds.TEXT, "Kerberos' name of the service.")
     gsslib: str | None = option(None, kinds.GSS_LIBRARY, "Which library GSSAPI uses.")
     min_size: int = option(0, kinds.CONNECTIONS, "How many connections are kept open when idle.")
     max_size: int = option(10, kinds.MAX_SIZE, "How many connections may be open.")
-    init_size: int = option(
-        0, kinds.CONNECTIONS, "How many connections are opened at the start; None is min_size.", shown="None"
-    )
+    init_size: int = option(0, kinds.CONNECTIONS,
+        "How many connections are opened at the start; None is min_size.", shown="None")
     max_queries: int = option(50000, kinds.OPERATIONS, "After how many operations a connection is replaced.")
-    max_inactive_connection_lifetime: float = option(
-        50.0, kinds.SECONDS, "How long a connection may be idle before it is closed; 0 is for ever."
-    )
+    max_inactive_connection_lifetime: float = option(50.0, kinds.SECONDS,
+        "How long a connection may be idle before it is closed; 0 is for ever.")
     connect: Callable[..., Awaitable[object]] | None = option(None, kinds.HOOK, "Called instead of asyncpg.connect.")
-    setup: Callable[..., Awaitable[object]] | None = option(
-        None, kinds.HOOK, "Called with a connection each time before it is used."
-    )
-    init: Callable[..., Awaitable[object]] | None = option(
-        None, kinds.HOOK, "Called with a connection when it was opened."
-    )
-    reset: Callable[..., Awaitable[None]] | None = option(
-        None, kinds.HOOK, "Called with a connection instead of its own reset after use."
-    )
+    setup: Callable[..., Awaitable[object]] | None = option(None, kinds.HOOK,
+        "Called with a connection each time before it is used.")
+    init: Callable[..., Awaitable[object]] | None = option(None, kinds.HOOK,
+        "Called with a connection when it was opened.")
+    reset: Callable[..., Awaitable[None]] | None = option(None, kinds.HOOK,
+        "Called with a connection instead of its own reset after use.")
     loop: AbstractEventLoop | None = option(None, kinds.EVENT_LOOP, "The event loop; None is the running one.")
-    connection_class: type[asyncpg.Connection[Any]] = option(
-        asyncpg.Connection, kinds.CONNECTION_CLASS, "The class of the driver's connections.", shown="asyncpg.Connection"
-    )
-    record_class: type[asyncpg.Record] = option(
-        asyncpg.Record, kinds.RECORD_CLASS, "The class of the records returned.", shown="asyncpg.Record"
-    )
-    classifier: Classifier = option(
-        None,
-        kinds.CLASSIFIER,
-        "Tells from a failure what is known about it.",
-        factory=PostgresClassifier,
-        shown="PostgresClassifier()",
-    )
-    backoff: BackoffPolicy = option(
-        OPERATION_BACKOFF,
-        kinds.BACKOFF,
-        "When to run a failed operation again, and how often.",
-        shown="0.05 s, x2, up to 2 s; 5 attempts",
-    )
-    reconnect: BackoffPolicy = option(
-        RECONNECT_BACKOFF,
-        kinds.BACKOFF,
-        "When to try again to reach a server that is away.",
-        shown="0.25 s, x2, up to 1 s; for 60 s",
-    )
-    deadline: float | None = option(
-        60.0,
-        kinds.SECONDS_OR_NONE,
+    connection_class: type[asyncpg.Connection[Any]] = option(asyncpg.Connection, kinds.CONNECTION_CLASS,
+        "The class of the driver's connections.", shown="asyncpg.Connection")
+    record_class: type[asyncpg.Record] = option(asyncpg.Record, kinds.RECORD_CLASS,
+        "The class of the records returned.", shown="asyncpg.Record")
+    classifier: Classifier = option(None, kinds.CLASSIFIER,
+        "Tells from a failure what is known about it.", factory=PostgresClassifier, shown="PostgresClassifier()")
+    backoff: BackoffPolicy = option(OPERATION_BACKOFF, kinds.BACKOFF,
+        "When to run a failed operation again, and how often.", shown="0.05 s, x2, up to 2 s; 5 attempts")
+    reconnect: BackoffPolicy = option(RECONNECT_BACKOFF, kinds.BACKOFF,
+        "When to try again to reach a server that is away.", shown="0.25 s, x2, up to 1 s; for 60 s")
+    deadline: float | None = option(60.0, kinds.SECONDS_OR_NONE,
         "How long a call may wait for a healthy connection and begin further attempts; it never cuts a running "
-        "statement. None is no limit.",
-    )
-    may_pause: bool = option(
-        False,
-        kinds.FLAG,
-        "Whether the database pauses when nobody is connected: then the pool warns of what would keep it awake.",
-    )
-    fail_fast: bool = option(
-        False, kinds.FLAG, "Whether calls fail at once while the server is known to be away, instead of waiting for it."
-    )
-    ping_after: float = option(
-        1.0, kinds.SECONDS, "How long a connection may be idle and still be used without a ping."
-    )
-    ping_timeout: float = option(
-        1.0, kinds.POSITIVE_SECONDS, "How long a ping may take before the connection is given up."
-    )
-    max_lifetime: float = option(
-        1800.0, kinds.SECONDS, "At what age a connection is replaced, less up to a tenth by chance; 0 is never."
-    )
-    session_reset: SessionReset = option(
-        "auto", kinds.SESSION_RESET, "When a session's state is reset after use, and whether."
-    )
-    reset_timeout: float = option(
-        5.0, kinds.POSITIVE_SECONDS, "How long making a used connection fit again may take before it is closed."
-    )
-    retry_unknown: bool = option(
-        False,
-        kinds.FLAG,
-        "Whether to repeat also what may already have taken effect: at least once instead of at most once.",
-    )
-    commit_log: str | None = option(
-        None,
-        kinds.TABLE,
+        "statement. None is no limit.")
+    may_pause: bool = option(False, kinds.FLAG,
+        "Whether the database pauses when nobody is connected: then the pool warns of what would keep it awake.")
+    fail_fast: bool = option(False, kinds.FLAG,
+        "Whether calls fail at once while the server is known to be away, instead of waiting for it.")
+    ping_after: float = option(1.0, kinds.SECONDS,
+        "How long a connection may be idle and still be used without a ping.")
+    ping_timeout: float = option(1.0, kinds.POSITIVE_SECONDS,
+        "How long a ping may take before the connection is given up.")
+    max_lifetime: float = option(1800.0, kinds.SECONDS,
+        "At what age a connection is replaced, less up to a tenth by chance; 0 is never.")
+    session_reset: SessionReset = option("auto", kinds.SESSION_RESET,
+        "When a session's state is reset after use, and whether.")
+    reset_timeout: float = option(5.0, kinds.POSITIVE_SECONDS,
+        "How long making a used connection fit again may take before it is closed.")
+    retry_unknown: bool = option(False, kinds.FLAG,
+        "Whether to repeat also what may already have taken effect: at least once instead of at most once.")
+    commit_log: str | None = option(None, kinds.TABLE,
         "A table of the pool's own, in which every retried transaction that writes leaves a row, so that a COMMIT "
-        "whose answer was lost is known for certain also after a crash or a failover. The pool makes it and prunes it.",
-    )
-    pure_functions: tuple[str, ...] = option(
-        (), kinds.FUNCTION_NAMES, "Functions of the database's that write nothing."
-    )
+        "whose answer was lost is known for certain also after a crash or a failover. The pool makes it and prunes it.")
+    pure_functions: tuple[str, ...] = option((), kinds.FUNCTION_NAMES,
+        "Functions of the database's that write nothing.")
     observers: tuple[Observer, ...] = option((), kinds.OBSERVERS, "Who is told of events.")
-    retry_budget: RetryBudget = option(
-        None,
-        kinds.BUDGET,
+    retry_budget: RetryBudget = option(None, kinds.BUDGET,
         "What retries may add to the load of a server that is up but failing.",
-        factory=RetryBudget,
-        shown="RetryBudget()",
-    )
-    clock: TimeSource | None = option(None, kinds.CLOCK, "Where the time comes from; None is the machine.")
+        factory=RetryBudget, shown="RetryBudget()")
+    clock: Clock | None = option(None, kinds.CLOCK, "Where the time comes from; None is the machine.")
     tcp_keepalive: bool = option(True, kinds.FLAG, "Whether the kernel probes idle connections of a TCP server.")
-    tcp_user_timeout: float | None = option(
-        30.0,
-        kinds.SECONDS_OR_NONE,
-        "After how long without an answer the kernel gives a TCP connection up; None is its own limit.",
-    )
+    tcp_user_timeout: float | None = option(30.0, kinds.SECONDS_OR_NONE,
+        "After how long without an answer the kernel gives a TCP connection up; None is its own limit.")
     # fmt: on
     tls: Mapping[str, str] = field(default_factory=dict)
     sslpassword: Secret | None = field(default=None)
