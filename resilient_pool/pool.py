@@ -20,9 +20,10 @@ from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal
 from resilient_pool.execution.commit_resolver import CommitResolver
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.invocation import Invocation
+from resilient_pool.execution.operation import Execution
 from resilient_pool.execution.query_methods import Queries
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import Call, RetryLoop
+from resilient_pool.execution.retry_loop import RetryLoop
 from resilient_pool.execution.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
 from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters, PoolStats
@@ -155,7 +156,7 @@ class ResilientPool(Queries):
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                 failure = error
         # Only what has to be tried again, or takes a lease, needs to be remembered.
-        call = self._leases.call(
+        execution = self._leases.new_execution(
             operation,
             sql,
             execute,
@@ -166,16 +167,16 @@ class ResilientPool(Queries):
             started=started,
         )
         if link is not None:
-            call.reach(link)
-        return await self._retry_loop.run(call, self._attempt, failure)
+            execution.attempt.execute_on(link)
+        return await self._retry_loop.run(execution, self._attempt, failure)
 
-    async def _attempt(self, call: Call[T]) -> T:
+    async def _attempt(self, execution: Execution[T]) -> T:
         self._require_open()
-        entry = await self._acquirer.acquire(call.deadline, fail_fast=call.fail_fast)
+        entry = await self._acquirer.acquire(execution.operation.deadline, fail_fast=execution.operation.fail_fast)
         if self._sets_up:
-            return await self._attempt_on_loan(await self._leases.lease_entry(entry, call), call)
+            return await self._attempt_on_loan(await self._leases.lease_entry(entry, execution), execution)
         link = cast("DriverConnection", entry.resource)
-        return await self._use(entry, call.sql, lambda _: self._retry_loop.run_on(call, link))
+        return await self._use(entry, execution.operation.sql, lambda _: self._retry_loop.run_on(execution, link))
 
     async def _use(
         self, entry: PoolEntry[DriverConnection], sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]]
@@ -196,9 +197,9 @@ class ResilientPool(Queries):
             await _end_of(reset)
         return result
 
-    async def _attempt_on_loan(self, lease: ResilientConnection, call: Call[T]) -> T:
+    async def _attempt_on_loan(self, lease: ResilientConnection, execution: Execution[T]) -> T:
         try:
-            result = await self._retry_loop.run_on(call, await self._leases.adopt(lease, call))
+            result = await self._retry_loop.run_on(execution, await self._leases.adopt(lease, execution))
         finally:
             reset = self._leases.release(lease)
         if self._waits_for_reset:
@@ -404,13 +405,11 @@ class ResilientPool(Queries):
                 opening.cancel()
 
     async def _open_connection(self) -> PoolEntry[DriverConnection]:
-        async def attempt(call: Call[PoolEntry[DriverConnection]]) -> PoolEntry[DriverConnection]:
-            return await self._acquirer.acquire(call.deadline, fail_fast=call.fail_fast)
+        async def attempt(execution: Execution[PoolEntry[DriverConnection]]) -> PoolEntry[DriverConnection]:
+            return await self._acquirer.acquire(execution.operation.deadline, fail_fast=execution.operation.fail_fast)
 
-        call: Call[PoolEntry[DriverConnection]] = self._leases.call(
-            "open", None, _nothing, idempotent=True, deadline=None
-        )
-        return await self._retry_loop.run(call, attempt)
+        execution: Execution[PoolEntry[DriverConnection]] = self._leases.new_execution("open", idempotent=True)
+        return await self._retry_loop.run(execution, attempt)
 
     @names_nearest
     async def close(self, *, timeout: float | None = None) -> None:
@@ -616,7 +615,3 @@ def create_pool(dsn: str | None = None, /, **arguments: Unpack[PoolArguments]) -
 
 async def _on_lease(connection: ResilientConnection, execute: Callable[[AnyConnection], Awaitable[T]]) -> T:
     return await execute(cast("AnyConnection", connection))
-
-
-async def _nothing(_connection: AnyConnection) -> Any:
-    return None

@@ -17,8 +17,9 @@ from asyncpg import Record
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.execution.connection_class import lease_class
 from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransaction
+from resilient_pool.execution.operation import Execution, Operation, do_nothing
 from resilient_pool.execution.query_methods import Queries
-from resilient_pool.execution.retry_loop import Call, RetryLoop
+from resilient_pool.execution.retry_loop import RetryLoop
 from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.context import PoolContext
@@ -144,7 +145,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         @functools.wraps(found)
         async def call_on_a_checked_connection(*args: Any, **kwargs: Any) -> Any:
             # Not repeated: nobody knows of how many statements it is made.
-            await self._first(name, None, _nothing, keeps=True)
+            await self._first(name, None, do_nothing, keeps=True)
             return await getattr(self._keep(name), name)(*args, **kwargs)
 
         return call_on_a_checked_connection if inspect.iscoroutinefunction(found) else call
@@ -280,7 +281,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
                 self._explain(operation, error)
                 raise
         self._require_loan(operation)
-        call = self._leases.call(
+        execution = self._leases.new_execution(
             operation,
             sql,
             execute,
@@ -289,7 +290,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             fail_fast=fail_fast,
             replayable=replayable,
         )
-        return await self._try(call)
+        return await self._try(execution)
 
     async def _first(
         self, operation: str, sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]], *, keeps: bool = False
@@ -309,8 +310,8 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
                 await self._end_of_interruption(operation)
             return await execute(self._present.connection)
         self._require_loan(operation)
-        call = self._leases.call(operation, None, execute, idempotent=True, deadline=None)
-        return await self._try(call, harmless=True, keeps=keeps)
+        execution = self._leases.new_execution(operation, None, execute, idempotent=True)
+        return await self._try(execution, harmless=True, keeps=keeps)
 
     async def _begin(self, method: str, execute: Callable[[AnyConnection], Awaitable[Any]]) -> Any:
         if self.is_released:
@@ -319,23 +320,23 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             )
         return await self._first("transaction", None, execute)
 
-    async def _try(self, call: Call[T], *, harmless: bool = False, keeps: bool = False) -> T:
+    async def _try(self, execution: Execution[T], *, harmless: bool = False, keeps: bool = False) -> T:
         if self._state is _TRYING:
             # The driver would say the same, but the connection would be checked and replaced under the other operation.
             raise asyncpg.InterfaceError("cannot perform operation: another operation is in progress")
         self._state = _TRYING
         fresh = None
         try:
-            result = await self._leases.retry_loop.run(call, self._attempt)
+            result = await self._leases.retry_loop.run(execution, self._attempt)
             fresh = keeps
         except Exception as error:
-            fresh = self._leases.is_untouched(call, error, harmless=harmless)
-            self._explain(call.operation, error)
+            fresh = self._leases.is_untouched(execution, error, harmless=harmless)
+            self._explain(execution.operation.name, error)
             raise
         finally:
             self._interrupted = fresh is None
             if self._state is _TRYING:
-                self._settle(fresh=self._leases.is_untouched(call) if fresh is None else fresh)
+                self._settle(fresh=self._leases.is_untouched(execution) if fresh is None else fresh)
         return result
 
     async def _end_of_interruption(self, operation: str) -> None:
@@ -358,18 +359,20 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         if self._entry is None and (not fresh or self._hears_of_its_end):
             self._end()
 
-    async def _attempt(self, call: Call[T]) -> T:
-        self._require_loan(call.operation)
+    async def _attempt(self, execution: Execution[T]) -> T:
+        self._require_loan(execution.operation.name)
         entry, self._entry = self._entry, None  # while it is mended it may be lost
-        self._entry = await self._leases.ensure_healthy(entry, call.deadline, fail_fast=call.fail_fast)
+        self._entry = await self._leases.ensure_healthy(
+            entry, execution.operation.deadline, fail_fast=execution.operation.fail_fast
+        )
         if self._state is not _TRYING:  # the loan was ended by another task, which found no entry to give back
             self._leases.release(self)
-            self._require_loan(call.operation)
-        link = await self._adopt(call)
-        self._require_loan(call.operation)
-        return await self._leases.retry_loop.run_on(call, link)
+            self._require_loan(execution.operation.name)
+        link = await self._adopt(execution)
+        self._require_loan(execution.operation.name)
+        return await self._leases.retry_loop.run_on(execution, link)
 
-    async def _adopt(self, call: Call[T]) -> DriverConnection:
+    async def _adopt(self, execution: Execution[T]) -> DriverConnection:
         """Become the face of the connection in this loan's entry, set it up if it is new here, and return it."""
         link = None if self._entry is None else self._entry.resource
         if link is None:
@@ -378,17 +381,17 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             self._leave()
             link.attach_proxy(self)
             self._linked = link
-            call.phase, call.link = Phase.CHECKOUT, link
+            execution.attempt.phase, execution.attempt.driver = Phase.CHECKOUT, link
             if self._leases.sets_up or self._attached is not None:
-                await self._equip(link, call)
+                await self._equip(link, execution)
         return link
 
-    async def _equip(self, link: DriverConnection, call: Call[T]) -> None:
+    async def _equip(self, link: DriverConnection, execution: Execution[T]) -> None:
         # What `setup` does is part of getting the connection: it fails as a whole, and is repeated as a whole.
         before, self._state = self._state, _ADOPTING
         ready = False
         try:
-            await self._leases.set_up(self, call.deadline)
+            await self._leases.set_up(self, execution.operation.deadline)
             if self._attached is not None:
                 await self._attached.attach_to(link)
             ready = True
@@ -688,28 +691,41 @@ class LeaseManager:
         self.retry_loop = retry_loop
         self.read_check = retry_loop.read_check
 
-    def call(
+    def new_execution(
         self,
-        operation: str,
-        sql: str | None,
-        execute: Callable[[AnyConnection], Awaitable[T]],
+        name: str,
+        sql: str | None = None,
+        execute: Callable[[AnyConnection], Awaitable[T]] = do_nothing,
         *,
-        idempotent: bool,
-        deadline: float | None,
+        idempotent: bool = False,
+        deadline: float | None = None,
         fail_fast: bool | None = None,
         replayable: bool = True,
+        exactly_once: bool = False,
+        readonly: bool = False,
         started: float | None = None,
-    ) -> Call[T]:
-        """Begin a call. Its deadline is `deadline` seconds after it `started`, by default the pool's, and now."""
+    ) -> Execution[T]:
+        """Begin an operation. Its deadline is `deadline` seconds after it `started`, by default the pool's, and now."""
         if started is None:
             started = self._clock.monotonic()
         ends, hastily = self.deadline_for(started, deadline, fail_fast)
-        return Call(
-            operation, sql, execute, started, ends, idempotent=idempotent, replayable=replayable, fail_fast=hastily
+        return Execution(
+            Operation(
+                name=name,
+                sql=sql,
+                execute=execute,
+                idempotent=idempotent,
+                replayable=replayable,
+                fail_fast=hastily,
+                exactly_once=exactly_once,
+                readonly=readonly,
+                started=started,
+                deadline=ends,
+            )
         )
 
     def deadline_for(self, started: float, deadline: float | None, fail_fast: bool | None) -> tuple[float | None, bool]:
-        """Say until when a call that `started` then waits, and whether it fails fast, where `None` is the pool's default."""
+        """Say until when an operation that `started` then waits, and whether it fails fast, where `None` is the pool's default."""
         config = self._config
         ends = deadline_after(started, config.deadline if deadline is None else deadline)
         return ends, config.fail_fast if fail_fast is None else fail_fast
@@ -729,21 +745,24 @@ class LeaseManager:
 
     async def lease(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection:
         """Lend a healthy connection within `seconds`."""
-        call: Call[ResilientConnection] = self.call(
-            "acquire", None, _nothing, idempotent=True, deadline=seconds, fail_fast=fail_fast
+        execution: Execution[ResilientConnection] = self.new_execution(
+            "acquire", idempotent=True, deadline=seconds, fail_fast=fail_fast
         )
-        return await self.retry_loop.run(call, self.lease_for)
+        return await self.retry_loop.run(execution, self.lease_for)
 
-    async def lease_for(self, call: Call[Any]) -> ResilientConnection:
-        """Lend a connection for one attempt of a call."""
-        return await self.lease_entry(await self._acquirer.acquire(call.deadline, fail_fast=call.fail_fast), call)
+    async def lease_for(self, execution: Execution[Any]) -> ResilientConnection:
+        """Lend a connection for one attempt of an operation."""
+        return await self.lease_entry(
+            await self._acquirer.acquire(execution.operation.deadline, fail_fast=execution.operation.fail_fast),
+            execution,
+        )
 
-    async def lease_entry(self, entry: PoolEntry[DriverConnection], call: Call[T]) -> ResilientConnection:
+    async def lease_entry(self, entry: PoolEntry[DriverConnection], execution: Execution[T]) -> ResilientConnection:
         """Lend the connection of an entry, set up for the application. If that fails the connection is closed."""
         lease = self._lease_class(self, entry)
         lent = False
         try:
-            await lease._adopt(call)  # noqa: SLF001
+            await lease._adopt(execution)  # noqa: SLF001
             lent = True
         finally:
             if not lent:
@@ -758,9 +777,9 @@ class LeaseManager:
             return entry
         return await self._acquirer.acquire(deadline, fail_fast=fail_fast)
 
-    async def adopt(self, lease: ResilientConnection, call: Call[T]) -> DriverConnection:
+    async def adopt(self, lease: ResilientConnection, execution: Execution[T]) -> DriverConnection:
         """Return the connection of a lease that was just lent."""
-        return await lease._adopt(call)  # noqa: SLF001
+        return await lease._adopt(execution)  # noqa: SLF001
 
     async def set_up(self, lease: ResilientConnection, deadline: float | None) -> None:
         """Let the application prepare a connection until `deadline`."""
@@ -775,21 +794,29 @@ class LeaseManager:
                 "raise timeout or deadline, or bound what it does"
             )
 
-    def is_untouched(self, call: Call[T], error: Exception | None = None, *, harmless: bool = False) -> bool:
-        """Whether a call that did not succeed cannot have left anything in the session of its last attempt.
+    def is_untouched(self, execution: Execution[T], error: Exception | None = None, *, harmless: bool = False) -> bool:
+        """Whether an operation that did not succeed cannot have left anything in the session of its last attempt.
 
         Args:
-            call: The call.
+            execution: The operation and its last attempt.
             error: What it raised; `None` if it was cancelled.
             harmless: Whether it leaves nothing behind when it fails, whatever its text.
         """
-        if call.phase is not Phase.EXECUTE or call.link is None or not call.link.is_usable:
+        if (
+            execution.attempt.phase is not Phase.EXECUTE
+            or execution.attempt.driver is None
+            or not execution.attempt.driver.is_usable
+        ):
             return True  # a connection that was lost has nothing to lose any more
-        if error is None or isinstance(error, TimeoutError) or call.link.connection.is_in_transaction():
+        if error is None or isinstance(error, TimeoutError) or execution.attempt.driver.connection.is_in_transaction():
             return False
         # An error undoes a whole statement, but not what its functions did outside of the transaction: a lock.
         refused = isinstance(error, asyncpg.PostgresError)
-        return harmless or (refused and call.sql is not None and self.read_check.reader.is_plain_read(call.sql))
+        return harmless or (
+            refused
+            and execution.operation.sql is not None
+            and self.read_check.reader.is_plain_read(execution.operation.sql)
+        )
 
     def owns(self, lease: ResilientConnection) -> bool:
         """Whether a connection was lent here."""
@@ -830,7 +857,3 @@ class LeaseManager:
         self.read_check.forget()
         for link in self._maintenance.connections():
             link.drop_type_cache()
-
-
-async def _nothing(connection: AnyConnection) -> Any:
-    return connection

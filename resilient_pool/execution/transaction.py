@@ -15,10 +15,11 @@ import asyncpg
 from resilient_pool.execution.commit_resolver import CommitResolver, is_our_own_fault
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.loop_control import FramePosition
-from resilient_pool.execution.retry_loop import REFUSALS_OF_A_GUARD, Call, RefusedError
+from resilient_pool.execution.operation import Execution
+from resilient_pool.execution.retry_loop import REFUSALS_OF_A_GUARD, RepeatRefusedError
 from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.context import PoolContext
-from resilient_pool.pooling.driver import AnyConnection, DriverConnection
+from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.retry.classifier import refuses_commit
 from resilient_pool.retry.commit_status import CommitStatus, CommitToken
 from resilient_pool.retry.verdict import Outcome, Phase
@@ -104,18 +105,15 @@ class RetriedTransaction:
         self._shared = shared
         self._options = options
         self._always_goes_on = always_goes_on
-        self._call: Call[None] = shared.leases.call(
+        self._execution: Execution[None] = shared.leases.new_execution(
             "transaction",
-            None,
-            _nothing,
-            idempotent=False,
             deadline=options.get("deadline"),
             fail_fast=options.get("fail_fast"),
+            exactly_once=exactly_once,
+            readonly=options.get("readonly", False),
         )
-        self._call.exactly_once = exactly_once
-        self._call.read_only = options.get("readonly", False)
         self._retry_loop = shared.leases.retry_loop
-        self._memory = self._retry_loop.begin_transaction(self._call)
+        self._memory = self._retry_loop.begin_transaction(self._execution)
         self._state = _State.READY
         self._head: FramePosition | None = None
         self._delay = 0.0
@@ -141,7 +139,7 @@ class RetriedTransaction:
         if self._delay:
             await self._shared.context.clock.sleep(self._delay)
         self._number += 1
-        return Attempt(self, self._shared, self._options, self._call, self._number)
+        return Attempt(self, self._shared, self._options, self._execution, self._number)
 
     @property
     def is_finished(self) -> bool:
@@ -154,7 +152,7 @@ class RetriedTransaction:
 
     def next_delay(self, error: Exception, *, hindrance: str | None = None) -> float:
         """Return how long to wait before the next attempt, in seconds, or raise what the application is to see."""
-        return self._retry_loop.next_delay(self._call, self._memory, error, hindrance=hindrance)
+        return self._retry_loop.next_delay(self._execution, self._memory, error, hindrance=hindrance)
 
     def schedule_retry(self, delay: float) -> None:
         """Make another attempt after that many seconds."""
@@ -166,9 +164,9 @@ class RetriedTransaction:
 
         Not on a pool that repeats what is unknown in any case.
         """
-        if self._retry_loop.may_run_twice(self._call):
+        if self._retry_loop.may_run_twice(self._execution):
             return
-        self._call.harmless = self._is_guarded = True
+        self._execution.is_harmless = self._is_guarded = True
         self._reads = tuple(dict.fromkeys((*self._reads, *reads)))
 
     @property
@@ -200,14 +198,14 @@ class Attempt:
         loop: RetriedTransaction,
         shared: Transactions,
         options: TransactionOptions,
-        call: Call[None],
+        execution: Execution[None],
         number: int,
     ) -> None:
         self.number = number
         self._loop = loop
         self._shared = shared
         self._options = options
-        self._call = call
+        self._execution = execution
         self._lease: ResilientConnection | None = None
         self._sent = StatementTracker(shared.leases.read_check.reader)
         self._entered = self._asked_in_vain = False
@@ -222,8 +220,7 @@ class Attempt:
         try:
             while self._lease is None:
                 self._shared.require_open()
-                self._call.begin_attempt()
-                self._call.settled = Outcome.NOT_EXECUTED
+                self._execution.begin_attempt().known_outcome = Outcome.NOT_EXECUTED
                 try:
                     self._lease = await self._begin()
                 except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
@@ -236,10 +233,10 @@ class Attempt:
         return self._lease
 
     async def _begin(self) -> ResilientConnection:
-        lease = await self._shared.leases.lease_for(self._call)
+        lease = await self._shared.leases.lease_for(self._execution)
         begun = False
         try:
-            await self._begin_on(_link(self._call))
+            await self._begin_on(_link(self._execution))
             self._shared.leases.bind(lease, self._sent.sent)
             begun = True
         finally:
@@ -251,19 +248,19 @@ class Attempt:
         options = self._options
         await self._shared.commit_resolver.detect_capabilities(link)
         if self._loop.is_guarded and not await self._shared.leases.read_check.allows(link, self._loop.reads):
-            raise RefusedError
-        self._call.phase, self._call.link = Phase.EXECUTE, link
+            raise RepeatRefusedError
+        self._execution.attempt.execute_on(link)
         await link.begin(
             isolation=options.get("isolation"),
             readonly=self._is_read_only,
             deferrable=options.get("deferrable", False),
         )
-        self._call.began = self._shared.context.clock.monotonic()
-        self._call.asked = link.queries
+        self._execution.attempt.transaction_began = self._shared.context.clock.monotonic()
+        self._execution.attempt.queries_before = link.queries
 
     @property
     def _is_read_only(self) -> bool:
-        return self._call.read_only or self._loop.is_guarded
+        return self._execution.operation.readonly or self._loop.is_guarded
 
     # Ending
 
@@ -329,16 +326,16 @@ class Attempt:
 
     async def _roll_back(self, error: BaseException) -> Exception | None:
         """Undo the block, and return `error` if another attempt may cure it; whatever it is, it passes otherwise."""
-        link = _link(self._call)
+        link = _link(self._execution)
         if not isinstance(error, Exception):
             return None  # there is no time; the connection's reset, in the background, does it
         await self._undo(link)
         unwrapped = self._shared.context.unwrap(error)
         if self._sent.may_have_ended or not _is_the_drivers(unwrapped, link):
             return None
-        self._call.settled = Outcome.ROLLED_BACK
+        self._execution.attempt.known_outcome = Outcome.ROLLED_BACK
         if self._loop.is_guarded and isinstance(unwrapped, REFUSALS_OF_A_GUARD):
-            return RefusedError()
+            return RepeatRefusedError()
         if isinstance(unwrapped, asyncpg.ReadOnlySQLTransactionError):
             await self._learn_why_read_only(link)
         return error
@@ -355,13 +352,13 @@ class Attempt:
     # Committing
 
     async def _commit(self) -> Exception | None:
-        """Commit, and return the error if it is certain, or said in the call, what became of it."""
-        link = _link(self._call)
-        self._call.settled = Outcome.ROLLED_BACK  # as long as COMMIT was not sent
+        """Commit, and return the error if it is certain, or noted in the attempt's state, what became of it."""
+        link = _link(self._execution)
+        self._execution.attempt.known_outcome = Outcome.ROLLED_BACK  # as long as COMMIT was not sent
         if not link.connection.is_closed() and not link.connection.is_in_transaction():
             self._require_ended_by_text()
             return None
-        if link.queries != self._call.asked and self._sent.reads == ():
+        if link.queries != self._execution.attempt.queries_before and self._sent.reads == ():
             self._sent.sent(None)  # past the lease, on the driver's own connection; the driver does not count a COPY
         try:
             mark = await self._mark(link)
@@ -369,15 +366,15 @@ class Attempt:
             return await self._give_up_before_commit(error, link)
         if not self._is_on_loan:
             self._require_error(None)
-        self._call.xid = mark.xid
-        self._call.phase = Phase.COMMIT
+        self._execution.attempt.xid = mark.xid
+        self._execution.attempt.phase = Phase.COMMIT
         try:
             done = await link.end_transaction("COMMIT")
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
             return None if await self._is_committed(error, link, mark) else self._unless_ended(error)
         if done != "COMMIT":
             if self._loop.is_guarded:
-                return RefusedError()
+                return RepeatRefusedError()
             raise asyncpg.InFailedSQLTransactionError(
                 "the transaction was rolled back at its end, because a statement in it had failed and the error was caught"
             )
@@ -404,7 +401,7 @@ class Attempt:
 
     def _unless_ended(self, error: Exception) -> Exception:
         # What the application committed by itself must not be repeated, whatever became of the rest.
-        if self._sent.may_have_ended and self._call.settled is not Outcome.UNKNOWN:
+        if self._sent.may_have_ended and self._execution.attempt.known_outcome is not Outcome.UNKNOWN:
             raise error
         return error
 
@@ -418,24 +415,24 @@ class Attempt:
         )
 
     async def _is_committed(self, error: Exception, link: DriverConnection, mark: CommitToken) -> bool:
-        """Say whether a COMMIT that failed took effect nevertheless; what else is known goes into the call."""
+        """Say whether a COMMIT that failed took effect nevertheless; what else is known goes into the attempt's state."""
         if _is_refusal(error, link):
             return False
         if mark.nothing_written:
             return True
-        self._call.settled = Outcome.UNKNOWN
+        self._execution.attempt.known_outcome = Outcome.UNKNOWN
         is_known, reads = mark.xid is not None or mark.token is not None, self._sent.reads
         if self._lease is None or not (is_known or reads is not None):
             return False
         entry, commit_resolver, deadline = (
             self._shared.leases.detach(self._lease),
             self._shared.commit_resolver,
-            self._call.deadline,
+            self._execution.operation.deadline,
         )
         if is_known:
             answer = await commit_resolver.resolve(entry, mark, deadline)
             if answer is CommitStatus.ABORTED:
-                self._call.settled = Outcome.ROLLED_BACK
+                self._execution.attempt.known_outcome = Outcome.ROLLED_BACK
         else:
             answer = await commit_resolver.vet(entry, reads or (), deadline, decides=self._commit_decides)
             if answer is CommitStatus.ABORTED:
@@ -445,7 +442,7 @@ class Attempt:
     @property
     def _commit_decides(self) -> bool | None:
         """Whether COMMIT can still refuse what was read; `None` if the server's default decides that."""
-        if not self._call.read_only:
+        if not self._execution.operation.readonly:
             return True  # that nothing was written is not certain, so it is to be run again in any case
         isolation = self._options.get("isolation")
         return isolation == "serializable" if isolation is not None else None
@@ -476,10 +473,10 @@ async def run(
             return result
 
 
-def _link(call: Call[None]) -> DriverConnection:
-    if call.link is None:
+def _link(execution: Execution[None]) -> DriverConnection:
+    if execution.attempt.driver is None:
         raise asyncpg.InternalClientError("a transaction without a connection")
-    return call.link
+    return execution.attempt.driver
 
 
 def _is_the_drivers(error: BaseException, link: DriverConnection) -> bool:
@@ -492,7 +489,3 @@ def _is_the_drivers(error: BaseException, link: DriverConnection) -> bool:
 def _is_refusal(error: Exception, link: DriverConnection) -> bool:
     """Whether a failed COMMIT is known to have been refused, or never sent."""
     return wire.nothing_sent(error, link) or (refuses_commit(error) and not link.connection.is_closed())
-
-
-async def _nothing(_connection: AnyConnection) -> None:
-    return None

@@ -11,8 +11,9 @@ from resilient_pool import BackoffPolicy, Fault, OutcomeUnknownError
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.events import DiscardReason, OutcomeUnknown, RetryExhausted, RetryScheduled
+from resilient_pool.execution.operation import Execution, Operation
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import Call, RetryLoop
+from resilient_pool.execution.retry_loop import RetryLoop
 from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.context import PoolContext
@@ -85,21 +86,31 @@ class Bench:
         self.links = []
         outcomes = iter(script)
 
-        async def attempt(call):
+        async def attempt(execution):
             self.attempts += 1
             phase, self.outcome = next(outcomes)
-            call.phase, call.link = phase, FakeLink(stable=stable, opened_at=self.opened_at, read_only=self.read_only)
-            self.link = call.link
-            self.links.append(call.link)
-            return await (self.retry_loop.run_on(call, call.link) if phase is Phase.EXECUTE else execute(None))
+            self.link = FakeLink(stable=stable, opened_at=self.opened_at, read_only=self.read_only)
+            self.links.append(self.link)
+            if phase is Phase.EXECUTE:
+                return await self.retry_loop.run_on(execution, self.link)
+            execution.attempt.phase, execution.attempt.driver = phase, self.link
+            return await execute(None)
 
         async def execute(connection):
             if isinstance(self.outcome, Exception):
                 raise self.outcome
             return self.outcome
 
-        call = Call("execute", sql, execute, 0.0, deadline, idempotent=idempotent, replayable=replayable)
-        return await self.retry_loop.run(call, attempt)
+        operation = Operation(
+            name="execute",
+            sql=sql,
+            execute=execute,
+            idempotent=idempotent,
+            replayable=replayable,
+            started=0.0,
+            deadline=deadline,
+        )
+        return await self.retry_loop.run(Execution(operation), attempt)
 
     @property
     def waits(self):
