@@ -559,7 +559,7 @@ class ResilientPool(Queries):
 
 
 async def _end_of(reset: asyncio.Task[None] | None) -> BaseException | None:
-    # Not by shield: a reset that terminate() cuts short would look like a cancellation of whoever waits for it.
+    # Not by shield: a reset that terminate() cuts short would look like a cancellation of the caller that waits for it.
     if reset is None:
         return None
     await asyncio.wait([reset])

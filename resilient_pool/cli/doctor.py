@@ -139,7 +139,7 @@ def _refusals(dsn: SealedDsn) -> Iterator[Finding]:
 
 
 def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
-    """Judge what is known of a server and of a pool's configuration, without asking anybody."""
+    """Judge what is known of a server and of a pool's configuration, without asking the server."""
     return (
         _version(facts),
         _idle_sessions(facts, config),

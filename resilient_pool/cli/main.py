@@ -227,7 +227,7 @@ async def _until_signalled(action: Coroutine[Any, Any, int], caught: list[int]) 
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        # Whoever started us may want one ignored, as nohup does. Some event loops know no signals.
+        # The parent process may want one ignored, as nohup does. Some event loops know no signals.
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             with contextlib.suppress(NotImplementedError):
                 asyncio.get_running_loop().add_signal_handler(number, cancel, number)
@@ -317,7 +317,7 @@ async def _wait(options: argparse.Namespace) -> int:
 
 
 async def _doctor(options: argparse.Namespace) -> int:
-    from resilient_pool.cli.doctor import examine  # noqa: PLC0415 - nobody else needs it
+    from resilient_pool.cli.doctor import examine  # noqa: PLC0415 - no other command needs it
 
     names = ("min_size", "max_size", "statement_cache_size", "max_inactive_connection_lifetime")
     arguments = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -359,7 +359,7 @@ class _Narrator:
     """Tells a person what is being waited for."""
 
     def __call__(self, event: Event, /) -> None:
-        """Tell `event`, if it means something to whoever watches."""
+        """Tell `event`, if it means something to a person who watches."""
         if isinstance(event, RetryScheduled):
             state = f" ({event.sqlstate})" if event.sqlstate else ""
             _say(
@@ -376,7 +376,7 @@ class _Narrator:
             _say("warning: the connection that holds the lock was lost; another migration may run beside this one")
 
 
-# Output: a success stays one though nobody reads of it
+# Output: a success stays one though its report is not read
 
 
 def _say(line: str) -> None:

@@ -17,7 +17,7 @@ _FIELDS_BEFORE_THE_PASSWORD = 4
 class PasswordFile:
     """The password that a password file holds for one login; called, it reads the file anew.
 
-    asyncpg reads the file for every connection too: whoever changes a password there need not restart the application.
+    asyncpg reads the file for every connection too: a password changed there needs no restart of the application.
 
     Args:
         path: The file.

@@ -243,7 +243,7 @@ class PoolConfig:
             )
         if self.tls.get("sslrootcert") == SYSTEM_ROOTS and isinstance(self.ssl, str) and self.ssl != "verify-full":
             raise ConfigurationError(
-                f"sslrootcert=system needs sslmode=verify-full, not {self.ssl!r}: anybody can get a certificate from an "
+                f"sslrootcert=system needs sslmode=verify-full, not {self.ssl!r}: anyone can get a certificate from an "
                 "authority that the system trusts, but not for this host's name"
             )
         if self.host is not None and self.port is not None and len(self.host) != len(self.port):

@@ -187,7 +187,7 @@ class CommitResolver:
                 self._warn("the role of the pool may not insert into it")
             return bool(writable)
         with contextlib.suppress(
-            # Made in this very moment by somebody else: IF NOT EXISTS does not look that closely.
+            # Made in this very moment by another session: IF NOT EXISTS does not look that closely.
             asyncpg.UniqueViolationError,
             asyncpg.DuplicateTableError,
             asyncpg.DuplicateObjectError,

@@ -144,7 +144,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
 
         @functools.wraps(found)
         async def call_on_a_checked_connection(*args: Any, **kwargs: Any) -> Any:
-            # Not repeated: nobody knows of how many statements it is made.
+            # Not repeated: it is not known of how many statements it is made.
             await self._first(name, None, do_nothing, keeps=True)
             return await getattr(self._keep(name), name)(*args, **kwargs)
 
@@ -736,11 +736,11 @@ class LeaseManager:
         return self._maintenance.closing
 
     def run_in_background(self, work: Coroutine[object, object, None]) -> None:
-        """Do something that nobody waits for, except the pool's `close()`."""
+        """Run work in the background, which only the pool's `close()` waits for."""
         self._maintenance.run_in_background(work)
 
     def reset_and_release(self, entry: PoolEntry[DriverConnection]) -> None:
-        """Take back an entry that was in nobody's hands but ours."""
+        """Take back an entry that was not lent yet."""
         self._maintenance.reset_and_release(entry)
 
     async def lease(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection:

@@ -51,7 +51,7 @@ class Queries(ABC):
 
     Every method takes what asyncpg's method of that name takes and returns what it returns, and these beside:
 
-    `idempotent`: the statement may run twice without harm, so it is also repeated when nobody can tell whether it took
+    `idempotent`: the statement may run twice without harm, so it is also repeated when it is not known whether it took
     effect. Default `False`; one that only reads needs no promise: what looks like a read is repeated in a read-only
     transaction if the server's catalog says that everything it calls is stable or immutable.
 

@@ -80,10 +80,10 @@ class RetryLoop:
         self._deposit = context.config.retry_budget.deposit
 
     def begin_transaction(self, execution: Execution[T]) -> RetryState:
-        """Count a call whose attempts somebody else makes, and return what is remembered of its failures.
+        """Count a call whose attempts the caller of this makes, and return what is remembered of its failures.
 
         Unless the application chose a policy of its own, conflicts are limited by the deadline only: under contention
-        somebody always gets through, but nobody can say after how many attempts.
+        one transaction always gets through, but it is not known after how many attempts.
         """
         self._deposit()
         operations = self._config.backoff
@@ -337,7 +337,7 @@ class RetryLoop:
 
     def _override_outcome(self, execution: Execution[T], failure: Failure, verdict: Verdict) -> Verdict:
         if execution.attempt.known_outcome is not None:
-            # One whose fate nobody could tell is not the application's own time-out any more.
+            # One whose fate is not known is not the application's own time-out any more.
             lost = execution.attempt.known_outcome is Outcome.UNKNOWN and verdict.fault is Fault.PERMANENT
             return replace(
                 verdict, outcome=execution.attempt.known_outcome, fault=Fault.DISCONNECTED if lost else verdict.fault

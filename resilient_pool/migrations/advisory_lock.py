@@ -87,7 +87,7 @@ class MigrationLock:
             seconds: How long to wait for it; `None` for ever.
 
         Raises:
-            MigrationLockedError: Somebody else held it all that time.
+            MigrationLockedError: Another migration held it all that time.
         """
         watch: asyncio.Task[None] | None = None
         try:
@@ -147,7 +147,7 @@ class MigrationLock:
     async def _holder(self, connection: ResilientConnection) -> str:
         row = await connection.fetchrow(_HOLDER, *divmod(self._key % 2**64, 2**32))
         if row is None:
-            return "somebody who has just released it"
+            return "a session that has just released it"
         return f"{row['application_name'] or 'an application without a name'}, server process {row['pid']}"
 
     async def _watch(self) -> None:

@@ -48,7 +48,7 @@ async def run_command(request: Secret, lines: Lines, *, stop_within: float) -> i
         lines: Is given the output as it comes.
         stop_within: How many seconds it is given to end by itself before it is terminated, and 3 seconds later killed.
     """
-    # A pipe of our own: one that asyncio makes keeps the process from having ended for as long as anybody holds it.
+    # A pipe of our own: one that asyncio makes keeps the process from having ended for as long as any process holds it.
     ours, theirs = os.pipe()
     reader = asyncio.StreamReader()
     try:
@@ -97,7 +97,7 @@ async def _follow(
     reading = asyncio.ensure_future(_read(reader, lines))
     try:
         status = await process.wait()
-        # What is in the pipe already; its end need not come, since somebody in another session may hold it.
+        # What is in the pipe already; its end need not come, since a process in another session may hold it.
         await asyncio.wait({reading}, timeout=_AFTER_THE_END)
     finally:
         reading.cancel()

@@ -33,7 +33,7 @@ def print_line(line: str) -> None:
     """Write a line to standard output at once; nothing if there is none.
 
     Raises:
-        OSError: It cannot be written, since nobody reads any more, say.
+        OSError: It cannot be written, for example because the reader has gone.
     """
     if sys.stdout is not None:
         sys.stdout.write(line + "\n")

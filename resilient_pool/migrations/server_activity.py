@@ -9,7 +9,7 @@ from resilient_pool.pool import ResilientPool
 # Sessions are counted in every database since PostgreSQL 14, each before its first statement can run; the count survives
 # a clean restart, and a crash or a fail-over to another server shows in `stats_reset`, as it does in the epoch of a COMMIT.
 # A pooler hides sessions, but no write: the ids of transactions are numbered without a gap, for the whole server.
-# Whoever is connected is read first: a session that ends in between has been counted when its row disappears.
+# The connected sessions are read first: a session that ends in between has been counted when its row disappears.
 _CONNECTED = "SELECT pg_catalog.array_agg(pid) FROM pg_catalog.pg_stat_activity WHERE usesysid IS NOT NULL"
 _COUNTED = """
     SELECT (SELECT stats_reset FROM pg_catalog.pg_stat_bgwriter) AS since,
@@ -63,7 +63,7 @@ async def ask(pool: ResilientPool, deadline: float | None) -> Evidence | None:
 
 
 def doubt(before: Evidence | None, after: Evidence | None) -> str | None:
-    """Say why something may have happened in between, or `None`: then nobody but ourselves began a session or wrote.
+    """Say why something may have happened in between, or `None`: then no one but this process began a session or wrote.
 
     Args:
         before: What the server said before the migration began.

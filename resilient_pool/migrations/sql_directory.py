@@ -35,7 +35,7 @@ _CREATE = f"""
 _EXISTS = f"SELECT pg_catalog.to_regclass('{TABLE}') IS NOT NULL"
 _RECORDED = f"SELECT name, checksum, finished_at IS NOT NULL AS finished FROM {TABLE}"  # noqa: S608
 # A second transaction that inserts the same name waits for the first one's end, so that even without the lock, and even
-# if nobody knows what became of the first, no file is applied twice.
+# if it is not known what became of the first, no file is applied twice.
 _RECORD = f"""
     INSERT INTO {TABLE} (name, checksum, finished_at) VALUES ($1, $2, CASE WHEN $3 THEN clock_timestamp() END)
     ON CONFLICT (name) DO NOTHING RETURNING true

@@ -1,7 +1,7 @@
 """The only program that runs beside this package's own process: it starts one command, and ends it when it is told to or left alone.
 
 It is run as `python supervisor.py SECONDS`. The first line of its standard input says in JSON what to run, since arguments
-can be read by others. Nothing comes after it: when the input ends, because whoever holds the other end closed it or died,
+can be read by others. Nothing comes after it: when the input ends, because the process at the other end closed it or died,
 however suddenly, the command's whole process group is interrupted as by Ctrl-C; after SECONDS it is terminated, and then killed. It ends as the command did, with 128 and the signal's number for one
 that a signal ended. It uses the standard library only, so that it starts at once.
 """
@@ -75,7 +75,7 @@ def _end(group: int, seconds: float) -> None:
 
 
 def _signal(group: int, number: int) -> bool:
-    """Send a signal to a process group, and say whether there was anybody to get it."""
+    """Send a signal to a process group, and say whether any process was there to get it."""
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):

@@ -33,7 +33,7 @@ class PoolStats:
         pings_failed: Those of them that were not answered.
         retries: Further attempts scheduled, by fault; faults that never occurred are absent.
         exhausted: Operations given up although waiting could have cured them.
-        outcomes_unknown: Operations of which nobody can tell whether they took effect.
+        outcomes_unknown: Operations of which it is not known whether they took effect.
         resets: Sessions reset after use.
         waits: Callers that did not get a connection at once.
         wait_seconds: How long they waited, in seconds, together.

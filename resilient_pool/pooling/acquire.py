@@ -110,7 +110,7 @@ class Acquirer:
         )
 
     def _is_worth_waiting(self) -> bool:
-        # A connection that is being reset comes back sooner than a new one could be opened, as long as nobody else waits
+        # A connection that is being reset comes back sooner than a new one could be opened, as long as no other caller waits
         # for it. One to spare is opened all the same: then a caller whose writes follow each other need not wait for the
         # resets between them, and still it does not open one connection after the other.
         return self._maintenance.returning > self._resources.waiting + 1

@@ -23,7 +23,7 @@ from resilient_pool.retry.verdict import Failure, Fault, Phase, Verdict
 
 _LOGGER = logging.getLogger("resilient_pool")
 
-# For so long after the first failure a server that lets nobody in may be one that is waking up: 15 s is usual, 30 s and
+# For so long after the first failure a server that refuses every login may be waking up: 15 s is usual, 30 s and
 # more after a day of sleep.
 WAKE_WINDOW = 60.0
 # After so many seconds without an answer another attempt is made beside the first: a server that wakes lets attempts hang,
@@ -41,7 +41,7 @@ class CircuitBreaker:
     The first connection of a pool, and the first one after an attempt has failed or after the last connection was closed,
     is opened by one prober, under the `reconnect` policy. Everybody else waits for an entry, each under its own deadline,
     and holds none. When the prober gets through, waiters are admitted: 1, 2, 4, ... may open at the same time, each step
-    when an opening has succeeded. When nobody waits any more the prober stops.
+    when an opening has succeeded. When no caller waits any more the prober stops.
 
     The prober makes one attempt at a time, and a second one beside it when that has not been answered for 5 s.
 
@@ -104,7 +104,7 @@ class CircuitBreaker:
             self.half_open()
 
     def ensure_prober(self) -> None:
-        """Let the prober open what nobody else may: while the server is not known to be up, or to keep `min_size`."""
+        """Let the prober open what no caller may: while the server is not known to be up, or to keep `min_size`."""
         needed = (
             not self._resources.connect_limit or self._resources.size < self._config.min_size or self._crowd is not None
         )
@@ -122,7 +122,7 @@ class CircuitBreaker:
             self.ensure_prober()
 
     def stop_prober_if_unused(self) -> None:
-        """Stop the prober, if whoever leaves was the last who waited."""
+        """Stop the prober, if the caller that leaves was the last one waiting."""
         if self._prober is not None and not self._resources.is_connection_needed:
             self.stop()
 
@@ -137,7 +137,7 @@ class CircuitBreaker:
         return {*self._attempts, *([] if self._prober is None else [self._prober])}
 
     async def wait_until_stopped(self) -> None:
-        """Stop the prober and wait for its end, unless somebody waits for what it does."""
+        """Stop the prober and wait for its end, unless a caller waits for what it does."""
         if self._resources.waiting:
             return
         working = self._tasks()
@@ -232,7 +232,7 @@ class CircuitBreaker:
         while wanted:
             await self._wait_before_attempt()
             if not self._begin_attempt():
-                return  # whoever gives a place up calls again
+                return  # giving a place up calls this again
             await self._wait_for_attempts()
             # Once admitted, those who wait open for themselves, as many as there may be.
             serves_itself = self._resources.connect_limit and self._resources.waiting and self._crowd is None
@@ -250,7 +250,7 @@ class CircuitBreaker:
             await asyncio.sleep(0)  # opening may fail, or succeed, without ever waiting for anything
 
     def _may_attempt_at_once(self) -> bool:
-        """Whether nothing speaks for a distance: the last attempt was a success, or final and somebody new asks."""
+        """Whether nothing speaks for a distance: the last attempt was a success, or final and a new caller asks."""
         served = self._last_opened is not None and self._last_opened.has_served
         if self._crowd is not None:
             return False
@@ -273,7 +273,7 @@ class CircuitBreaker:
         if attempt.cancelled() or broken is not None or not attempt.result():
             self._maintenance.release(entry)
         if isinstance(broken, Exception):
-            # A jitter of the application's, say. Nobody must wait for a prober that cannot go on.
+            # A jitter of the application's, say. No caller must wait for a prober that cannot go on.
             self._resources.fail_waiters(_ExceptionCopier(broken).make)
 
     async def _wait_for_attempts(self) -> None:
@@ -291,7 +291,7 @@ class CircuitBreaker:
     async def _attempt(self, entry: PoolEntry[DriverConnection]) -> bool:
         """Open a connection into an entry and hand it on, and say whether that was done; otherwise the entry is still ours."""
         self._attempt_began = self._clock.monotonic()
-        # For the case that it is given up because nobody waits, and somebody comes right after; or that what it opens is of
+        # For the case that it is given up because no caller waits, and one comes right after; or that what it opens is of
         # no use.
         self._not_before = self._attempt_began + self._config.reconnect.base
         try:
@@ -343,7 +343,7 @@ class CircuitBreaker:
         self._resources.restrict(None)
 
     def _refuse(self, error: Exception, final: Callable[[], Exception]) -> None:
-        """Tell those who wait that the prober was refused for good; if there is nobody, the log."""
+        """Tell those who wait that the prober was refused for good; if there are none, write it to the log."""
         if not self._resources.is_awaited and not self._is_reported:
             self._report(error, "the database server refuses connections: min_size is not kept until one is asked for")
         self._resources.fail_waiters(final)
@@ -361,7 +361,7 @@ class CircuitBreaker:
             is_news: Whether it counts. Of several callers that fail at once only the first tells anything.
 
         Returns:
-            `None` if the server is waited for: nobody may open any more then. Otherwise what makes the error of each
+            `None` if the server is waited for: no caller may open any more then. Otherwise what makes the error of each
             caller for whom this was the last attempt.
         """
         now = self._clock.monotonic()
@@ -472,7 +472,7 @@ class _Outage:
         self.attempts += counts
         self._error = error
         self._fault = fault
-        # Before anybody raises it: what that caller was handling, and is told, is no other caller's business.
+        # Before any caller raises it: what that caller was handling, and is told, is no other caller's business.
         self._twin = _ExceptionCopier(error)
         self._is_given = False
 
@@ -505,7 +505,7 @@ class _Outage:
 
 
 class _WakeWindow:
-    """Tells whether a server that lets nobody in may be one that is waking up."""
+    """Whether a server that refuses every login may be waking up."""
 
     __slots__ = ("_last_failure", "_since")
 

@@ -352,7 +352,7 @@ class DriverConnection:
         """Say goodbye to the server; after `seconds` without an end, hang up."""
         try:
             await self.connection.close(timeout=seconds)
-        except Exception:  # noqa: BLE001 - asyncpg has hung up already; there is nobody to tell
+        except Exception:  # noqa: BLE001 - asyncpg has closed the connection already
             self.connection.terminate()
 
     def terminate(self) -> None:
@@ -600,7 +600,7 @@ async def until_lost(connection: AnyConnection, work: Coroutine[Any, Any, T]) ->
     task = asyncio.get_running_loop().create_task(work)
     task.add_done_callback(
         lambda task: task.cancelled() or task.exception()
-    )  # of one that is cut short nobody asks for it
+    )  # no caller asks for that of one that was cut short
 
     def end(_: object) -> None:
         if not lost.done():
@@ -655,7 +655,7 @@ def draw_statement_names() -> None:
     """Let the driver count its names for statements on from a number that no other process has.
 
     The driver of each process begins with 1. Behind a pooler, in a session that had prepared the same name for another
-    client, that client's statement would run; a name that nobody else has is an error before anything runs.
+    client, that client's statement would run; a name that no other client has is an error before anything runs.
     """
     asyncpg.connection._uid = secrets.randbits(60)  # type: ignore[attr-defined] # noqa: SLF001
 

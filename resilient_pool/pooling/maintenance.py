@@ -153,7 +153,7 @@ class Maintenance:
             seconds: How long the reset may take; by default `reset_timeout`.
 
         Returns:
-            The reset. Nobody has to wait for it, and whoever does must not cancel it. `None` if there is nothing to
+            The reset. No caller has to wait for it, and one that does must not cancel it. `None` if there is nothing to
             reset.
         """
         reason = self._unfit(entry)
@@ -163,7 +163,7 @@ class Maintenance:
         entry.taken_at = self._clock.now()
         prompt = entry.resource is not None and not entry.resource.is_cancelling
         self.returning += prompt
-        # Whoever waits for it is to learn that its time is up; if nobody does, a limit that costs less is enough.
+        # A caller that waits for it must learn that its time is up; if none does, a limit that costs less is enough.
         watched = seconds is None and self._config.session_reset != "on_release"
         limit = self._config.reset_timeout if seconds is None else seconds
         # The entry is not given back by the task itself: one that is cancelled before its first step would never do it.
@@ -273,7 +273,7 @@ class Maintenance:
             self._background.add(begin(link.close(_CLOSE_LIMIT), lambda task: self._closed(link, task)))
 
     def discard(self, entry: PoolEntry[DriverConnection], reason: DiscardReason) -> None:
-        """Close an entry's connection without waiting, and give the entry to whoever waits for one."""
+        """Close an entry's connection without waiting, and give the entry to the first caller that waits for one."""
         self.close_connection(entry, reason)
         self.release(entry)
 
@@ -315,7 +315,7 @@ class Maintenance:
 
     def _reap(self) -> None:
         self._reaper = None
-        # A timer may fire a little early; whoever is as good as due goes too, or the timer would have to run again.
+        # A timer may fire a little early; what is as good as due goes too, or the timer would have to run again.
         due = self._clock.now() - self._idle_limit + 0.01
         for entry in self._resources.withdraw(lambda entry: entry.idle_since <= due, keep=self._config.min_size):
             self.discard(entry, DiscardReason.IDLE)
@@ -417,7 +417,7 @@ class Maintenance:
         self._resources.stop_draining()
 
     def run_in_background(self, work: Coroutine[object, object, object]) -> None:
-        """Do something that nobody waits for, and that is given up when the pool is closed."""
+        """Run background work that is cancelled when the pool is closed."""
         if self.closing:
             work.close()
         else:

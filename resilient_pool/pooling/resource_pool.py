@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 class PoolEntry(Generic[R]):
-    """A place for one resource. Whoever holds an entry without a resource has the right to open one.
+    """A place for one resource. The holder of an entry without a resource has the right to open one.
 
     Attributes:
         resource: What stands in this place, or `None`.
@@ -77,11 +77,11 @@ class PoolEntry(Generic[R]):
 class ResourcePool(Generic[R]):
     """At most `max_size` resources: last in, first out for the idle, first come, first served for those who wait.
 
-    One rule holds after every method: while somebody waits no entry is idle. So a caller who takes an idle one has
-    overtaken nobody.
+    One rule holds after every method: while a caller waits no entry is idle. So a caller who takes an idle one has
+    overtaken no other.
 
     How many resources may be opened at the same time is limited as well; at first by `max_size` only. A place for which
-    nobody may open is given up, and whoever waits goes on waiting. So is, for a while, how many there may be: see `restrict`.
+    no caller may open is given up, and those who wait go on waiting. So is, for a while, how many there may be: see `restrict`.
 
     Args:
         max_size: How many resources there can be.
@@ -89,7 +89,7 @@ class ResourcePool(Generic[R]):
         min_size: How many there should be.
 
     Attributes:
-        on_connection_needed: Called when an entry was given up although somebody waits, or although fewer than `min_size` are left.
+        on_connection_needed: Called when an entry was given up although a caller waits, or although fewer than `min_size` are left.
         on_return: Called with an entry whose taker was cancelled before it had it. It must `put` the entry.
     """
 
@@ -143,7 +143,7 @@ class ResourcePool(Generic[R]):
 
     @property
     def is_awaited(self) -> bool:
-        """Whether anybody waits who has not been served or cancelled yet."""
+        """Whether a caller waits that has not been served or cancelled yet."""
         return any(not ticket.done() for ticket in self._waiters)
 
     @property
@@ -158,12 +158,12 @@ class ResourcePool(Generic[R]):
 
     @property
     def is_connection_needed(self) -> bool:
-        """Whether another resource would serve anybody."""
+        """Whether another resource would serve a caller."""
         return bool(self._waiters) or len(self._all) < self._min_size
 
     @property
     def opening(self) -> int:
-        """How many resources are in the hands of somebody who is about to fill them."""
+        """How many resources are in the hands of a caller that is about to fill them."""
         return sum(entry.resource is None for entry in self._all)
 
     @property
@@ -173,7 +173,7 @@ class ResourcePool(Generic[R]):
 
     @property
     def may_open(self) -> bool:
-        """Whether whoever holds an empty entry may fill it."""
+        """Whether the holder of an empty entry may fill it."""
         return self.opening <= self._admitted and len(self._all) <= self._ceiling
 
     @property
@@ -221,7 +221,7 @@ class ResourcePool(Generic[R]):
         self._ceiling = self._max_size if ceiling is None else min(ceiling, self._max_size)
 
     def offer_entry(self) -> bool:
-        """Give whoever waits first a new entry to fill, if another one may be, and say whether that was so."""
+        """Give the first waiter a new entry to fill, if another one may be, and say whether that was so."""
         entry = self._grow() if self._waiters else None
         if entry is not None:
             self.put(entry)
@@ -269,7 +269,7 @@ class ResourcePool(Generic[R]):
             )
 
     def put(self, entry: PoolEntry[R]) -> None:
-        """Give an entry back: to whoever waits first, else to the idle stack. An empty entry that nobody may fill is gone."""
+        """Give an entry back: to the first waiter, else to the idle stack. An empty entry that no caller may fill is gone."""
         while self._waiters and (entry.resource is not None or self.may_open):
             ticket, _ = self._waiters.popitem(last=False)
             if not ticket.done():
@@ -322,7 +322,7 @@ class ResourcePool(Generic[R]):
             await self._drained.wait()
 
     def stop_draining(self) -> None:
-        """Let `drained` end although resources are left: nobody knows when they will come back."""
+        """Let `drained` end although resources are left: it is not known when they will come back."""
         self._drained.set()
 
     def _forget(self, entry: PoolEntry[R]) -> None:
@@ -334,4 +334,4 @@ class ResourcePool(Generic[R]):
 
 
 def _nothing() -> None:
-    """Nobody cares what is wanted."""
+    """Ignore what is wanted."""

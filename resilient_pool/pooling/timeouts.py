@@ -28,7 +28,7 @@ class TimeoutQueue(Generic[K]):
         expire: Called with a thing whose time is up, which waits no more, and with its limit in seconds.
 
     Attributes:
-        waiting: What waits. Whoever takes something out has ended its limit.
+        waiting: What waits. Taking something out ends its limit.
     """
 
     __slots__ = ("_clock", "_expire", "_sweep_at", "_timer", "waiting")
