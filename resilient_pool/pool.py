@@ -377,11 +377,12 @@ class ResilientPool(Queries):
         self._loop = _running_loop()
         _OPENED.add(self)
         self._state = _State.OPENING
-        opened = False
+        opened, self._circuit_breaker.is_opening = False, True
         try:
             await self._open_connections(self._config.init_size)
             opened = self._state is _State.OPENING  # or terminate() was called meanwhile
         finally:
+            self._circuit_breaker.is_opening = False
             if opened:
                 self._state = _State.OPEN
             else:

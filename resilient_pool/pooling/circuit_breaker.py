@@ -45,8 +45,9 @@ class CircuitBreaker:
 
     The prober makes one attempt at a time, and a second one beside it when that has not been answered for 5 s.
 
-    A server that has no room for one more connection, while others of this pool work, is not away: those serve everybody,
-    no more are opened than there are, and the prober finds out when there is room again.
+    A server that has no room for one more connection, or refuses it for good (a wrong password, say), while others of this
+    pool work, is not away: those serve everybody, no more are opened than there are, and the prober finds out when another
+    one is let in again. Without any connection such a refusal is final at once.
 
     Without any observer, too, the log says when the server is away and when it is back: one line each, at WARNING.
 
@@ -55,6 +56,9 @@ class CircuitBreaker:
         resources: Where callers wait; its connect limit says how many of them may open.
         maintenance: Opens connections.
         connector: Knows whether writes are expected to work.
+
+    Attributes:
+        is_opening: Whether the pool itself is being opened: its first connections serve no callers yet.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class CircuitBreaker:
         self._maintenance = maintenance
         self._connector = connector
         self._outage: _Outage | None = None
-        self._crowd: _Outage | None = None
+        self._capped: _Outage | None = None
         self._is_reported = False
         self._wake_window = _WakeWindow()
         self._prober: asyncio.Task[None] | None = None
@@ -81,6 +85,7 @@ class CircuitBreaker:
         self._not_before = context.clock.monotonic()
         self._last_opened: DriverConnection | None = None
         self._is_final = False
+        self.is_opening = False
         resources.on_connection_needed = self.maintain
         resources.set_connect_limit(0)
 
@@ -106,7 +111,9 @@ class CircuitBreaker:
     def ensure_prober(self) -> None:
         """Let the prober open what no caller may: while the server is not known to be up, or to keep `min_size`."""
         needed = (
-            not self._resources.connect_limit or self._resources.size < self._config.min_size or self._crowd is not None
+            not self._resources.connect_limit
+            or self._resources.size < self._config.min_size
+            or self._capped is not None
         )
         if needed and self._prober is None and not self._maintenance.closing:
             self._maintenance.forsaken = False
@@ -151,7 +158,7 @@ class CircuitBreaker:
         self.half_open()
         self._outage = None
         self._is_final = False
-        self._make_room()
+        self._uncap()
         self._not_before = self._clock.monotonic()
         if self._resources.is_connection_needed:
             self.ensure_prober()
@@ -162,10 +169,11 @@ class CircuitBreaker:
 
     def error_for_timeout(self, timeout: AcquireTimeoutError) -> Exception:
         """Choose what a caller sees whose time has run out: why there was no connection, if that is known."""
-        if self._crowd is not None and self._resources.has_resources:
-            return self._crowd.explain(
+        if self._capped is not None and self._resources.has_resources:
+            refuses = "refuses" if self._capped.is_final else "has no room for"
+            return self._capped.explain(
                 f"no connection became free in time: all {len(self._maintenance.connections())} that are open are in use, and the "
-                f"server has no room for another one, up to max_size={self._config.max_size}"
+                f"server {refuses} another one, up to max_size={self._config.max_size}"
             )
         if self._outage is not None and not self._resources.connect_limit:
             return self._outage.error_for_caller(self._clock.monotonic())
@@ -210,7 +218,7 @@ class CircuitBreaker:
                 if isinstance(error, TimeoutError):
                     raise self._unanswered_since(began) from error
                 raise
-            final = self._failed(error, is_news=self._resources.connect_limit > 0 and self._crowd is None)
+            final = self._failed(error, is_news=self._resources.connect_limit > 0 and self._capped is None)
             if final is not None:
                 raise final() from error.__cause__
             return False
@@ -235,7 +243,7 @@ class CircuitBreaker:
                 return  # giving a place up calls this again
             await self._wait_for_attempts()
             # Once admitted, those who wait open for themselves, as many as there may be.
-            serves_itself = self._resources.connect_limit and self._resources.waiting and self._crowd is None
+            serves_itself = self._resources.connect_limit and self._resources.waiting and self._capped is None
             wanted = (
                 self._resources.is_connection_needed
                 and not serves_itself
@@ -252,8 +260,9 @@ class CircuitBreaker:
     def _may_attempt_at_once(self) -> bool:
         """Whether nothing speaks for a distance: the last attempt was a success, or final and a new caller asks."""
         served = self._last_opened is not None and self._last_opened.has_served
-        if self._crowd is not None:
-            return False
+        if self._capped is not None:
+            # Without a connection that works the refusal is final, and those who wait are told at once.
+            return self._capped.is_final and self._resources.waiting > 0 and not self._maintenance.connections()
         return self._resources.connect_limit > 0 or served or (self._is_final and self._resources.waiting > 0)
 
     def _begin_attempt(self) -> bool:
@@ -314,9 +323,12 @@ class CircuitBreaker:
     def _succeeded(self) -> None:
         self._end_outage()
         self._is_final = False
-        if self._crowd is not None and len(self._maintenance.connections()) > self._resources.ceiling:
-            self._make_room()
-        if self._crowd is None:
+        capped = self._capped
+        if capped is not None and (capped.is_final or len(self._maintenance.connections()) > self._resources.ceiling):
+            self._uncap()
+            if capped.is_final:
+                _LOGGER.warning("the database server accepts new connections again")
+        if self._capped is None:
             self._delays = self._config.reconnect.delays()
         admitted = self._resources.connect_limit
         if admitted < self._config.max_size:
@@ -338,8 +350,8 @@ class CircuitBreaker:
             self._is_reported = False
             _LOGGER.warning("the database server is back: connections are opened again")
 
-    def _make_room(self) -> None:
-        self._crowd = None
+    def _uncap(self) -> None:
+        self._capped = None
         self._resources.restrict(None)
 
     def _refuse(self, error: Exception, final: Callable[[], Exception]) -> None:
@@ -350,6 +362,9 @@ class CircuitBreaker:
 
     def _report(self, error: Exception, what: str) -> None:
         self._is_reported = True
+        self._log(error, what)
+
+    def _log(self, error: Exception, what: str) -> None:
         reason = scrub(f"{type(error).__name__}: {error}", self._config.secrets())
         _LOGGER.warning("%s (%s)", what, reason)
 
@@ -364,23 +379,23 @@ class CircuitBreaker:
             `None` if the server is waited for: no caller may open any more then. Otherwise what makes the error of each
             caller for whom this was the last attempt.
         """
-        now = self._clock.monotonic()
+        now, works = self._clock.monotonic(), bool(self._maintenance.connections())
         why = self._connector.read_only if isinstance(error, asyncpg.ReadOnlySQLTransactionError) else None
         failure = Failure(
             error=error,
             phase=Phase.CONNECT,
             sent=False,
-            waking=self._wake_window.covers(now),
+            waking=self._wake_window.covers(now) and not works,
             writable=self._connector.expects_writes,
             read_only_asked=why is not None and why.asked,
             in_recovery=None if why is None else why.in_recovery,
         )
         verdict = self._context.classify(failure)
         self._context.counters.connect_failures += 1
-        if verdict.fault in _ABOUT_ONE_MORE_CONNECTION and self._maintenance.connections():
-            self._be_content(error, failure, verdict, now)
+        if works and self._is_about_one_more_connection(verdict.fault):
+            self._cap(error, failure, verdict, now)
             return None
-        self._make_room()
+        self._uncap()
         is_news = is_news or self._outage is None
         outage = self._outage or _Outage(now)
         outage.remember(error, verdict.fault, counts=is_news)
@@ -406,18 +421,27 @@ class CircuitBreaker:
             self._emit_retry(outage, failure, verdict, delay, now)
         return None
 
-    def _be_content(self, error: Exception, failure: Failure, verdict: Verdict, now: float) -> None:
-        """Serve everybody with the connections there are: the server has no room for another one."""
+    def _cap(self, error: Exception, failure: Failure, verdict: Verdict, now: float) -> None:
+        """Serve everybody with the connections there are: the server does not let in another one."""
         self._end_outage()
-        self._crowd = self._crowd or _Outage(now)
-        self._crowd.remember(error, verdict.fault, counts=True)
+        is_known = self._capped is not None and self._capped.is_final
+        self._capped = self._capped or _Outage(now)
+        self._capped.remember(error, verdict.fault, counts=True)
+        if self._capped.is_final and not is_known:
+            self._log(error, "the database server refuses another connection: callers share those that are open")
         delay = next(self._delays)
         self._not_before = max(self._not_before, now + delay)
-        self._last_opened, self._is_final = None, False
+        self._last_opened, self._is_final = None, self._capped.is_final
         # With those that are being opened beside this one: they may be let in.
         self._resources.restrict(len(self._maintenance.connections()) + max(self._resources.opening - 1, 0))
         self._resources.set_connect_limit(max(self._resources.connect_limit, 1))  # for those that replace one of them
-        self._emit_retry(self._crowd, failure, verdict, delay, now)
+        self._emit_retry(self._capped, failure, verdict, delay, now)
+
+    def _is_about_one_more_connection(self, fault: Fault) -> bool:
+        """Whether a failure to open one more says nothing of those that work."""
+        if fault is Fault.PERMANENT:
+            return not (self.is_opening or self._maintenance.closing)
+        return fault in _ABOUT_ONE_MORE_CONNECTION
 
     def _is_exhausted(self, outage: _Outage) -> bool:
         most = self._config.reconnect.max_attempts
@@ -475,6 +499,11 @@ class _Outage:
         # Before any caller raises it: what that caller was handling, and is told, is no other caller's business.
         self._twin = _ExceptionCopier(error)
         self._is_given = False
+
+    @property
+    def is_final(self) -> bool:
+        """Whether waiting does not cure how the last attempt failed."""
+        return self._fault is Fault.PERMANENT
 
     def error_for_caller(self, now: float) -> Exception:
         """Return an exception for one caller, with what was tried in its notes: the last error, or its twin."""

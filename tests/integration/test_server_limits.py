@@ -9,7 +9,7 @@ import time
 import asyncpg
 import pytest
 
-from resilient_pool import BackoffPolicy, ResilientPool
+from resilient_pool import AcquireTimeoutError, BackoffPolicy, ResilientPool
 from resilient_pool.events import CircuitOpened
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
@@ -105,6 +105,53 @@ async def test_room_is_used_when_there_is_some_again(postgres):
                 await admin.execute("ALTER ROLE growing CONNECTION LIMIT 3")
             assert await use(pool, 2.0) == []
             assert pool.get_size() == 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_wrong_password_fails_no_caller_while_one_connection_works(postgres, way):
+    """The role's password was changed: the open connection serves all callers, few logins are tried, and the log says it once."""
+    arguments, options = WAYS[way]
+    async with role(postgres, "rotated") as dsn:
+        with FaultProxy(postgres.host, postgres.port) as proxy:
+            async with ResilientPool(proxy.dsn(dsn), ssl=False, max_size=4, **arguments) as pool:
+                await pool.fetchval("SELECT 1")
+                async with postgres.admin() as admin:
+                    await admin.execute("ALTER ROLE rotated PASSWORD 'other'")
+                assert await use(pool, 1.5, **options) == []
+                assert (proxy.accepted, pool.get_size()) == (1 + pool.stats().connect_failures, 1)
+                assert 0 < pool.stats().connect_failures <= 3 + 1.5 / (0.05 * 0.75)
+                async with postgres.admin() as admin:
+                    await admin.execute("ALTER ROLE rotated PASSWORD 'pw'")
+                assert await use(pool, 2.0, **options) == []
+                assert pool.get_size() == 4
+
+
+async def test_a_caller_whom_the_open_connections_cannot_serve_in_time_sees_the_refusal(postgres):
+    """It is the cause of the error that says why there was no connection."""
+    async with role(postgres, "rotated") as dsn:
+        async with ResilientPool(dsn, max_size=4) as pool, pool.acquire() as lease:
+            await lease.fetchval("SELECT 1")
+            async with postgres.admin() as admin:
+                await admin.execute("ALTER ROLE rotated PASSWORD 'other'")
+            with pytest.raises(AcquireTimeoutError, match="the server refuses another one") as caught:
+                await pool.fetchval("SELECT 1", deadline=0.5)
+            assert isinstance(caught.value.__cause__, asyncpg.InvalidPasswordError)
+            assert await lease.fetchval("SELECT 1") == 1
+
+
+async def test_an_init_that_fails_for_good_while_the_pool_is_opened_is_raised_at_once(postgres):
+    """Also when another connection is open already."""
+    prepared = []
+
+    async def init(connection):
+        prepared.append(connection)
+        if len(prepared) > 1:
+            raise KeyError("a bug")
+
+    began = time.monotonic()
+    with pytest.raises(KeyError, match="a bug"):
+        await ResilientPool(postgres.dsn(), init=init, init_size=3, min_size=0)
+    assert time.monotonic() - began < 2.0
 
 
 async def test_an_idle_pool_does_not_hammer_on_a_server_that_refuses_its_password(postgres):

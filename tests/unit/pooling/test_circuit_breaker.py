@@ -751,6 +751,89 @@ async def test_a_deadline_that_ends_for_want_of_room_says_so():
     first.cancel()
 
 
+def wrong_password() -> Exception:
+    return asyncpg.InvalidPasswordError("password authentication failed")
+
+
+@pytest.mark.parametrize("fail_fast", [False, True])
+async def test_a_final_refusal_of_one_more_connection_fails_no_caller_while_one_works(caplog, fail_fast):
+    """The open connection serves all, one task asks again at the policy's pace, and the log has one line."""
+    bench = Bench(None, *(wrong_password() for _ in range(500)))
+    await bench.call()
+    calls = [bench.call(fail_fast=fail_fast, holds=0.5) for _ in range(20)]
+    await bench.clock.run(10.5)
+    assert [call.exception() for call in calls] == [None] * 20
+    assert (bench.told(CircuitOpened), bench.circuit_breaker.is_open) == ([], False)
+    assert bench.maintenance.most_at_once == 1
+    assert len(bench.maintenance.began) <= 14  # after 0.25, 0.5 and then every 1 s
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the database server refuses another connection")
+    assert "password authentication failed" in line
+
+
+async def test_after_a_final_refusal_an_idle_pool_asks_no_more():
+    """Not for `min_size` either: an account would be locked."""
+    bench = Bench(None, *(wrong_password() for _ in range(500)), min_size=3)
+    await bench.call()
+    await bench.clock.run(100.0)
+    assert len(bench.maintenance.began) == 2
+    assert (await bench.call(), bench.resources.idle) == (100.0, 1)
+
+
+async def test_when_another_connection_is_accepted_again_callers_open_as_many_as_they_need(caplog):
+    """The task that asks finds out, and the log says it."""
+    bench = Bench(None, *(wrong_password() for _ in range(4)))
+    await bench.call()
+    calls = [bench.call(holds=100.0) for _ in range(6)]
+    await bench.clock.run(20.0)
+    assert (bench.resources.size, bench.resources.waiting) == (6, 0)
+    assert [record.getMessage() for record in caplog.records][1:] == [
+        "the database server accepts new connections again"
+    ]
+    for call in calls:
+        call.cancel()
+
+
+async def test_a_deadline_that_ends_because_another_connection_is_refused_says_so():
+    """The refusal is the cause."""
+    bench = Bench(None, *(wrong_password() for _ in range(50)), max_size=3)
+    await bench.call()
+    first, second = bench.call(holds=100.0), bench.call(2.0)
+    await bench.clock.run(2.5)
+    with pytest.raises(AcquireTimeoutError, match="all 1 that are open are in use, and the server refuses another one"):
+        second.result()
+    assert isinstance(second.exception().__cause__, asyncpg.InvalidPasswordError)
+    first.cancel()
+
+
+async def test_a_final_refusal_is_final_at_once_when_the_last_connection_is_gone():
+    """Callers who waited for it fail with the refusal after one more attempt; so does each who comes."""
+    bench = Bench(None, *(wrong_password() for _ in range(50)))
+    await bench.call()
+    holder = await bench.acquirer.acquire(None)
+    waiting = [bench.call() for _ in range(3)]
+    await bench.clock.run(5.0)
+    assert not any(call.done() for call in waiting)
+    holder.resource.broken = True
+    bench.maintenance.discard(holder, None)
+    await bench.clock.run(1.0)
+    assert [type(call.exception()) for call in waiting] == [asyncpg.InvalidPasswordError] * 3
+    late = bench.call()
+    await bench.clock.run(0.0)
+    assert isinstance(late.exception(), asyncpg.InvalidPasswordError)
+
+
+async def test_while_the_pool_is_being_opened_a_final_refusal_is_final():
+    """Its first connections serve no callers before all are there."""
+    bench = Bench(None, wrong_password())
+    bench.circuit_breaker.is_opening = True
+    first = await bench.acquirer.acquire(None)
+    second = bench.call()
+    await bench.clock.run(0.0)
+    assert isinstance(second.exception(), asyncpg.InvalidPasswordError)
+    bench.maintenance.release(first)
+
+
 async def test_an_idle_pool_that_is_refused_for_good_asks_once(caplog):
     """`min_size` is no reason to lock an account: it is asked again when a caller wants something. The log says it."""
     wrong = asyncpg.InvalidPasswordError("password authentication failed")
