@@ -30,11 +30,11 @@ DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 .PHONY: help demo test pythons chaos check bench format readme clean
 
 help:
-	@echo "make demo   asyncpg.Pool and ResilientPool before a database that sleeps, and under the same mistreatment"
+	@echo "make demo   asyncpg.Pool and ResilientPool with databases that pause when idle, and under the same faults"
 	@echo "            (DEMO_ARGS='--resume-seconds 15' for the time a real one takes to wake)"
 	@echo "make test   all tests, on the installed wheel and on every supported asyncpg"
 	@echo "make pythons the unit and transaction tests on every Python from 3.11 on that this machine has"
-	@echo "make chaos  ledgers of reads and writes under mistreatment, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
+	@echo "make chaos  reads, writes and transactions under faults, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
 	@echo "make check  formatting, lint, types, import contracts"
 	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
 	@echo "make format / make readme / make clean"

@@ -1,1 +1,1 @@
-"""The demo: one application on two pools, side by side, while its database is mistreated."""
+"""The demo: one application on two pools, side by side, while faults are injected between it and its database."""

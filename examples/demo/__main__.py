@@ -1,4 +1,4 @@
-"""The command line of the demo: reads the arguments, tells the end, and sets the exit status."""
+"""The command line of the demo: reads the arguments, prints the verdict, and sets the exit status."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MOST_SECONDS = 24.0
 RESUME_SECONDS = 3.0
 LEAST_RESUME, MOST_RESUME = 0.5, 45.0
 """Seconds. A minute is what ResilientPool waits at most."""
-PROMISING = "ResilientPool"
-"""The pool that has to keep its promises."""
+POOL_UNDER_TEST = "ResilientPool"
+"""The pool that the exit status is about."""
 INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended."""
 
@@ -54,56 +54,56 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         given=given,
         prog="demo",
-        description="Run asyncpg.Pool and ResilientPool side by side: while their databases sleep and wake, and under mistreatment.",
+        description="Run asyncpg.Pool and ResilientPool side by side: while their databases pause and resume, and under injected faults.",
     )
     parser.add_argument(
         "--resume-seconds",
         type=float,
         default=RESUME_SECONDS,
-        help="how long a sleeping database takes to wake (default: %(default)g; a real one takes 15)",
+        help="how long a paused database takes to resume (default: %(default)g; a real one takes 15)",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--seconds",
         type=float,
         default=SECONDS,
-        help=f"seconds of mistreatment (default: %(default)g; at most {MOST_SECONDS:g})",
+        help=f"seconds of faults (default: %(default)g; at most {MOST_SECONDS:g})",
     )
     length.add_argument(
         "--quick", action="store_const", dest="seconds", const=QUICK_SECONDS, help=f"the same as {QUICK_SECONDS:g}"
     )
     options, extras = parser.parse_known_args(given)
     parser.refuse_unknown(extras)
-    for name, least, most in (
+    for name, lowest, highest in (
         ("seconds", QUICK_SECONDS, MOST_SECONDS),
         ("resume_seconds", LEAST_RESUME, MOST_RESUME),
     ):
         value = getattr(options, name)
-        if not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} must be between {least:g} and {most:g}, not {value:g}")
+        if not lowest <= value <= highest:
+            parser.error(f"--{name.replace('_', '-')} must be between {lowest:g} and {highest:g}, not {value:g}")
     return options
 
 
 async def _run(seconds: float, resume_seconds: float) -> int:
     from demo import display as table  # noqa: PLC0415  these need the extra `demo`
-    from demo.app_process import ActorFailedError  # noqa: PLC0415
-    from demo.results import failings  # noqa: PLC0415
-    from demo.scenario import Performance  # noqa: PLC0415
+    from demo.app_process import AppProcessError  # noqa: PLC0415
+    from demo.results import violations  # noqa: PLC0415
+    from demo.scenario import Scenario  # noqa: PLC0415
 
     _end_on_sigterm()
-    performance, console = Performance(), table.console()
+    scenario, console = Scenario(), table.console()
     try:
-        with table.display(console, performance.nights, performance.scores) as display:
-            await performance.play(display, seconds, resume_seconds)
-    except ActorFailedError as error:
+        with table.display(console, scenario.pause_results, scenario.scores) as display:
+            await scenario.run(display, seconds, resume_seconds)
+    except AppProcessError as error:
         sys.stderr.write(f"the demo failed: {error}\n")
         return 2
-    console.print(table.acts_table(performance.scores, current=None))
-    console.print(table.summary_table(performance.scores, performance.ledgers))
-    night, score = performance.nights[PROMISING], performance.scores[PROMISING]
-    complaints = night.failings(resume_seconds) + failings(score, performance.ledgers[PROMISING])
-    console.print(table.verdict(PROMISING, complaints, night.errors + score.errors))
-    return 1 if complaints else 0
+    console.print(table.steps_table(scenario.scores, current=None))
+    console.print(table.summary_table(scenario.scores, scenario.audits))
+    result, score = scenario.pause_results[POOL_UNDER_TEST], scenario.scores[POOL_UNDER_TEST]
+    violations = result.violations(resume_seconds) + violations(score, scenario.audits[POOL_UNDER_TEST])
+    console.print(table.verdict(POOL_UNDER_TEST, violations, result.errors + score.errors))
+    return 1 if violations else 0
 
 
 def _end_on_sigterm() -> None:

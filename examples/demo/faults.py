@@ -1,4 +1,4 @@
-"""The mistreatment: the only module of the demo that does harm, always to both applications at the same moment."""
+"""The faults: each is injected for both applications at the same moment."""
 
 from __future__ import annotations
 
@@ -7,151 +7,151 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from demo.app_process import Actor
+from demo.app_process import AppProcess
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 IDLE_SESSION_TIMEOUT = 1.0
 """Seconds after which the server drops an idle session."""
-FREEZE = 1.6
+FREEZE_SECONDS = 1.6
 """Seconds for which the applications are frozen: longer than the server keeps an idle session."""
-OUTAGE = 0.6
+OUTAGE_SECONDS = 0.6
 """Seconds between the server's end and its new start."""
-QUIET = 1.4
-"""Seconds without traffic after which a network that forgets has forgotten, and a careful pool asks before it trusts."""
+IDLE_SECONDS = 1.4
+"""Seconds without traffic: longer than the idle time after which the pool checks a connection before use."""
 PATIENCE = 5.0
-"""Seconds granted to operations under way when the applications fall quiet."""
+"""Seconds granted to operations in flight when the applications are to be idle."""
 DELAY = 0.002
-"""Seconds a byte travels, each way: with a server next door hardly any operation would be under way when a blow falls."""
-PAUSE = 0.7
-"""Seconds between two blows of the same kind, at least."""
+"""Seconds a byte travels, each way: with a server next door hardly any operation would be in flight when a fault is injected."""
+INTERVAL = 0.7
+"""Seconds between two faults of the same kind, at least."""
 
 TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'demo%'"
 
 
 @dataclass(slots=True, kw_only=True)
-class Stage:
-    """All that can be harmed.
+class Environment:
+    """Everything that faults are injected into.
 
     Attributes:
         server: The one server.
         proxies: The network between each application and the server.
-        actors: The applications.
-        frozen: The intervals, on the monotonic clock, in which the applications stood still.
+        apps: The applications.
+        frozen: The intervals, on the monotonic clock, in which the applications were frozen.
     """
 
     server: EmbeddedPostgres
     proxies: Sequence[FaultProxy]
-    actors: Sequence[Actor]
+    apps: Sequence[AppProcess]
     frozen: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Act:
-    """One kind of mistreatment.
+class FaultStep:
+    """One kind of fault.
 
     Attributes:
         name: A few words.
-        story: What happens, in a sentence.
-        least: Seconds it needs.
-        share: Its part of the seconds that are left over.
-        play: Does it, within the seconds it is given.
+        description: What happens, in a sentence.
+        min_seconds: Seconds it needs.
+        weight: Its part of the seconds that are left over.
+        run: Does it, within the seconds it is given.
     """
 
     name: str
-    story: str
-    least: float
-    share: float
-    play: Callable[[Stage, float], Awaitable[None]]
+    description: str
+    min_seconds: float
+    weight: float
+    run: Callable[[Environment, float], Awaitable[None]]
 
 
-async def _calm(_stage: Stage, seconds: float) -> None:
+async def _no_fault(_environment: Environment, seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
-async def _freeze(stage: Stage, seconds: float) -> None:
+async def _freeze(environment: Environment, seconds: float) -> None:
     began = time.monotonic()
-    for actor in stage.actors:
-        actor.freeze()
+    for app in environment.apps:
+        app.freeze()
     try:
-        await asyncio.sleep(FREEZE)
+        await asyncio.sleep(FREEZE_SECONDS)
     finally:
-        for actor in stage.actors:
-            actor.thaw()
-        stage.frozen.append((began, time.monotonic()))
-    await asyncio.sleep(seconds - FREEZE)
+        for app in environment.apps:
+            app.thaw()
+        environment.frozen.append((began, time.monotonic()))
+    await asyncio.sleep(seconds - FREEZE_SECONDS)
 
 
-async def _repeatedly(blow: Callable[[], Awaitable[object]], seconds: float) -> None:
-    times = max(1, int(seconds / PAUSE))
+async def _repeatedly(fault: Callable[[], Awaitable[object]], seconds: float) -> None:
+    times = max(1, int(seconds / INTERVAL))
     for _ in range(times):
-        await blow()
+        await fault()
         await asyncio.sleep(seconds / times)
 
 
-async def _terminate(stage: Stage, seconds: float) -> None:
-    async with stage.server.admin() as administrator:
+async def _terminate(environment: Environment, seconds: float) -> None:
+    async with environment.server.admin() as administrator:
         await _repeatedly(lambda: administrator.execute(TERMINATE), seconds)
 
 
-async def _close(stage: Stage, seconds: float) -> None:
-    await _repeatedly(lambda: _to_each(stage, FaultProxy.fin), seconds)
+async def _close_all(environment: Environment, seconds: float) -> None:
+    await _repeatedly(lambda: _to_each(environment, FaultProxy.fin), seconds)
 
 
-async def _reset(stage: Stage, seconds: float) -> None:
-    await _repeatedly(lambda: _to_each(stage, FaultProxy.rst), seconds)
+async def _reset_all(environment: Environment, seconds: float) -> None:
+    await _repeatedly(lambda: _to_each(environment, FaultProxy.rst), seconds)
 
 
-async def _to_each(stage: Stage, blow: Callable[[FaultProxy], None]) -> None:
-    for proxy in stage.proxies:
-        blow(proxy)
+async def _to_each(environment: Environment, fault: Callable[[FaultProxy], None]) -> None:
+    for proxy in environment.proxies:
+        fault(proxy)
 
 
-async def _restart(stage: Stage, seconds: float) -> None:
+async def _restart(environment: Environment, seconds: float) -> None:
     began = time.monotonic()
-    await stage.server.stop("fast")
-    await asyncio.sleep(OUTAGE)
-    await stage.server.start()
+    await environment.server.stop("fast")
+    await asyncio.sleep(OUTAGE_SECONDS)
+    await environment.server.start()
     await asyncio.sleep(max(0.0, seconds - (time.monotonic() - began)))
 
 
-async def _forget(stage: Stage, seconds: float) -> None:
-    # A network forgets flows that carry nothing, so the applications have nothing to do for a while.
+async def _forget(environment: Environment, seconds: float) -> None:
+    # NAT tables drop idle flows only, so the applications are idle for a while.
     began = time.monotonic()
-    await asyncio.gather(*(actor.pause(PATIENCE) for actor in stage.actors))
-    await _to_each(stage, FaultProxy.forget)
-    await asyncio.sleep(QUIET)
-    for actor in stage.actors:
-        actor.resume()
+    await asyncio.gather(*(app.pause(PATIENCE) for app in environment.apps))
+    await _to_each(environment, FaultProxy.forget)
+    await asyncio.sleep(IDLE_SECONDS)
+    for app in environment.apps:
+        app.resume()
     await asyncio.sleep(max(1.0, seconds - (time.monotonic() - began)))
 
 
-ACTS: tuple[Act, ...] = (
-    Act(name="nothing", story="the database is well", least=0.5, share=1, play=_calm),
-    Act(name="freeze", story="the process stands still until the server drops its idle sessions",
-        least=FREEZE + 0.4, share=1, play=_freeze),
-    Act(name="terminate", story="an administrator terminates every session", least=PAUSE, share=2, play=_terminate),
-    Act(name="close", story="the network closes every connection (FIN)", least=PAUSE, share=2, play=_close),
-    Act(name="reset", story="the network resets every connection (RST)", least=PAUSE, share=2, play=_reset),
-    Act(name="restart", story="the server is restarted", least=OUTAGE + 0.9, share=2, play=_restart),
-    Act(name="silence", story="the network forgets every idle connection and tells nobody",
-        least=QUIET + 1.0, share=3, play=_forget),
+FAULT_STEPS: tuple[FaultStep, ...] = (
+    FaultStep(name="nothing", description="the database is well", min_seconds=0.5, weight=1, run=_no_fault),
+    FaultStep(name="freeze", description="the process is frozen until the server drops its idle sessions",
+        min_seconds=FREEZE_SECONDS + 0.4, weight=1, run=_freeze),
+    FaultStep(name="terminate", description="an administrator terminates every session", min_seconds=INTERVAL, weight=2, run=_terminate),
+    FaultStep(name="close", description="the network closes every connection (FIN)", min_seconds=INTERVAL, weight=2, run=_close_all),
+    FaultStep(name="reset", description="the network resets every connection (RST)", min_seconds=INTERVAL, weight=2, run=_reset_all),
+    FaultStep(name="restart", description="the server is restarted", min_seconds=OUTAGE_SECONDS + 0.9, weight=2, run=_restart),
+    FaultStep(name="silence", description="the network drops every idle connection without FIN or RST",
+        min_seconds=IDLE_SECONDS + 1.0, weight=3, run=_forget),
 )  # fmt: skip
-"""What is done, in this order. Silence comes last, since a plain pool does not come back from it in time."""
+"""In this order. Silence is last, since a plain pool does not recover from it in time."""
 
 
-def least_seconds() -> float:
-    """Tell how many seconds all acts need."""
-    return sum(act.least for act in ACTS)
+def min_total_seconds() -> float:
+    """Return how many seconds all steps need."""
+    return sum(step.min_seconds for step in FAULT_STEPS)
 
 
-def schedule(seconds: float) -> list[tuple[Act, float]]:
-    """Give every act what it needs and its share of the rest of `seconds`.
+def schedule(seconds: float) -> list[tuple[FaultStep, float]]:
+    """Give every step its minimum and its share of the rest of `seconds`.
 
     Raises:
-        ValueError: The acts need more than that.
+        ValueError: The steps need more than that.
     """
-    spare = seconds - least_seconds()
+    spare = seconds - min_total_seconds()
     if spare < 0:
-        raise ValueError(f"{seconds:g} s are not enough: the mistreatment needs {least_seconds():g} s")
-    shares = sum(act.share for act in ACTS)
-    return [(act, act.least + spare * act.share / shares) for act in ACTS]
+        raise ValueError(f"{seconds:g} s are not enough: the faults need {min_total_seconds():g} s")
+    shares = sum(step.weight for step in FAULT_STEPS)
+    return [(step, step.min_seconds + spare * step.weight / shares) for step in FAULT_STEPS]

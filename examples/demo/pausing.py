@@ -1,4 +1,4 @@
-"""The main act: the only module of the demo that lets a database fall asleep, and that asks something of it then."""
+"""The main step: requests to a database that is paused, one database for each pool."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Protocol
 
 import asyncpg
 
-from demo.results import Night
+from demo.results import PauseResult
 from resilient_pool import ResilientPool, profiles
 from resilient_pool.config.arguments import PoolArguments
 from resilient_pool.testing import EmbeddedPostgres, PausingServer
 from resilient_pool.testing.pausing import Away
 
 REQUESTS = 100
-"""How many requests each pool is asked: evenly spread over the resume and a little more."""
-AFTERWARDS = 1.0
-"""For how many seconds requests go on coming when the database is up."""
+"""How many requests each pool gets: evenly spread over the resume and a little more."""
+TAIL_SECONDS = 1.0
+"""For how many seconds requests continue when the database is up."""
 PAUSE_AFTER = 1.5
-"""Seconds without a connection after which a database falls asleep: longer than a prober waits between two attempts."""
-IDLE = 2.0
+"""Seconds without a connection after which a database pauses: longer than a prober waits between two attempts."""
+IDLE_LIFETIME = 2.0
 """Seconds for which ResilientPool keeps an unused connection: 50 in the profile, shortened like everything here."""
-PATIENCE = 1.5
-"""Seconds beyond these two that a database is given to fall asleep again."""
+PAUSE_GRACE = 1.5
+"""Seconds beyond these two within which a database must have paused again."""
 AWAY: Sequence[Away] = ("57P03", "reset", "28000", "hang")
-"""How attempts are met while a database wakes: each draws one of these."""
+"""How attempts are answered while a database resumes: each draws one of these."""
 SEED = 4
 """What they draw from. It is the same for both."""
-GLANCE = 0.1
+SAMPLE_INTERVAL = 0.1
 """Seconds between two looks at a database."""
 
 
 class Pool(Protocol):
-    """What the requests ask of a pool."""
+    """The method of a pool that the requests call."""
 
     async def fetchval(self, query: str) -> object:
         """Return one value."""
@@ -57,7 +57,7 @@ async def plain(dsn: str) -> AsyncIterator[Pool]:
 @asynccontextmanager
 async def resilient(dsn: str) -> AsyncIterator[Pool]:
     """Ask through `ResilientPool` with the profile for such a database."""
-    shortened: PoolArguments = {"max_inactive_connection_lifetime": IDLE, "ssl": False}
+    shortened: PoolArguments = {"max_inactive_connection_lifetime": IDLE_LIFETIME, "ssl": False}
     async with ResilientPool(dsn, **(profiles.AURORA_SERVERLESS | shortened)) as pool:
         yield pool
 
@@ -68,90 +68,90 @@ POOLS: Mapping[str, Callable[[str], AbstractAsyncContextManager[Pool]]] = {
 }
 
 
-class Sleeper:
-    """A database that falls asleep, and one pool that has to do with it.
+class PauseProbe:
+    """Sends requests through one pool to a paused database, and records the result.
 
     Args:
         server: The database.
-        night: Where to write down what happens.
+        result: Where to write down what happens.
     """
 
-    def __init__(self, server: PausingServer, night: Night) -> None:
+    def __init__(self, server: PausingServer, result: PauseResult) -> None:
         self._server = server
-        self._night = night
+        self._result = result
 
-    async def live_through(self, pool: Pool, seconds: float) -> None:
-        """Let it fall asleep under its pool, ask for `seconds`, and see whether it falls asleep again."""
+    async def run(self, pool: Pool, seconds: float) -> None:
+        """Pause the database, send requests for `seconds`, and see whether it pauses again."""
         await pool.fetchval("SELECT 1")
         await asyncio.to_thread(self._server.pause)
-        looking = asyncio.create_task(self._keep_looking())
+        sampling = asyncio.create_task(self._keep_sampling())
         try:
-            await self._ask_again_and_again(pool, seconds)
-            await self._fall_asleep()
+            await self._send_requests(pool, seconds)
+            await self._wait_for_pause()
         finally:
-            looking.cancel()
-            self._look()
+            sampling.cancel()
+            self._sample()
 
-    async def _ask_again_and_again(self, pool: Pool, seconds: float) -> None:
+    async def _send_requests(self, pool: Pool, seconds: float) -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(REQUESTS):
-                group.create_task(self._ask(pool))
+                group.create_task(self._request(pool))
                 await asyncio.sleep(seconds / REQUESTS)
 
-    async def _ask(self, pool: Pool) -> None:
+    async def _request(self, pool: Pool) -> None:
         began = time.monotonic()
         error: Exception | None = None
-        self._night.asked += 1
+        self._result.asked += 1
         try:
             await pool.fetchval("SELECT 1")
-        except Exception as failure:  # noqa: BLE001  whatever the pool lets through is what the demo counts
+        except Exception as failure:  # noqa: BLE001  every error that the pool lets through is counted
             error = failure
-        self._night.add(time.monotonic() - began, error)
+        self._result.add(time.monotonic() - began, error)
 
-    async def _fall_asleep(self) -> None:
+    async def _wait_for_pause(self) -> None:
         began = time.monotonic()
         try:
-            await self._server.until("paused", IDLE + PAUSE_AFTER + PATIENCE)
+            await self._server.until("paused", IDLE_LIFETIME + PAUSE_AFTER + PAUSE_GRACE)
         except TimeoutError:
-            self._night.awake_for = time.monotonic() - began
+            self._result.not_paused_in = time.monotonic() - began
         else:
-            self._night.asleep_after = time.monotonic() - began
+            self._result.paused_after = time.monotonic() - began
 
-    async def _keep_looking(self) -> None:
+    async def _keep_sampling(self) -> None:
         while True:
-            self._look()
-            await asyncio.sleep(GLANCE)
+            self._sample()
+            await asyncio.sleep(SAMPLE_INTERVAL)
 
-    def _look(self) -> None:
-        self._night.attempts = sum(attempt.phase != "awake" for attempt in self._server.attempts)
-        self._night.connections = self._server.open_connections
-        self._night.database = self._server.phase
+    def _sample(self) -> None:
+        self._result.attempts = sum(attempt.phase != "awake" for attempt in self._server.attempts)
+        self._result.connections = self._server.open_connections
+        self._result.database = self._server.phase
 
 
-def story(resume_seconds: float) -> str:
-    """Tell in a sentence what happens."""
+def describe(resume_seconds: float) -> str:
+    """Describe in a sentence what happens."""
     return (
-        f"both databases sleep, and take {resume_seconds:g} s to wake: "
-        f"{REQUESTS} requests in {resume_seconds + AFTERWARDS:g} s, then no more"
+        f"both databases are paused, and take {resume_seconds:g} s to resume: "
+        f"{REQUESTS} requests in {resume_seconds + TAIL_SECONDS:g} s, then no more"
     )
 
 
-async def play(server: EmbeddedPostgres, nights: Mapping[str, Night], resume_seconds: float) -> None:
-    """Let each pool have a sleeping database of its own, both at the same time.
+async def run(server: EmbeddedPostgres, pause_results: Mapping[str, PauseResult], resume_seconds: float) -> None:
+    """Run the requests of all pools at the same time, each with a paused database of its own.
 
     Args:
-        server: The real server behind them.
-        nights: Where to write down what happens, by the pool's name.
-        resume_seconds: How long a database takes to wake.
+        server: The real server postgres them.
+        pause_results: Where to write down what happens, by the pool's name.
+        resume_seconds: How long a database takes to resume.
     """
     async with asyncio.TaskGroup() as group:
-        for pool, night in nights.items():
-            group.create_task(_spend(night, pool, server, resume_seconds))
+        for pool, result in pause_results.items():
+            group.create_task(_run_one(result, pool, server, resume_seconds))
 
 
-async def _spend(night: Night, pool: str, behind: EmbeddedPostgres, resume_seconds: float) -> None:
+async def _run_one(result: PauseResult, pool: str, postgres: EmbeddedPostgres, resume_seconds: float) -> None:
     with PausingServer(
-        behind.host, behind.port, pause_after=PAUSE_AFTER, resume_seconds=resume_seconds, away=AWAY, seed=SEED
+        postgres.host, postgres.port, pause_after=PAUSE_AFTER, resume_seconds=resume_seconds, away=AWAY, seed=SEED
     ) as server:
-        async with POOLS[pool](server.dsn(behind.dsn())) as opened:
-            await Sleeper(server, night).live_through(opened, resume_seconds + AFTERWARDS)
+        async with POOLS[pool](server.dsn(postgres.dsn())) as opened:
+            await PauseProbe(server, result).run(opened, resume_seconds + TAIL_SECONDS)

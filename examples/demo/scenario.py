@@ -1,4 +1,4 @@
-"""Puts the demo on: sets the stage, plays the acts, counts the rows, and leaves nothing behind."""
+"""One run of the demo: sets up the environment, runs the steps, counts the rows, and cleans up."""
 
 from __future__ import annotations
 
@@ -9,84 +9,88 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
-from demo import pausing as sleep
-from demo.app_process import Actor
+from demo import pausing
+from demo.app_process import AppProcess
+from demo.application import POOLS
 from demo.display import Display
-from demo.faults import DELAY, IDLE_SESSION_TIMEOUT, Act, Stage, schedule
-from demo.results import Answer, Ledger, Night, Score
-from demo.workload import INDEX, POOLS, TABLE, WRITE_ONCE
+from demo.faults import DELAY, IDLE_SESSION_TIMEOUT, Environment, FaultStep, schedule
+from demo.ledger import Audit, audit
+from demo.results import Answer, PauseResult, Score
+from demo.workload import SCHEMA, count_rows
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 ROLE = "demo"
 
 
 @dataclass(slots=True)
-class Performance:
+class Scenario:
     """One run of the demo.
 
     Attributes:
-        nights: What became of the requests that found the databases asleep, by the pool's name.
+        pause_results: Results of the requests to the paused databases, by the pool's name.
         scores: What each pool's application has reported so far, likewise.
-        ledgers: What the database held at the end, likewise.
+        audits: The writes compared with the rows at the end, likewise.
     """
 
-    nights: Mapping[str, Night] = field(default_factory=lambda: {pool: Night() for pool in sleep.POOLS})
+    pause_results: Mapping[str, PauseResult] = field(
+        default_factory=lambda: {pool: PauseResult() for pool in pausing.POOLS}
+    )
     scores: Mapping[str, Score] = field(default_factory=lambda: {pool: Score() for pool in POOLS})
-    ledgers: dict[str, Ledger] = field(default_factory=dict)
-    _act: str = ""
+    audits: dict[str, Audit] = field(default_factory=dict)
+    _step: str = ""
     _frozen: list[tuple[float, float]] = field(default_factory=list)
 
-    async def play(self, display: Display, seconds: float, resume_seconds: float) -> None:
-        """Play the night and every act, and count the rows.
+    async def run(self, display: Display, seconds: float, resume_seconds: float) -> None:
+        """Run the pause and every step, and count the rows.
 
         Args:
-            display: Where to tell what is going on.
-            seconds: How long the mistreatment takes in all.
-            resume_seconds: How long a sleeping database takes to wake.
+            display: Where to show progress.
+            seconds: How long all faults take together.
+            resume_seconds: How long a paused database takes to resume.
 
         Raises:
-            ActorFailedError: An application came down by itself.
+            AppProcessError: An application process failed by itself.
         """
-        display.preparing("starting a PostgreSQL server")
-        async with self._stage() as stage:
-            display.falls_asleep(sleep.story(resume_seconds))
-            await sleep.play(stage.server, self.nights, resume_seconds)
-            display.night_is_over()
-            display.preparing("starting the applications")
-            await asyncio.gather(*(actor.start() for actor in stage.actors))
-            for act, duration in schedule(seconds):
-                await self._play(act, duration, stage, display)
-            display.preparing("waiting for the last answers and counting the rows")
-            await asyncio.gather(*(actor.finish() for actor in stage.actors))
+        display.show_status("starting a PostgreSQL server")
+        async with self._environment() as environment:
+            display.pause_started(pausing.describe(resume_seconds))
+            await pausing.run(environment.server, self.pause_results, resume_seconds)
+            display.pause_finished()
+            display.show_status("starting the applications")
+            await asyncio.gather(*(app.start() for app in environment.apps))
+            for step, duration in schedule(seconds):
+                await self._run_step(step, duration, environment, display)
+            display.show_status("waiting for the last answers and counting the rows")
+            await asyncio.gather(*(app.finish() for app in environment.apps))
             for pool, score in self.scores.items():
-                self.ledgers[pool] = score.compare(await _rows(stage.server, _database(pool)))
+                self.audits[pool] = audit(score.writes, await _rows(environment.server, _database(pool)))
 
-    async def _play(self, act: Act, duration: float, stage: Stage, display: Display) -> None:
-        self._act = act.name
-        display.begins(act)
-        await act.play(stage, duration)
-        display.ends(act)
+    async def _run_step(self, step: FaultStep, duration: float, environment: Environment, display: Display) -> None:
+        self._step = step.name
+        display.step_started(step)
+        await step.run(environment, duration)
+        display.step_finished(step)
 
     @asynccontextmanager
-    async def _stage(self) -> AsyncIterator[Stage]:
+    async def _environment(self) -> AsyncIterator[Environment]:
         password = secrets.token_urlsafe(12)
         async with AsyncExitStack() as stack:
             server = await stack.enter_async_context(EmbeddedPostgres())
             await server.create_role(ROLE, password)
-            proxies, actors = [], []
+            proxies, apps = [], []
             for pool in self.scores:
                 await _create_database(server, _database(pool))
                 proxy = await stack.enter_async_context(FaultProxy(server.host, server.port))
                 proxy.delay(DELAY)
                 dsn = proxy.dsn(server.dsn(_database(pool), ROLE, password))
-                actor = Actor(pool, dsn, functools.partial(self._hear, pool))
-                stack.push_async_callback(actor.stop)
+                app = AppProcess(pool, dsn, functools.partial(self._on_answer, pool))
+                stack.push_async_callback(app.stop)
                 proxies.append(proxy)
-                actors.append(actor)
-            yield Stage(server=server, proxies=proxies, actors=actors, frozen=self._frozen)
+                apps.append(app)
+            yield Environment(server=server, proxies=proxies, apps=apps, frozen=self._frozen)
 
-    def _hear(self, pool: str, answer: Answer) -> None:
-        self.scores[pool].add(answer, act=self._act, frozen=self._frozen)
+    def _on_answer(self, pool: str, answer: Answer) -> None:
+        self.scores[pool].add(answer, step=self._step, frozen=self._frozen)
 
 
 def _database(pool: str) -> str:
@@ -99,13 +103,11 @@ async def _create_database(server: EmbeddedPostgres, name: str) -> None:
     async with server.admin(name) as connection:
         await connection.execute(f"ALTER DATABASE {name} SET idle_session_timeout = {milliseconds}")
         await connection.execute(f"SET ROLE {ROLE}")
-        for definition in (TABLE, INDEX, WRITE_ONCE):
-            await connection.execute(definition)
+        await connection.execute(SCHEMA)
 
 
 async def _rows(server: EmbeddedPostgres, database: str) -> Mapping[int, int]:
-    # Whatever a lost connection left running on the server must have had its end before the rows are counted.
+    # A statement of a lost connection may still run on the server; it must end before the rows are counted.
     await server.terminate_backends(f"datname = '{database}'")
     async with server.admin(database) as connection:
-        found = await connection.fetch("SELECT id, count(*) AS times FROM entry GROUP BY id")
-    return {row["id"]: row["times"] for row in found}
+        return await count_rows(connection)

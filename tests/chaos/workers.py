@@ -1,4 +1,4 @@
-"""Those who use the pool, and write down what they were told."""
+"""The workers: they call the pool in a loop and log every outcome. The basic operations are those of the demo."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from contextvars import ContextVar
 from itertools import cycle
 
 import asyncpg
-from book import Book, Entry, Promise, Told
+from call_log import CallLog, Promise, TracedWrite
 
+from demo.ledger import Outcome
+from demo.workload import READ, resilient_operations
 from resilient_pool import OutcomeUnknownError, ResilientConnection, ResilientPool
 
 LIMIT = 20.0
@@ -21,44 +23,29 @@ THINK = 0.008
 """Seconds a worker waits between two calls, at most."""
 ROUNDS = 3
 """How often each worker makes each of its calls, at least."""
-PAGE = 200
+PAGE_ROWS = 200
 
-SCHEMA = """
-    CREATE TABLE ledger (id bigint NOT NULL, note text NOT NULL);  -- no constraint: a row written twice must be there twice
-    CREATE INDEX ON ledger (id);
-    CREATE FUNCTION enter_once(entry bigint) RETURNS void LANGUAGE plpgsql AS $$ BEGIN
-        PERFORM pg_advisory_xact_lock(entry);
-        INSERT INTO ledger SELECT entry, 'function' WHERE NOT EXISTS (SELECT FROM ledger WHERE id = entry);
-    END $$;
-"""
-INSERT = "INSERT INTO ledger VALUES ($1, 'plain')"
-INSERT_WITH_OTHERS = "INSERT INTO ledger VALUES ($1, 'with others')"
-INSERT_RETURNING = "INSERT INTO ledger VALUES ($1, 'returning') RETURNING id"
-# While a repetition runs, the server may still be at work on the first run, whose client is gone: NOT EXISTS would see
-# nothing and both would insert. So each waits for the other. The lock must be taken by a statement of its own: one that
-# waited for it in a CTE would go on with a snapshot from before. In one text without arguments both statements are one
-# transaction; so they are inside a volatile function.
-ENTER_ONCE = """
+INSERT_WITH_OTHERS = "INSERT INTO entry VALUES ($1, 'with others')"
+INSERT_RETURNING = "INSERT INTO entry VALUES ($1, 'returning') RETURNING id"
+# The same as the function `write_once`, as one text without arguments: a simple query, whose statements are one
+# transaction. The lock is taken by a statement of its own, so that the INSERT has a snapshot from after the wait.
+WRITE_ONCE_TEXT = """
     SELECT pg_advisory_xact_lock({id});
-    INSERT INTO ledger SELECT {id}, 'text' WHERE NOT EXISTS (SELECT FROM ledger WHERE id = {id})
+    INSERT INTO entry SELECT {id}, 'text' WHERE NOT EXISTS (SELECT FROM entry WHERE id = {id})
 """
-FUNCTION = "SELECT enter_once($1)"
-COUNT = "SELECT count(*) FROM ledger WHERE id = $1"
-NEWEST = f"SELECT id, note FROM ledger ORDER BY id DESC LIMIT {PAGE}"
 
-
-_WRITING: ContextVar[Entry] = ContextVar("writing")
+_WRITING: ContextVar[TracedWrite] = ContextVar("writing")
 
 
 class _Always(set[object]):
-    """Lets the driver time every query, whether or not anything is told of it."""
+    """Makes the driver time every query, with or without query loggers."""
 
     def __bool__(self) -> bool:
         return True
 
 
 class CommitClock(asyncpg.Connection):
-    """A connection that notes in the book when a COMMIT is sent, and that its answer came."""
+    """A connection that logs when a COMMIT is sent, and whether its answer came."""
 
     __slots__ = ()
 
@@ -68,66 +55,67 @@ class CommitClock(asyncpg.Connection):
 
     @contextlib.contextmanager
     def _time_and_log(self, query: str, args: object, timeout: object) -> Iterator[None]:
-        # The pool sends its own statements past an application's `execute`, but not past this.
-        entry = _WRITING.get(None) if query == "COMMIT" else None
-        if entry is not None:
-            entry.commit_sent = time.monotonic()
+        # The pool's own statements bypass an application's `execute`, but not this.
+        write = _WRITING.get(None) if query == "COMMIT" else None
+        if write is not None:
+            write.commit_sent = time.monotonic()
         try:
             yield
         finally:
-            if entry is not None and not self.is_closed():
-                entry.commit_sent = None
+            if write is not None and not self.is_closed():
+                write.commit_sent = None
 
 
 class Worker:
-    """Reads and writes, and writes down what it was told."""
+    """Reads and writes in a loop, and logs every outcome."""
 
-    def __init__(self, pool: ResilientPool, book: Book, number: int, seed: int) -> None:
+    def __init__(self, pool: ResilientPool, call_log: CallLog, number: int, seed: int) -> None:
         self._pool = pool
-        self._book = book
-        self._chance = random.Random(f"{seed}/{number}")
+        self._operations = resilient_operations(pool)
+        self._log = call_log
+        self._random = random.Random(f"{seed}/{number}")
         self._ids = iter(range(number * 1_000_000_000 + 1, (number + 1) * 1_000_000_000))
         self._acknowledged: list[int] = []
-        self._asked: tuple[str, float] | None = None
+        self._current: tuple[str, float] | None = None
 
     async def run(self, over: asyncio.Event) -> None:
-        """Call the pool until it is over, and on a slow machine until each call was made `ROUNDS` times."""
+        """Call the pool until `over` is set, and on a slow machine until each call was made `ROUNDS` times."""
         calls = [
-            self._insert, self._count, self._loop, self._enter, self._newest, self._exactly_once,
-            self._count_by_row, self._callback, self._enter_by_function, self._count_in_transaction,
+            self._insert, self._read_count, self._transaction_loop, self._write_by_text, self._page, self._exactly_once,
+            self._read_count_by_row, self._transaction_callback, self._write_by_function, self._read_count_in_transaction,
         ]  # fmt: skip
-        start = self._chance.randrange(len(calls))
+        start = self._random.randrange(len(calls))
         for number, call in enumerate(cycle(calls[start:] + calls[:start])):
             if over.is_set() and number >= ROUNDS * len(calls):
                 return
-            await asyncio.sleep(self._chance.random() * THINK)
-            await self._timed(call)
+            await asyncio.sleep(self._random.random() * THINK)
+            await self._time(call)
 
     def describe(self) -> str:
-        """Tell what it is waiting for."""
-        name, began = self._asked or ("nothing", time.monotonic())
+        """Describe the call it is waiting for."""
+        name, began = self._current or ("nothing", time.monotonic())
         return f"{name} for {time.monotonic() - began:.1f} s"
 
-    async def _timed(self, call: Callable[[], Awaitable[None]]) -> None:
+    async def _time(self, call: Callable[[], Awaitable[None]]) -> None:
         began = time.monotonic()
-        self._asked = call.__name__, began
+        self._current = call.__name__, began
         await call()
-        self._asked = None
+        self._current = None
         taken = time.monotonic() - began
-        self._book.slowest = max(self._book.slowest, taken)
+        self._log.slowest = max(self._log.slowest, taken)
         if taken > LIMIT:
-            self._book.hung.append(f"{call.__name__} took {taken:.1f} s")
+            self._log.hung.append(f"{call.__name__} took {taken:.1f} s")
 
     async def _insert(self) -> None:
-        await self._write(lambda number: self._pool.execute(INSERT, number), Promise.PLAIN)
+        await self._write(self._operations.insert, Promise.PLAIN)
 
-    async def _enter(self) -> None:
+    async def _write_by_text(self) -> None:
         await self._write(
-            lambda number: self._pool.execute(ENTER_ONCE.format(id=number), idempotent=True), Promise.REPEATABLE
+            lambda number: self._pool.execute(WRITE_ONCE_TEXT.format(id=number), idempotent=True), Promise.REPEATABLE
         )
 
-    async def _enter_by_function(self) -> None:
-        await self._write(lambda number: self._pool.fetchval(FUNCTION, number, idempotent=True), Promise.REPEATABLE)
+    async def _write_by_function(self) -> None:
+        await self._write(self._operations.write, Promise.REPEATABLE)
 
     async def _exactly_once(self) -> None:
         async def write(number: int) -> None:
@@ -135,7 +123,7 @@ class Worker:
 
         await self._write(write, Promise.RESOLVED)
 
-    async def _loop(self) -> None:
+    async def _transaction_loop(self) -> None:
         async def write(number: int) -> None:
             async for attempt in self._pool.transaction():
                 async with attempt as connection:
@@ -144,7 +132,7 @@ class Worker:
 
         await self._write(write, Promise.RESOLVED, mirrored=True)
 
-    async def _callback(self) -> None:
+    async def _transaction_callback(self) -> None:
         async def insert(connection: ResilientConnection, number: int) -> object:
             await connection.fetchval(INSERT_RETURNING, -number)
             return await connection.fetchval(INSERT_RETURNING, number)
@@ -156,68 +144,68 @@ class Worker:
 
     def _compare(self, number: int, answer: object) -> None:
         if answer != number:
-            self._book.wrong.append(f"the id of {number}: {answer!r}")
+            self._log.wrong.append(f"the id of {number}: {answer!r}")
 
     async def _write(
-        self, write: Callable[[int], Awaitable[object]], promise: Promise, *, mirrored: bool = False
+        self, call: Callable[[int], Awaitable[object]], promise: Promise, *, mirrored: bool = False
     ) -> None:
         number = next(self._ids)
-        entry = self._book.entries[number] = Entry(promise=promise, mirrored=mirrored)
-        token = _WRITING.set(entry)
+        write = self._log.writes[number] = TracedWrite(promise=promise, mirrored=mirrored)
+        token = _WRITING.set(write)
         try:
-            await write(number)
+            await call(number)
         except OutcomeUnknownError as error:
-            entry.told, entry.error, entry.xid = Told.UNKNOWN, _words(error, number), error.xid
+            write.outcome, write.error, write.xid = Outcome.UNKNOWN, _describe(error, number), error.xid
         except Exception as error:
-            entry.told, entry.error = Told.FAILED, _words(error, number)
+            write.outcome, write.error = Outcome.FAILED, _describe(error, number)
         else:
-            entry.told = Told.DONE
+            write.outcome = Outcome.DONE
             self._acknowledged.append(number)
         finally:
-            entry.told_at = time.monotonic()
+            write.ended = time.monotonic()
             _WRITING.reset(token)
 
-    async def _count(self) -> None:
-        await self._look_up(lambda number: self._pool.fetchval(COUNT, number))
+    async def _read_count(self) -> None:
+        await self._check_count(self._operations.read)
 
-    async def _count_by_row(self) -> None:
+    async def _read_count_by_row(self) -> None:
         async def count(number: int) -> object:
-            row = await self._pool.fetchrow(COUNT, number)
+            row = await self._pool.fetchrow(READ, number)
             return row["count"]
 
-        await self._look_up(count)
+        await self._check_count(count)
 
-    async def _count_in_transaction(self) -> None:
+    async def _read_count_in_transaction(self) -> None:
         async def count(connection: ResilientConnection, number: int) -> object:
-            return await connection.fetchval(COUNT, number)
+            return await connection.fetchval(READ, number)
 
-        await self._look_up(lambda number: self._pool.run_in_transaction(count, number, readonly=True))
+        await self._check_count(lambda number: self._pool.run_in_transaction(count, number, readonly=True))
 
-    async def _look_up(self, count: Callable[[int], Awaitable[object]]) -> None:
+    async def _check_count(self, count: Callable[[int], Awaitable[object]]) -> None:
         if self._acknowledged:
-            number = self._chance.choice(self._acknowledged[-20:])
+            number = self._random.choice(self._acknowledged[-20:])
             await self._read(lambda: count(number), lambda times: times == 1, f"the count of {number}")
 
-    async def _newest(self) -> None:
+    async def _page(self) -> None:
         def complete(rows) -> bool:
             ids = [row["id"] for row in rows]
             return ids == sorted(ids, reverse=True) and len(ids) >= least
 
-        least = min(PAGE, len(self._acknowledged))
-        await self._read(lambda: self._pool.fetch(NEWEST), complete, "the newest rows")
+        least = min(PAGE_ROWS, len(self._acknowledged))
+        await self._read(lambda: self._operations.page(PAGE_ROWS), complete, "the newest rows")
 
     async def _read(self, read: Callable[[], Awaitable[object]], is_right: Callable[..., bool], what: str) -> None:
         try:
             answer = await read()
         except Exception as error:
-            self._book.read_errors.append(_words(error, what))
+            self._log.read_errors.append(_describe(error, what))
             return
-        self._book.reads += 1
+        self._log.reads += 1
         if not is_right(answer):
-            self._book.wrong.append(f"{what}: {answer!r}"[:500])
+            self._log.wrong.append(f"{what}: {answer!r}"[:500])
 
 
-def _words(error: Exception, what: object) -> str:
+def _describe(error: Exception, what: object) -> str:
     notes = "; ".join(getattr(error, "__notes__", []))
     cause = "" if error.__cause__ is None else f" from {error.__cause__!r}"
     return f"{what}: {error!r}{cause} {notes}".rstrip()

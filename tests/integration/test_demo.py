@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import resilient_pool
-from demo.workload import INDEX, TABLE, WRITE, WRITE_ONCE
+from demo.workload import SCHEMA, WRITE
 from resilient_pool.testing import EmbeddedPostgres
 
 WHERE = Path(resilient_pool.__path__[0]).parent
@@ -78,7 +78,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 
 async def test_a_quick_demo_ends_well_and_says_so_in_its_summary(tmp_path: Path):
-    """Before a sleeping database and under every mistreatment only asyncpg.Pool lets failures through."""
+    """With a paused database and under every fault only asyncpg.Pool lets failures through."""
     demo = await start(tmp_path, "--quick")
     output = (await asyncio.wait_for(demo.communicate(), LIMIT))[0].decode()
 
@@ -88,11 +88,11 @@ async def test_a_quick_demo_ends_well_and_says_so_in_its_summary(tmp_path: Path)
     plain, resilient = figures(output, "failed")
     assert plain > 0
     assert resilient == 0
-    plain, resilient = figures(output, "attempts to connect while it woke")
+    plain, resilient = figures(output, "attempts to connect while it resumed")
     assert plain > resilient
     assert figures(output, "connections open now") == (10, 0)
     assert re.search(r"the database is now +awake +paused *$", output, re.MULTILINE)
-    assert re.search(r"asleep again after the last answer +not in [\d.]+ s +after [\d.]+ s *$", output, re.MULTILINE)
+    assert re.search(r"paused again after the last answer +not in [\d.]+ s +after [\d.]+ s *$", output, re.MULTILINE)
     plain, resilient = figures(output, "operations")
     assert plain > 100
     assert resilient > 100
@@ -153,8 +153,7 @@ async def test_a_wrong_time_is_refused_before_anything_starts(tmp_path: Path, op
 async def test_the_demos_repeatable_write_is_applied_once_even_when_two_of_it_overlap():
     """A retry may overtake the attempt that a broken connection left running on the server."""
     async with EmbeddedPostgres() as server, server.admin() as first, server.admin() as second:
-        for definition in (TABLE, INDEX, WRITE_ONCE):
-            await first.execute(definition)
+        await first.execute(SCHEMA)
         transaction = first.transaction()
         await transaction.start()
         await first.execute(WRITE, 1, "first")

@@ -1,4 +1,4 @@
-"""One run of the ledger: workers, a mistreated server and a mistreated network, and the report of what came of it."""
+"""One chaos run: workers, faults of server and network, and the report of the result."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from functools import partial
 
-from book import Audit, Book, Crash, Promise, Told, audit
-from saboteur import OTHERS, Restart, Saboteur, schedule
-from workers import LIMIT, SCHEMA, CommitClock, Worker
+from call_log import CallLog, Crash, Promise
+from fault_injector import OTHERS, FaultInjector, Restart, schedule
+from workers import LIMIT, CommitClock, Worker
 
+from demo.ledger import Audit, Outcome, audit
+from demo.workload import SCHEMA, count_rows
 from resilient_pool import Event, ResilientPool
 from resilient_pool.events import OutcomeResolved
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
@@ -25,16 +27,16 @@ SESSIONS = f"SELECT count(*) {OTHERS}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """A run that is over.
+    """The result of a run.
 
     Attributes:
         seed: What the schedule and the workers' choices were drawn from.
         restart: How the server was restarted.
         commit_log: Whether there was a commit log.
         seconds: How long it lasted.
-        book: What callers were told.
-        audit: What became of their writes.
-        blows: How often each kind of blow fell.
+        call_log: All calls of the workers.
+        audit: Their writes compared with the rows.
+        faults: How often each kind of fault was injected.
         crashes: When the server crashed.
         fired: How many armed faults met a request.
         retries: How many attempts the pool repeated.
@@ -47,9 +49,9 @@ class Report:
     restart: Restart
     commit_log: bool
     seconds: float
-    book: Book
+    call_log: CallLog
     audit: Audit
-    blows: Counter[str]
+    faults: Counter[str]
     crashes: list[Crash]
     fired: int
     retries: int
@@ -58,52 +60,51 @@ class Report:
     sockets_left: int
 
     def __str__(self) -> str:
-        book, audit = self.book, self.audit
-        told = Counter(entry.told for entry in book.entries.values())
+        call_log, audit = self.call_log, self.audit
+        times = Counter(write.outcome for write in call_log.writes.values())
         writes = (
-            f"acknowledged {told[Told.DONE]}, unknown {told[Told.UNKNOWN]} (present {audit.unknown_present}, "
-            f"absent {audit.unknown_absent}), failed {told[Told.FAILED]}, never answered {told[Told.NOTHING]}"
+            f"acknowledged {times[Outcome.DONE]}, unknown {times[Outcome.UNKNOWN]} (present {len(audit.unknown_present)}, "
+            f"absent {len(audit.unknown_absent)}), failed {times[Outcome.FAILED]}, never answered {times[Outcome.UNANSWERED]}"
         )
         how = f"{'a crash' if self.restart == 'immediate' else 'a clean restart'}, {'a' if self.commit_log else 'no'} commit log"
         return "\n".join([
             "",
-            f"ledger: seed {self.seed}, {how}, {self.seconds:.1f} s, {WORKERS} workers on {CONNECTIONS} connections",
-            f"  blows                      {sum(self.blows.values())}: "
-            + ", ".join(f"{name} {times}" for name, times in sorted(self.blows.items())),
+            f"chaos: seed {self.seed}, {how}, {self.seconds:.1f} s, {WORKERS} workers on {CONNECTIONS} connections",
+            f"  faults                     {sum(self.faults.values())}: "
+            + ", ".join(f"{name} {number}" for name, number in sorted(self.faults.items())),
             f"  requests met by a fault    {self.fired}, attempts repeated {self.retries}, COMMITs found "
-            + (", ".join(f"{answer} {times}" for answer, times in sorted(self.resolved.items())) or "none"),
-            f"  reads answered             {book.reads}, surfaced errors {len(book.read_errors)}, wrong {len(book.wrong)}",
-            f"  writes                     {len(book.entries)}: {writes}",
+            + (", ".join(f"{answer} {number}" for answer, number in sorted(self.resolved.items())) or "none"),
+            f"  reads answered             {call_log.reads}, surfaced errors {len(call_log.read_errors)}, wrong {len(call_log.wrong)}",
+            f"  writes                     {len(call_log.writes)}: {writes}",
             *(f"  {promise.value + ' writes':26} {self._summary(promise)}" for promise in Promise),
             f"  acknowledged but absent    {len(audit.lost)}",
-            f"  present twice              {len(audit.doubled)}",
+            f"  present twice              {len(audit.duplicated)}",
             f"  present by half            {len(audit.torn)}",
             f"  failed but present         {len(audit.ghosts)}",
-            f"  present but never written  {len(audit.strangers)}",
+            f"  present but never written  {len(audit.unexpected)}",
             f"  connections left over      {self.sessions_left} sessions, {self.sockets_left} sockets",
-            f"  callers hung               {len(book.hung)}, slowest call {book.slowest:.2f} s",
+            f"  callers hung               {len(call_log.hung)}, slowest call {call_log.slowest:.2f} s",
         ])  # fmt: skip
 
     def _summary(self, promise: Promise) -> str:
-        unknown, failed = (len(self.book.told(told, promise)) for told in (Told.UNKNOWN, Told.FAILED))
+        unknown, failed = (
+            len(self.call_log.ended_as(outcome, promise)) for outcome in (Outcome.UNKNOWN, Outcome.FAILED)
+        )
         explained = ""
         if promise is Promise.RESOLVED and unknown:
-            explained = f", {unknown - len(self.book.unexplained(self.crashes))} of them in flight during a crash"
-        return f"{len(self.book.told(Told.DONE, promise))} done, surfaced errors {failed}, unknown {unknown}{explained}"
+            explained = f", {unknown - len(self.call_log.unexplained(self.crashes))} of them in flight during a crash"
+        return f"{len(self.call_log.ended_as(Outcome.DONE, promise))} done, surfaced errors {failed}, unknown {unknown}{explained}"
 
 
-# The whole
-
-
-async def keep(
+async def run_chaos(
     seed: int, seconds: float, *, restart: Restart = "immediate", commit_log: str | None = None, **arguments: object
 ) -> Report:
-    """Let workers use a pool while its server and its network are mistreated, and report.
+    """Let workers use a pool under faults of its server and its network, and report.
 
     Args:
-        seed: What happens, when, and which calls are made are drawn from it. How they meet is for the machine to decide.
+        seed: What happens, when, and which calls are made are drawn from it. How calls and faults interleave depends on the machine.
         seconds: How long, roughly.
-        restart: How the server is restarted on the way.
+        restart: How the server is restarted during the run.
         commit_log: The pool's argument of that name.
         **arguments: More arguments of the pool.
     """
@@ -112,7 +113,7 @@ async def keep(
         async with server.admin() as admin:
             await admin.execute(SCHEMA)
         async with FaultProxy(server.host, server.port) as proxy:
-            saboteur, book = Saboteur(server, proxy, restart), Book()
+            fault_injector, call_log = FaultInjector(server, proxy, restart), CallLog()
             resolved: Counter[str] = Counter()
             pool = ResilientPool(
                 proxy.dsn(server.dsn()),
@@ -125,19 +126,20 @@ async def keep(
             await pool
             began = time.monotonic()
             try:
-                await _work(pool, book, seed, saboteur.play(schedule(seed, seconds)))
+                await _work(pool, call_log, seed, fault_injector.run(schedule(seed, seconds)))
                 taken = time.monotonic() - began
-                await _close(pool, book)
+                await _close(pool, call_log)
             finally:
                 pool.terminate()
             sessions = await _sessions_left(server)
             sockets = len(proxy.connections)
             fired = proxy.fired
-        # Only now: a session that nobody listens to any more may have been at work until it ended.
-        rows = await _rows(server)
+        # After the sessions have ended: one without a client may still have been executing.
+        async with server.admin() as admin:
+            rows = await count_rows(admin)
     return Report(
-        seed=seed, restart=restart, commit_log=commit_log is not None, seconds=taken, book=book,
-        audit=audit(book.entries, rows), blows=saboteur.blows, crashes=saboteur.crashes, fired=fired,
+        seed=seed, restart=restart, commit_log=commit_log is not None, seconds=taken, call_log=call_log,
+        audit=audit(call_log.writes, rows), faults=fault_injector.faults, crashes=fault_injector.crashes, fired=fired,
         retries=pool.stats().retries_total, resolved=resolved, sessions_left=sessions, sockets_left=sockets,
     )  # fmt: skip
 
@@ -147,16 +149,16 @@ def _count_resolved(resolved: Counter[str], event: Event) -> None:
         resolved[event.answer] += 1
 
 
-async def _work(pool: ResilientPool, book: Book, seed: int, mistreatment: Awaitable[None]) -> None:
+async def _work(pool: ResilientPool, call_log: CallLog, seed: int, faults: Awaitable[None]) -> None:
     over = asyncio.Event()
-    workers = [Worker(pool, book, number, seed) for number in range(WORKERS)]
+    workers = [Worker(pool, call_log, number, seed) for number in range(WORKERS)]
     tasks = {asyncio.create_task(worker.run(over)): worker for worker in workers}
     try:
-        await mistreatment
+        await faults
     finally:
         over.set()
         done, late = await asyncio.wait(tasks, timeout=LIMIT)
-        book.hung += [tasks[task].describe() for task in late]
+        call_log.hung += [tasks[task].describe() for task in late]
         for task in late:
             task.cancel()
         await asyncio.wait(tasks, timeout=LIMIT)
@@ -164,26 +166,19 @@ async def _work(pool: ResilientPool, book: Book, seed: int, mistreatment: Awaita
         task.result()
 
 
-async def _close(pool: ResilientPool, book: Book) -> None:
+async def _close(pool: ResilientPool, call_log: CallLog) -> None:
     try:
         async with asyncio.timeout(LIMIT):
             await pool.close()
     except TimeoutError:
-        book.hung.append(f"close: {pool!r}")
+        call_log.hung.append(f"close: {pool!r}")
 
 
 async def _sessions_left(server: EmbeddedPostgres) -> int:
-    # A session ends a moment after its client said goodbye.
+    # A session ends a moment after its client has disconnected.
     async with server.admin() as admin:
         for _ in range(250):
             if not (left := await admin.fetchval(SESSIONS)):
                 return 0
             await asyncio.sleep(0.02)
     return left
-
-
-async def _rows(server: EmbeddedPostgres) -> dict[int, int]:
-    async with server.admin() as admin:
-        return {
-            row["id"]: row["times"] for row in await admin.fetch("SELECT id, count(*) AS times FROM ledger GROUP BY id")
-        }
