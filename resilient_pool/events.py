@@ -82,73 +82,56 @@ class ConnectionDiscarded(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RetryScheduled(Event):
+class AttemptFailed(Event):
+    """What every event about a failed attempt says.
+
+    Attributes:
+        operation: The kind of operation, such as `"fetch"`.
+        fault: The kind of trouble.
+        outcome: What the attempt is known to have done.
+        sqlstate: The nearest SQLSTATE, or `None` if the server sent none.
+        attempt: Which attempt failed; the first is 1.
+        elapsed: Seconds since the operation began.
+    """
+
+    operation: str
+    fault: Fault
+    outcome: Outcome
+    sqlstate: str | None
+    attempt: int
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryScheduled(AttemptFailed):
     """An attempt failed, and another one follows.
 
     Attributes:
-        operation: The kind of operation, such as `"fetch"`.
-        fault: The kind of trouble.
-        outcome: What the failed attempt is known to have done.
-        sqlstate: The nearest SQLSTATE, or `None` if the server sent none.
-        attempt: Which attempt failed; the first is 1.
         delay: How long the pool waits before the next attempt, in seconds.
-        elapsed: Seconds since the operation began.
     """
 
     name: ClassVar[str] = "pool.retry.scheduled"
-    operation: str
-    fault: Fault
-    outcome: Outcome
-    sqlstate: str | None
-    attempt: int
     delay: float
-    elapsed: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RetryExhausted(Event):
+class RetryExhausted(AttemptFailed):
     """An attempt failed in a way that waiting cures, but no further attempt is allowed.
 
     Attributes:
-        operation: The kind of operation, such as `"fetch"`.
         reason: What forbade it, such as the deadline or the number of attempts.
-        fault: The kind of trouble.
-        outcome: What the last attempt is known to have done.
-        sqlstate: The nearest SQLSTATE, or `None` if the server sent none.
-        attempt: Which attempt failed; the first is 1.
-        elapsed: Seconds since the operation began.
     """
 
     name: ClassVar[str] = "pool.retry.exhausted"
-    operation: str
     reason: str
-    fault: Fault
-    outcome: Outcome
-    sqlstate: str | None
-    attempt: int
-    elapsed: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OutcomeUnknown(Event):
-    """A statement that may write was lost on the way, and it was not repeated.
-
-    Attributes:
-        operation: The kind of operation, such as `"execute"`.
-        fault: The kind of trouble.
-        outcome: Always `Outcome.UNKNOWN`; here so that every failure is logged with the same fields.
-        sqlstate: The nearest SQLSTATE, or `None` if the server sent none.
-        attempt: Which attempt failed; the first is 1.
-        elapsed: Seconds since the operation began.
-    """
+class OutcomeUnknown(AttemptFailed):
+    """A statement that may write was lost on the way, and it was not repeated. `outcome` is always `Outcome.UNKNOWN`."""
 
     name: ClassVar[str] = "pool.outcome.unknown"
-    operation: str
-    fault: Fault
     outcome: Outcome = Outcome.UNKNOWN
-    sqlstate: str | None
-    attempt: int
-    elapsed: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +154,7 @@ class OutcomeResolved(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CircuitOpened(Event):
-    """The server cannot be reached: one prober tries, and everybody else waits.
+    """The server cannot be reached: one prober tries, and every other caller waits.
 
     Attributes:
         fault: The kind of trouble.
@@ -199,7 +182,7 @@ class CircuitClosed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolerDetected(Event):
-    """A pooler stands between this process and PostgreSQL. Told once per pool.
+    """A pooler stands between this process and PostgreSQL. Emitted once per pool.
 
     Attributes:
         handshake_pid: The process id given in the handshake.
@@ -249,10 +232,10 @@ class MigrationRepeated(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationLockWaited(Event):
-    """A migration waits for another one to end. Told once for each other one.
+    """A migration waits for another one to end. Emitted once for each other one.
 
     Attributes:
-        holder: Whom it waits for, as far as the server tells.
+        holder: What it waits for, as far as the server says.
         elapsed: How long it has waited so far, in seconds.
     """
 
@@ -274,9 +257,9 @@ class MigrationLockLost(Event):
 
 
 class Observer(Protocol):
-    """Whatever wants to be told. It is called in the event loop, between two steps of an operation: it must not block.
+    """What receives events. It is called in the event loop, between two steps of an operation: it must not block.
 
-    It is a plain function: a coroutine function is refused, since there is no one to await it.
+    It is a plain function: a coroutine function is refused, since it is not awaited.
     """
 
     def __call__(self, event: Event, /) -> None:

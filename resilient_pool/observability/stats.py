@@ -1,11 +1,12 @@
-"""The only module that counts: what a pool has done so far, and what it looks like now."""
+"""Statistics: what a pool has done so far, and what it looks like now."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Any
 
 from resilient_pool.events import DiscardReason
 from resilient_pool.retry.verdict import Fault
@@ -16,9 +17,9 @@ class PoolStats:
     """A snapshot of one pool. The first eight are of this moment, the others count since the pool was made.
 
     Attributes:
-        size: Open connections, whatever they are doing.
+        size: Open connections, in any state.
         idle: Connections that can be handed out at once.
-        in_use: Connections in the hands of the application.
+        in_use: Connections lent to the application.
         resetting: Connections that are being made fit for their next use.
         waiting: Callers that wait for a connection.
         min_size: As configured.
@@ -65,12 +66,12 @@ class PoolStats:
 
     @property
     def discarded_total(self) -> int:
-        """How many connections were closed, for whatever reason."""
+        """How many connections were closed, for any reason."""
         return sum(self.discarded.values())
 
     @property
     def retries_total(self) -> int:
-        """How many further attempts were scheduled, for whatever fault."""
+        """How many further attempts were scheduled, for any fault."""
         return sum(self.retries.values())
 
 
@@ -93,40 +94,9 @@ class Counters:
     wait_seconds: float = 0.0
     pooler: bool = False
 
-    def snapshot(
-        self,
-        *,
-        size: int,
-        idle: int,
-        in_use: int,
-        resetting: int,
-        waiting: int,
-        min_size: int,
-        max_size: int,
-        circuit_open: bool,
-    ) -> PoolStats:
-        """Freeze the totals together with what the pool looks like now."""
-        return PoolStats(
-            size=size,
-            idle=idle,
-            in_use=in_use,
-            resetting=resetting,
-            waiting=waiting,
-            min_size=min_size,
-            max_size=max_size,
-            circuit_open=circuit_open,
-            acquired=self.acquired,
-            opened=self.opened,
-            connect_failures=self.connect_failures,
-            discarded=MappingProxyType(dict(self.discarded)),
-            stale_found=self.stale_found,
-            pings=self.pings,
-            pings_failed=self.pings_failed,
-            retries=MappingProxyType(dict(self.retries)),
-            exhausted=self.exhausted,
-            outcomes_unknown=self.outcomes_unknown,
-            resets=self.resets,
-            waits=self.waits,
-            wait_seconds=self.wait_seconds,
-            pooler=self.pooler,
-        )
+    def snapshot(self, **now: Any) -> PoolStats:
+        """Freeze the totals together with `now`, the fields of `PoolStats` that are of this moment."""
+        totals = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name in ("discarded", "retries"):
+            totals[name] = MappingProxyType(dict(totals[name]))
+        return PoolStats(**now, **totals)

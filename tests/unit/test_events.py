@@ -10,7 +10,9 @@ from resilient_pool import events
 from resilient_pool.events import Event
 
 KINDS = [
-    kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event
+    kind
+    for kind in vars(events).values()
+    if isinstance(kind, type) and issubclass(kind, Event) and kind.name != Event.name
 ]
 
 
