@@ -11,28 +11,32 @@ from resilient_pool.retry.verdict import Fault, Outcome
 
 
 class DiscardReason(StrEnum):
-    """Why a connection was closed by the pool."""
+    """Why a connection was closed by the pool.
+
+    Attributes:
+        STALE: It had died unnoticed: the socket said so before it was used.
+        PING_FAILED: It was idle for long and did not answer a ping.
+        EXPIRED_LIFETIME: It was open for longer than `max_lifetime`.
+        IDLE: It was unused for longer than `max_inactive_connection_lifetime`.
+        MAX_QUERIES: It had served as many operations as `max_queries` allows.
+        GENERATION: It was opened before `expire_connections()`, or before a failure that condemned all older
+            connections.
+        FAILED: An operation failed on it in a way that leaves it unfit.
+        RESET_FAILED: Its session could not be reset in time after use.
+        CLOSED: The application closed it itself.
+        CLOSING: The pool is closing.
+    """
 
     STALE = "stale"
-    """It had died unnoticed: the socket said so before it was used."""
     PING_FAILED = "ping_failed"
-    """It was idle for long and did not answer a ping."""
     EXPIRED_LIFETIME = "expired_lifetime"
-    """It was open for longer than `max_lifetime`."""
     IDLE = "idle"
-    """It was unused for longer than `max_inactive_connection_lifetime`."""
     MAX_QUERIES = "max_queries"
-    """It had served as many operations as `max_queries` allows."""
     GENERATION = "generation"
-    """It was opened before `expire_connections()`, or before a failure that condemned all older connections."""
     FAILED = "failed"
-    """An operation failed on it in a way that leaves it unfit."""
     RESET_FAILED = "reset_failed"
-    """Its session could not be reset in time after use."""
     CLOSED = "closed"
-    """The application closed it itself."""
     CLOSING = "closing"
-    """The pool is closing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +123,8 @@ class RetryExhausted(AttemptFailed):
     """An attempt failed in a way that waiting cures, but no further attempt is allowed.
 
     Attributes:
-        reason: What forbade it, such as the deadline or the number of attempts.
+        reason: What forbade it: `"attempts"`, `"deadline"`, `"budget"` (the retry budget is spent), or `"absent"` (no
+            connection could be opened for as long as one was waited for).
     """
 
     name: ClassVar[str] = "pool.retry.exhausted"

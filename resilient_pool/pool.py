@@ -73,8 +73,21 @@ if hasattr(os, "register_at_fork"):
 class ResilientPool(Queries):
     """A pool of connections to one PostgreSQL database, for one event loop.
 
-    It takes what `asyncpg.create_pool` takes, with the same meaning, and the arguments listed in the README beside. Use
+    It takes what `asyncpg.create_pool` takes, with the same meaning, and the further arguments listed in the README. Use
     it as `async with ResilientPool(dsn) as pool`, or `await` it and `close()` it.
+
+    The query methods (`fetch`, `execute`, ...) take what asyncpg's take, and these further arguments:
+
+    * `deadline`: seconds to spend on getting a healthy connection and on starting another attempt. Default: the pool's. It
+      never cuts a running statement: `timeout=` does.
+    * `fail_fast`: whether to fail at once while the server is known to be away. Default: as the pool was made.
+    * `idempotent`: whether the statement may run twice without harm, and so is repeated when its outcome is unknown.
+      Default `False`; what is shown to only read is repeated anyway.
+    * `exactly_once`: whether to run it as a transaction whose lost COMMIT is resolved, for three round trips more.
+      Default `False`.
+
+    They raise the driver's own error when repeating does not help, `AcquireTimeoutError` when no connection became free in
+    time, and `OutcomeUnknownError` when a statement that may write was lost on its way and must not be repeated.
 
     Args:
         dsn: `postgresql://user:password@host:port/database?option=value`. It is parsed once and not kept.

@@ -11,60 +11,73 @@ from resilient_pool._validation import constructor_names_nearest
 
 
 class Phase(Enum):
-    """What the pool was doing when the failure was seen."""
+    """What the pool was doing when the failure was seen.
+
+    Attributes:
+        CONNECT: Opening a connection: no statement of the application's exists yet.
+        CHECKOUT: Preparing an open connection for the application (ping, `setup`): its statement is not yet sent.
+        EXECUTE: Running the application's statement.
+        COMMIT: Waiting for the answer to COMMIT.
+    """
 
     CONNECT = "connect"
-    """Opening a connection: no statement of the application's exists yet."""
     CHECKOUT = "checkout"
-    """Preparing an open connection for the application (ping, `setup`): its statement is not yet sent."""
     EXECUTE = "execute"
-    """Running the application's statement."""
     COMMIT = "commit"
-    """Waiting for the answer to COMMIT."""
 
 
 class Fault(Enum):
-    """The kind of trouble, named after its cure."""
+    """The kind of trouble, named after its cure.
+
+    Attributes:
+        STALE: The connection had died unnoticed before it was used. Cure: another connection.
+        UNREACHABLE: No connection can be opened now. Cure: wait and connect again.
+        DISCONNECTED: An open connection was lost while it was in use. Cure: another connection.
+        OVERLOADED: The server or a pooler lacks a resource. Cure: wait.
+        CONTENTION: Another transaction was in the way. Cure: run the transaction again.
+        WRONG_SERVER: The server cannot write: it is no longer the primary. Cure: connect again and find the new one.
+        STATEMENT_CACHE: A prepared statement or a cached type is out of date. Cure: prepare again.
+        POISONED: The driver's state is confused by a loss noticed half-way. Cure: another connection.
+        PERMANENT: Neither waiting nor reconnecting helps. The error is the application's to see.
+    """
 
     STALE = "stale"
-    """The connection had died unnoticed before it was used. Cure: another connection."""
     UNREACHABLE = "unreachable"
-    """No connection can be opened now. Cure: wait and connect again."""
     DISCONNECTED = "disconnected"
-    """An open connection was lost while it was in use. Cure: another connection."""
     OVERLOADED = "overloaded"
-    """The server or a pooler lacks a resource. Cure: wait."""
     CONTENTION = "contention"
-    """Another transaction was in the way. Cure: run the transaction again."""
     WRONG_SERVER = "wrong_server"
-    """The server cannot write: it is no longer the primary. Cure: connect again and find the new one."""
     STATEMENT_CACHE = "statement_cache"
-    """A prepared statement or a cached type is out of date. Cure: prepare again."""
     POISONED = "poisoned"
-    """The driver's state is confused by a loss noticed half-way. Cure: another connection."""
     PERMANENT = "permanent"
-    """Neither waiting nor reconnecting helps. The error is the application's to see."""
 
 
 class Outcome(Enum):
-    """What the failed statement is known to have done."""
+    """What the failed statement is known to have done.
+
+    Attributes:
+        NOT_EXECUTED: It never ran.
+        ROLLED_BACK: It ran and left no effect.
+        UNKNOWN: It may have taken effect.
+    """
 
     NOT_EXECUTED = "not_executed"
-    """It never ran."""
     ROLLED_BACK = "rolled_back"
-    """It ran and left no effect."""
     UNKNOWN = "unknown"
-    """It may have taken effect."""
 
 
 class Disposition(Enum):
-    """What becomes of connections after a failure."""
+    """What becomes of connections after a failure.
+
+    Attributes:
+        KEEP: The connection stays in use.
+        DISCARD: The connection of the failure is closed.
+        EXPIRE: Every connection opened before the failure is replaced before its next use.
+    """
 
     KEEP = "keep"
     DISCARD = "discard"
-    """The connection of the failure is closed."""
     EXPIRE = "expire"
-    """Every connection opened before the failure is replaced before its next use."""
 
 
 @constructor_names_nearest

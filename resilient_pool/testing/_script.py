@@ -14,37 +14,43 @@ _COMMIT = re.compile(rb"\s*(?:COMMIT|END)\b", re.IGNORECASE)
 
 
 class Point(enum.Enum):
-    """How far a connection gets before it is answered by the script."""
+    """How far a connection gets before it is answered by the script.
+
+    Attributes:
+        TLS: The client asks for TLS: instead of "S" or "N". A client that does not ask never gets there.
+        STARTUP: The client has sent its startup message: instead of any answer.
+        AUTHENTICATION: The client has proved who it is, or need not: instead of AuthenticationOk.
+        LOGIN: The client was let in: after AuthenticationOk, instead of the first ReadyForQuery.
+        PARSE: A statement is to be prepared: instead of preparing it.
+        QUERY: A statement is to be executed, prepared or not: instead of its answer.
+        COMMIT: A statement is to be executed that begins with COMMIT or END: instead of its answer.
+        IDLE: A statement has been answered: after the answer, in a transaction or outside.
+    """
 
     TLS = "tls"
-    """The client asks for TLS: instead of "S" or "N". A client that does not ask never gets there."""
     STARTUP = "startup"
-    """The client has sent its startup message: instead of any answer."""
     AUTHENTICATION = "authentication"
-    """The client has proved who it is, or need not: instead of AuthenticationOk."""
     LOGIN = "login"
-    """The client was let in: after AuthenticationOk, instead of the first ReadyForQuery."""
     PARSE = "parse"
-    """A statement is to be prepared: instead of preparing it."""
     QUERY = "query"
-    """A statement is to be executed, prepared or not: instead of its answer."""
     COMMIT = "commit"
-    """A statement is to be executed that begins with COMMIT or END: instead of its answer."""
     IDLE = "idle"
-    """A statement has been answered: after the answer, in a transaction or outside."""
 
 
 class End(enum.Enum):
-    """What happens to the connection after a scripted answer."""
+    """What happens to the connection after a scripted answer.
+
+    Attributes:
+        READY: It goes on: ReadyForQuery follows.
+        CLOSE: It is closed in an orderly way.
+        RESET: It is reset. What was sent before may be lost on the way.
+        SILENCE: Nothing more is sent, and nothing read, for ever.
+    """
 
     READY = "ready"
-    """It goes on: ReadyForQuery follows."""
     CLOSE = "fin"
-    """It is closed in an orderly way."""
     RESET = "rst"
-    """It is reset. What was sent before may be lost on the way."""
     SILENCE = "hang"
-    """Nothing more is sent, and nothing read, for ever."""
 
 
 _STATEMENTS = frozenset({Point.PARSE, Point.QUERY, Point.COMMIT})
