@@ -156,7 +156,7 @@ class ResilientPool(Queries):
             options = TransactionOptions(deadline=deadline, fail_fast=fail_fast)
             return await run(self._transactions, _on_lease, (execute,), options, exactly_once=True)
         started = self._clock.monotonic()
-        link = failure = None
+        driver = failure = None
         if not self._watches:
             self._deposit()
             try:
@@ -164,7 +164,7 @@ class ResilientPool(Queries):
                 if entry is None:
                     until, hastily = self._leases.deadline_for(started, deadline, fail_fast)
                     entry = await self._acquirer.acquire(until, fail_fast=hastily)
-                link = entry.resource
+                driver = entry.resource
                 return await self._use(entry, sql, execute)
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                 failure = error
@@ -179,17 +179,17 @@ class ResilientPool(Queries):
             replayable=replayable,
             started=started,
         )
-        if link is not None:
-            execution.attempt.execute_on(link)
+        if driver is not None:
+            execution.attempt.execute_on(driver)
         return await self._retry_loop.run(execution, self._attempt, failure)
 
     async def _attempt(self, execution: Execution[T]) -> T:
         self._require_open()
         entry = await self._acquirer.acquire(execution.operation.deadline, fail_fast=execution.operation.fail_fast)
         if self._sets_up:
-            return await self._attempt_on_loan(await self._leases.lease_entry(entry, execution), execution)
-        link = cast("DriverConnection", entry.resource)
-        return await self._use(entry, execution.operation.sql, lambda _: self._retry_loop.run_on(execution, link))
+            return await self._attempt_on_lease(await self._leases.lease_entry(entry, execution), execution)
+        driver = cast("DriverConnection", entry.resource)
+        return await self._use(entry, execution.operation.sql, lambda _: self._retry_loop.run_on(execution, driver))
 
     async def _use(
         self, entry: PoolEntry[DriverConnection], sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]]
@@ -210,9 +210,9 @@ class ResilientPool(Queries):
             await _end_of(reset)
         return result
 
-    async def _attempt_on_loan(self, lease: ResilientConnection, execution: Execution[T]) -> T:
+    async def _attempt_on_lease(self, lease: ResilientConnection, execution: Execution[T]) -> T:
         try:
-            result = await self._retry_loop.run_on(execution, await self._leases.adopt(lease, execution))
+            result = await self._retry_loop.run_on(execution, await self._leases.attach(lease, execution))
         finally:
             reset = self._leases.release(lease)
         if self._waits_for_reset:
@@ -543,7 +543,7 @@ class ResilientPool(Queries):
 
     def get_idle_size(self) -> int:
         """How many open connections could be handed out at once."""
-        return sum(not link.connection.is_closed() for link in self._resources.idle_resources())
+        return sum(not driver.connection.is_closed() for driver in self._resources.idle_resources())
 
     def get_min_size(self) -> int:
         """Return `min_size`."""

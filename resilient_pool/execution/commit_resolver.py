@@ -153,21 +153,21 @@ class CommitResolver:
 
     # Before COMMIT
 
-    async def detect_capabilities(self, link: DriverConnection) -> None:
+    async def detect_capabilities(self, driver: DriverConnection) -> None:
         """Find out, once for each connection, what can be asked on it, and make the commit log. No transaction may be open.
 
         What could not be found out now, for want of time, say, is asked again before the next transaction.
         """
-        if link.abilities is not None:
+        if driver.abilities is not None:
             return
         try:
-            row = await asyncpg.Connection.fetchrow(link.connection, _ABILITIES)
+            row = await asyncpg.Connection.fetchrow(driver.connection, _ABILITIES)
         except asyncpg.PostgresError as error:
-            if link.connection.is_closed():
+            if driver.connection.is_closed():
                 raise
             # Databases that only speak PostgreSQL's protocol lack some of these functions.
             if _state(error)[:2] in _CANNOT_BE_ASKED:
-                link.abilities = Abilities()
+                driver.abilities = Abilities()
             return
         if row is None:
             return
@@ -177,8 +177,8 @@ class CommitResolver:
             epoch_for_all=row["epoch_for_all"],
         )
         if self._log is not None and not row["read_only"]:  # on a standby it is
-            abilities = replace(abilities, log=await self._open_log(link.connection, self._log))
-        link.abilities = abilities
+            abilities = replace(abilities, log=await self._open_log(driver.connection, self._log))
+        driver.abilities = abilities
 
     async def _open_log(self, connection: AnyConnection, log: str) -> bool:
         there, writable = await asyncpg.Connection.fetchrow(connection, _LOG, log) or (False, False)
@@ -199,59 +199,59 @@ class CommitResolver:
             )
         return True
 
-    async def prepare(self, link: DriverConnection, *, readonly: bool, may_change_session: bool) -> CommitToken:
+    async def prepare(self, driver: DriverConnection, *, readonly: bool, may_change_session: bool) -> CommitToken:
         """Ask, inside a transaction, who it is. One round trip; two when a failure of the question is to be undone.
 
         Args:
-            link: Where the transaction is open.
+            driver: Where the transaction is open.
             readonly: Whether it was begun read-only, so that it can leave no row in the commit log.
             may_change_session: Whether it may run under another role than it began with, or may have become read-only.
 
         Raises:
             Exception: Whatever the driver raises. The transaction can only be rolled back then.
         """
-        abilities: Abilities | None = link.abilities
+        abilities: Abilities | None = driver.abilities
         known = Abilities(ids=True, epoch=True, log=self._log is not None) if abilities is None else abilities
         logs = known.log and not readonly
         if not (logs or known.ids):
             return CommitToken()
         doubtful = may_change_session and (logs or not known.epoch_for_all)
         if abilities is None or self._careful or doubtful:
-            return await self._mark_carefully(link, known, logs=logs)
+            return await self._mark_carefully(driver, known, logs=logs)
         try:
-            return await self._ask_for_mark(link, known, logs=logs)
+            return await self._ask_for_mark(driver, known, logs=logs)
         except asyncpg.PostgresError as error:
-            if is_our_own_fault(error, link):
+            if is_our_own_fault(error, driver):
                 # Another server than the one that was asked what it can do, another role, or a log that was dropped.
-                link.abilities, self._careful = None, True
+                driver.abilities, self._careful = None, True
             raise
 
-    async def _mark_carefully(self, link: DriverConnection, known: Abilities, *, logs: bool) -> CommitToken:
-        await asyncpg.Connection.execute(link.connection, f"SAVEPOINT {_SAVEPOINT}")
+    async def _mark_carefully(self, driver: DriverConnection, known: Abilities, *, logs: bool) -> CommitToken:
+        await asyncpg.Connection.execute(driver.connection, f"SAVEPOINT {_SAVEPOINT}")
         for attempt, with_log in ((known, True), (known, False), (replace(known, epoch=False), False)):
             if with_log and not logs:
                 continue
             try:
-                return await self._ask_for_mark(link, attempt, logs=with_log)
+                return await self._ask_for_mark(driver, attempt, logs=with_log)
             except asyncpg.PostgresError as error:
-                if not is_our_own_fault(error, link):
+                if not is_our_own_fault(error, driver):
                     raise
-                await asyncpg.Connection.execute(link.connection, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+                await asyncpg.Connection.execute(driver.connection, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
                 if with_log and _state(error) != _READ_ONLY:
                     self._warn(str(error))
         return CommitToken()
 
-    async def _ask_for_mark(self, link: DriverConnection, known: Abilities, *, logs: bool) -> CommitToken:
+    async def _ask_for_mark(self, driver: DriverConnection, known: Abilities, *, logs: bool) -> CommitToken:
         told = f"{_ID if known.ids else _NO_ID}, {_EPOCH if known.epoch else _NO_EPOCH}"
         token = None
         if logs:
             row = await asyncpg.Connection.fetchrow(
-                link.connection, _MARK_WITH_ROW.format(log=self._log, told=told), uuid.uuid4().hex
+                driver.connection, _MARK_WITH_ROW.format(log=self._log, told=told), uuid.uuid4().hex
             )
             if row is not None:
                 token = Token(value=row["token"], log=row["log"], written_at=row["written_at"])
         else:
-            row = await asyncpg.Connection.fetchrow(link.connection, f"SELECT {told}")
+            row = await asyncpg.Connection.fetchrow(driver.connection, f"SELECT {told}")
         if row is None:
             return CommitToken()
         xid = None if row["xid"] is None else int(row["xid"])
@@ -281,7 +281,7 @@ class CommitResolver:
         """
         started = self._clock.monotonic()
         answer = await self._ask_until(
-            entry, lambda link, insist, patient: self._ask(link, mark, insist=insist, patient=patient), deadline
+            entry, lambda driver, insist, patient: self._ask(driver, mark, insist=insist, patient=patient), deadline
         )
         if answer in (CommitStatus.COMMITTED, CommitStatus.ABORTED):
             elapsed = self._clock.monotonic() - started
@@ -311,12 +311,12 @@ class CommitResolver:
             `COMMITTED` if there is nothing to be done, `ABORTED` if it may be run again under READ ONLY, `UNKNOWN`.
         """
 
-        async def query_status(link: DriverConnection, _insist: bool, _patient: bool) -> CommitStatus:
-            if not await self._leases.read_check.allows(link, texts):
+        async def query_status(driver: DriverConnection, _insist: bool, _patient: bool) -> CommitStatus:
+            if not await self._leases.read_check.allows(driver, texts):
                 return CommitStatus.UNKNOWN
             refuses = decides
             if refuses is None:
-                levels = await asyncpg.Connection.fetchrow(link.connection, _ISOLATION, timeout=_ONE_QUESTION)
+                levels = await asyncpg.Connection.fetchrow(driver.connection, _ISOLATION, timeout=_ONE_QUESTION)
                 # A default that the application may have set in the session that was lost is not known.
                 refuses = self._sets_up_sessions or levels is None or "serializable" in tuple(levels)
             return CommitStatus.ABORTED if refuses else CommitStatus.COMMITTED
@@ -334,23 +334,23 @@ class CommitResolver:
         finally:
             asking.finish()
 
-    async def _ask(self, link: DriverConnection, mark: CommitToken, *, insist: bool, patient: bool) -> CommitStatus:
+    async def _ask(self, driver: DriverConnection, mark: CommitToken, *, insist: bool, patient: bool) -> CommitStatus:
         """Ask once.
 
         Args:
-            link: A connection other than the one that was lost.
+            driver: A connection other than the one that was lost.
             mark: What to ask about.
             insist: Whether to end a session that still holds the transaction open.
             patient: Whether to spare it while it is working on its COMMIT.
         """
-        answer = await self._ask_status(link.connection, mark)
+        answer = await self._ask_status(driver.connection, mark)
         if answer is CommitStatus.IN_PROGRESS and insist and mark.xid is not None:
             with contextlib.suppress(asyncpg.PostgresError):  # the role may not
                 await asyncpg.Connection.fetch(
-                    link.connection, _TERMINATE, str(mark.xid % 2**32), not patient, timeout=_ONE_QUESTION
+                    driver.connection, _TERMINATE, str(mark.xid % 2**32), not patient, timeout=_ONE_QUESTION
                 )
         if answer is CommitStatus.UNKNOWN and mark.token is not None:
-            return await self._fence(link.connection, mark.token)
+            return await self._fence(driver.connection, mark.token)
         return answer
 
     async def _ask_status(self, connection: AnyConnection, mark: CommitToken) -> CommitStatus:
@@ -496,9 +496,9 @@ class _Asking:
             self._commit_resolver.release(entry)
 
 
-def is_our_own_fault(error: Exception, link: DriverConnection) -> bool:
+def is_our_own_fault(error: Exception, driver: DriverConnection) -> bool:
     """Whether an error of `CommitResolver.mark` is the question's alone: without it the transaction could have gone on."""
-    if not isinstance(error, asyncpg.PostgresError) or link.connection.is_closed():
+    if not isinstance(error, asyncpg.PostgresError) or driver.connection.is_closed():
         return False
     state = _state(error)
     return state[:2] in _OUR_OWN_FAULT or state in _OUR_OWN_STATES

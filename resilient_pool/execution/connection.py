@@ -1,4 +1,4 @@
-"""What `acquire()` hands out: a connection on loan, which replaces itself as long as nothing has happened on it."""
+"""What `acquire()` hands out: a leased connection, which replaces itself as long as nothing has happened on it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransact
 from resilient_pool.execution.operation import Execution, Operation, do_nothing
 from resilient_pool.execution.query_methods import Queries
 from resilient_pool.execution.retry_loop import RetryLoop
-from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.deadlines import deadline_after
-from resilient_pool.pooling.driver import AnyConnection, DriverConnection
+from resilient_pool.pooling.driver import (
+    AnyConnection,
+    ConnectionProxy,
+    DriverConnection,
+    comes_from_the_transport,
+)
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.verdict import Phase
@@ -45,14 +49,14 @@ Callback: TypeAlias = Callable[..., Any]
 class _State(Enum):
     FRESH = "nothing has succeeded on it yet: its connection may be replaced"
     TRYING = "fresh, and an operation is under way, which replaces the connection"
-    ADOPTING = "fresh, and the application sets it up"
+    SETTING_UP = "fresh, and the application sets it up"
     USED = "bound to its connection"
     RELEASED = "given back"
     CLOSED = "ended with its connection"
 
 
 # Looking a member up in its enumeration takes long (Python 3.11).
-_FRESH, _TRYING, _ADOPTING, _USED = _State.FRESH, _State.TRYING, _State.ADOPTING, _State.USED
+_FRESH, _TRYING, _SETTING_UP, _USED = _State.FRESH, _State.TRYING, _State.SETTING_UP, _State.USED
 _RELEASED, _CLOSED = _State.RELEASED, _State.CLOSED
 
 
@@ -63,7 +67,7 @@ class _Attachments:
         codecs: Set codecs on a connection.
         logs: Listeners to the server's messages.
         loggers: Loggers of queries, which the connection did not have before.
-        ends: Listeners to the end of the loan's connection.
+        ends: Listeners to the end of the lease's connection.
     """
 
     __slots__ = ("codecs", "ends", "loggers", "logs")
@@ -74,21 +78,21 @@ class _Attachments:
         self.loggers: list[Callback] = []
         self.ends: list[Callback] = []
 
-    async def attach_to(self, link: DriverConnection) -> None:
+    async def attach_to(self, driver: DriverConnection) -> None:
         """Attach everything to another connection."""
         for callback in self.logs:
-            link.connection.add_log_listener(callback)
-        self.loggers = [callback for callback in self.loggers if link.add_query_logger(callback)]
+            driver.connection.add_log_listener(callback)
+        self.loggers = [callback for callback in self.loggers if driver.add_query_logger(callback)]
         for set_codec in self.codecs:
-            await set_codec(link.connection)
+            await set_codec(driver.connection)
 
-    def detach_from(self, link: DriverConnection) -> None:
+    def detach_from(self, driver: DriverConnection) -> None:
         """Take the loggers of queries away: the driver would leave them to the next caller."""
         for callback in self.loggers:
-            link.connection.remove_query_logger(callback)
+            driver.connection.remove_query_logger(callback)
 
 
-class ResilientConnection(Queries, wire.ConnectionProxy):
+class ResilientConnection(Queries, ConnectionProxy):
     """A connection that belongs to the application until it is released. It has all methods of `asyncpg.Connection`.
 
     Until the first operation on it has succeeded, an operation that fails in a curable way is repeated on a replacement:
@@ -96,30 +100,30 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
     `add_listener()` and codecs. From then on errors are raised as they are. Looking at anything is no operation, and
     neither is a read that the server refused.
 
-    The loan ends when the connection is released or closed, or when it is lost after its first use. Its place in the pool is
+    The lease ends when the connection is released or closed, or when it is lost after its first use. Its place in the pool is
     free then, and a later release does nothing. A use after that raises `asyncpg.InterfaceError`, also of what was made on it:
     transactions, cursors, prepared statements.
     """
 
-    __slots__ = ("_attached", "_entry", "_interrupted", "_leases", "_linked", "_state", "_tracker")
+    __slots__ = ("_attached", "_driver", "_entry", "_interrupted", "_leases", "_state", "_tracker")
 
     def __init__(self, leases: LeaseManager, entry: PoolEntry[DriverConnection]) -> None:
         self._state = _FRESH
         self._leases = leases
         self._entry: PoolEntry[DriverConnection] | None = entry
-        # The connection of this moment, or, of a loan that lost it and may replace it, the last one: to look at.
-        self._linked: DriverConnection | None = None
+        # The connection of this moment, or, of a lease that lost it and may replace it, the last one: to look at.
+        self._driver: DriverConnection | None = None
         self._interrupted = False
         self._attached: _Attachments | None = None
         self._tracker: Callable[[str | None], None] | None = None
 
     def __repr__(self) -> str:
-        inner = f"[{self._state.name.lower()}]" if self.is_released else repr(self._linked)
+        inner = f"[{self._state.name.lower()}]" if self.is_released else repr(self._driver)
         return f"<{type(self).__name__} {inner} {id(self):#x}>"
 
     @property
     def is_released(self) -> bool:
-        """Whether the loan has ended: by release, by `close()` or `terminate()`, or with its connection."""
+        """Whether the lease has ended: by release, by `close()` or `terminate()`, or with its connection."""
         return self._state is _RELEASED or self._state is _CLOSED
 
     # What an application's own connection class adds
@@ -127,8 +131,8 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ResilientConnection.__slots__:
             raise AttributeError(name)
-        if self._linked is not None:
-            found = getattr(self._linked.connection, name)
+        if self._driver is not None:
+            found = getattr(self._driver.connection, name)
             return self._guard(name, found) if inspect.ismethod(found) else found
         found = getattr(self._leases.connection_class, name, None)
         if inspect.isfunction(found) and not name.startswith("_"):
@@ -140,13 +144,13 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
 
         @functools.wraps(found)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return getattr(self._keep(name), name)(*args, **kwargs)
+            return getattr(self._pin_and_get(name), name)(*args, **kwargs)
 
         @functools.wraps(found)
         async def call_on_a_checked_connection(*args: Any, **kwargs: Any) -> Any:
             # Not repeated: it is not known of how many statements it is made.
             await self._first(name, None, do_nothing, keeps=True)
-            return await getattr(self._keep(name), name)(*args, **kwargs)
+            return await getattr(self._pin_and_get(name), name)(*args, **kwargs)
 
         return call_on_a_checked_connection if inspect.iscoroutinefunction(found) else call
 
@@ -157,7 +161,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         # What is sent on the driver's own connection passes by.
         if self._tracker is not None:
             self._tracker(None)
-        return None if self._linked is None else self._linked.connection
+        return None if self._driver is None else self._driver.connection
 
     @property
     def _holder(self) -> ResilientConnection:
@@ -169,24 +173,24 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
 
     def _release_on_close(self) -> None:
         """The connection was closed, by whatever side: its place is free, except while a transaction's block needs it."""
-        if self._linked is not None:
-            self._linked.leave(self)
+        if self._driver is not None:
+            self._driver.drop_proxy(self)
         if self._tracker is not None and self._state is _USED:
             return
-        if self._state is _USED or (self._state is _FRESH and self._hears_of_its_end) or self.is_released:
-            self._end()
+        if self._state is _USED or (self._state is _FRESH and self._has_termination_listeners) or self.is_released:
+            self._end_with_connection()
             return
         entry, self._entry = self._entry, None
         if entry is not None:
             self._leases.reset_and_release(entry)
 
     @property
-    def _hears_of_its_end(self) -> bool:
+    def _has_termination_listeners(self) -> bool:
         return self._attached is not None and bool(self._attached.ends)
 
-    # The loan
+    # The lease
 
-    def _require_loan(self, method: str) -> None:
+    def _require_active(self, method: str) -> None:
         if self._state is _RELEASED:
             raise asyncpg.InterfaceError(
                 f"cannot call Connection.{method}(): connection has been released back to the pool"
@@ -196,56 +200,56 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
                 f"cannot call Connection.{method}(): connection is closed and has been released back to the pool"
             )
 
-    def _look(self, method: str) -> AnyConnection:
+    def _peek(self, method: str) -> AnyConnection:
         """Return the connection of this moment for something that leaves no trace in its session."""
-        self._require_loan(method)
-        return self._present.connection
+        self._require_active(method)
+        return self._current_driver.connection
 
     @property
-    def _present(self) -> DriverConnection:
-        if self._linked is None:
-            raise asyncpg.InternalClientError("a loan without a connection")
-        return self._linked
+    def _current_driver(self) -> DriverConnection:
+        if self._driver is None:
+            raise asyncpg.InternalClientError("a lease without a connection")
+        return self._driver
 
-    def _keep(self, method: str, sql: str | None = None) -> AnyConnection:
+    def _pin_and_get(self, method: str, sql: str | None = None) -> AnyConnection:
         """Return the connection for something that ties itself to it: it is not replaced any more."""
-        self._require_loan(method)
+        self._require_active(method)
         if self._state is _FRESH:
             self._state = _USED
         if self._tracker is not None:
             self._tracker(sql)
-        return self._present.connection
+        return self._current_driver.connection
 
-    def _bind(self, sent: Callable[[str | None], None]) -> None:
+    def _pin(self, sent: Callable[[str | None], None]) -> None:
         self._state = _USED
         self._tracker = sent
 
-    def _detach(self) -> PoolEntry[DriverConnection] | None:
-        """End the loan and return what was lent; `None` if that came back before. The connection is still to be left."""
+    def _end_lease(self) -> PoolEntry[DriverConnection] | None:
+        """End the lease and return what was lent; `None` if that came back before. The connection is still to be left."""
         entry, self._entry = self._entry, None
         if self._state is not _CLOSED:
             self._state = _RELEASED
         return entry
 
-    def _leave(self) -> None:
+    def _detach_driver(self) -> None:
         """Be the face of no connection any more. Raises the driver's warning of listeners where warnings are errors."""
-        link, self._linked = self._linked, None
-        if link is not None:
+        driver, self._driver = self._driver, None
+        if driver is not None:
             if self._attached is not None:
-                self._attached.detach_from(link)
-            link.detach_proxy(self)
+                self._attached.detach_from(driver)
+            driver.detach_proxy(self)
 
-    def _end(self) -> None:
-        """End the loan with its connection, which is closed."""
+    def _end_with_connection(self) -> None:
+        """End the lease with its connection, which is closed."""
         self._state = _CLOSED
-        link, self._linked = self._linked, None
+        driver, self._driver = self._driver, None
         entry, self._entry = self._entry, None
-        if link is not None:
-            link.leave(self)
+        if driver is not None:
+            driver.drop_proxy(self)
         if entry is not None:
             self._leases.reset_and_release(entry)
-        if link is not None and self._attached is not None:
-            link.call_soon(self._attached.ends, self)
+        if driver is not None and self._attached is not None:
+            driver.call_soon(self._attached.ends, self)
             self._attached = None
 
     # Operations
@@ -267,20 +271,20 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
                 "exactly_once=True is for the pool's methods, which make a transaction of their own; on a connection use "
                 "`async for attempt in pool.transaction()` around the block"
             )
-        if self._state is _USED or self._state is _ADOPTING:
+        if self._state is _USED or self._state is _SETTING_UP:
             if self._tracker is not None:
                 self._tracker("COPY" if sql is None else sql)
             if self._interrupted:
                 await self._end_of_interruption(operation)
             try:
-                return await execute(self._linked.connection)  # type: ignore[union-attr]
+                return await execute(self._driver.connection)  # type: ignore[union-attr]
             except (asyncio.CancelledError, TimeoutError):
                 self._interrupted = True
                 raise
             except AttributeError as error:
                 self._explain(operation, error)
                 raise
-        self._require_loan(operation)
+        self._require_active(operation)
         execution = self._leases.new_execution(
             operation,
             sql,
@@ -303,13 +307,13 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
             execute: Does it.
             keeps: Whether it leaves nothing behind when it succeeds either.
         """
-        if self._state is _USED or self._state is _ADOPTING:
+        if self._state is _USED or self._state is _SETTING_UP:
             if self._tracker is not None and sql is not None:
                 self._tracker(sql)
             if self._interrupted:
                 await self._end_of_interruption(operation)
-            return await execute(self._present.connection)
-        self._require_loan(operation)
+            return await execute(self._current_driver.connection)
+        self._require_active(operation)
         execution = self._leases.new_execution(operation, None, execute, idempotent=True)
         return await self._try(execution, harmless=True, keeps=keeps)
 
@@ -336,71 +340,71 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         finally:
             self._interrupted = fresh is None
             if self._state is _TRYING:
-                self._settle(fresh=self._leases.is_untouched(execution) if fresh is None else fresh)
+                self._end_trying(fresh=self._leases.is_untouched(execution) if fresh is None else fresh)
         return result
 
     async def _end_of_interruption(self, operation: str) -> None:
         """Wait for the end of a statement that was cancelled, which the driver does too, but for ever."""
-        await self._present.end_of_cancellation(self._leases.reset_timeout)
+        await self._current_driver.end_of_cancellation(self._leases.reset_timeout)
         self._interrupted = False
-        self._require_loan(operation)
+        self._require_active(operation)
 
     def _explain(self, operation: str, error: Exception) -> None:
-        """Raise what stands behind an error of the driver, if it fell over a loan that was ended under it."""
-        if self.is_released and wire.comes_from_the_transport(error):
+        """Raise what stands behind an error of the driver, if it fell over a lease that was ended under it."""
+        if self.is_released and comes_from_the_transport(error):
             try:
-                self._require_loan(operation)
+                self._require_active(operation)
             except asyncpg.InterfaceError as ended:
                 raise ended from error
 
-    def _settle(self, *, fresh: bool) -> None:
+    def _end_trying(self, *, fresh: bool) -> None:
         self._state = _FRESH if fresh else _USED
         # The connection may have been lost as soon as it had answered.
-        if self._entry is None and (not fresh or self._hears_of_its_end):
-            self._end()
+        if self._entry is None and (not fresh or self._has_termination_listeners):
+            self._end_with_connection()
 
     async def _attempt(self, execution: Execution[T]) -> T:
-        self._require_loan(execution.operation.name)
+        self._require_active(execution.operation.name)
         entry, self._entry = self._entry, None  # while it is mended it may be lost
         self._entry = await self._leases.ensure_healthy(
             entry, execution.operation.deadline, fail_fast=execution.operation.fail_fast
         )
-        if self._state is not _TRYING:  # the loan was ended by another task, which found no entry to give back
+        if self._state is not _TRYING:  # the lease was ended by another task, which found no entry to give back
             self._leases.release(self)
-            self._require_loan(execution.operation.name)
-        link = await self._adopt(execution)
-        self._require_loan(execution.operation.name)
-        return await self._leases.retry_loop.run_on(execution, link)
+            self._require_active(execution.operation.name)
+        driver = await self._attach(execution)
+        self._require_active(execution.operation.name)
+        return await self._leases.retry_loop.run_on(execution, driver)
 
-    async def _adopt(self, execution: Execution[T]) -> DriverConnection:
-        """Become the face of the connection in this loan's entry, set it up if it is new here, and return it."""
-        link = None if self._entry is None else self._entry.resource
-        if link is None:
+    async def _attach(self, execution: Execution[T]) -> DriverConnection:
+        """Become the face of the connection in this lease's entry, set it up if it is new here, and return it."""
+        driver = None if self._entry is None else self._entry.resource
+        if driver is None:
             raise asyncpg.ConnectionDoesNotExistError("connection was closed while it was being set up")
-        if link is not self._linked:
-            self._leave()
-            link.attach_proxy(self)
-            self._linked = link
-            execution.attempt.phase, execution.attempt.driver = Phase.CHECKOUT, link
+        if driver is not self._driver:
+            self._detach_driver()
+            driver.attach_proxy(self)
+            self._driver = driver
+            execution.attempt.phase, execution.attempt.driver = Phase.CHECKOUT, driver
             if self._leases.sets_up or self._attached is not None:
-                await self._equip(link, execution)
-        return link
+                await self._set_up(driver, execution)
+        return driver
 
-    async def _equip(self, link: DriverConnection, execution: Execution[T]) -> None:
+    async def _set_up(self, driver: DriverConnection, execution: Execution[T]) -> None:
         # What `setup` does is part of getting the connection: it fails as a whole, and is repeated as a whole.
-        before, self._state = self._state, _ADOPTING
+        before, self._state = self._state, _SETTING_UP
         ready = False
         try:
             await self._leases.set_up(self, execution.operation.deadline)
             if self._attached is not None:
-                await self._attached.attach_to(link)
+                await self._attached.attach_to(driver)
             ready = True
         finally:
-            if self._state is _ADOPTING:
+            if self._state is _SETTING_UP:
                 self._state = before
             if not ready:
-                link.invalidated = True
-                link.detach_proxy(self)
+                driver.invalidated = True
+                driver.detach_proxy(self)
 
     # asyncpg's other methods
 
@@ -436,14 +440,14 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
 
     def _cursors(self, query: str, make: Callable[[AnyConnection], CursorFactory[Any]]) -> CursorFactory[Any]:
         if self._state is not _FRESH:
-            return make(self._keep("cursor", query))
+            return make(self._pin_and_get("cursor", query))
 
         def current() -> AnyConnection:
             if self._state is _FRESH:
                 raise asyncpg.NoActiveSQLTransactionError("cursor cannot be created outside of a transaction")
-            return self._keep("cursor", query)
+            return self._pin_and_get("cursor", query)
 
-        return LeaseCursors(current, self._present.connection, query, make)
+        return LeaseCursors(current, self._current_driver.connection, query, make)
 
     def transaction(self, *, isolation: Any = None, readonly: bool = False, deferrable: bool = False) -> Transaction:
         """Make a transaction, or inside one a savepoint; nothing in it is repeated, only its beginning.
@@ -451,7 +455,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         It is used as asyncpg's: `async with connection.transaction()`, or `start()`, `commit()` and `rollback()`. A rollback
         that is not answered within the pool's `reset_timeout` ends the connection.
         """
-        connection = self._look("transaction")
+        connection = self._peek("transaction")
         if self._state is not _FRESH and connection.is_closed():
             raise asyncpg.InterfaceError("connection is closed")
         limit = self._leases.reset_timeout
@@ -479,41 +483,41 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
 
     def add_log_listener(self, callback: Callback) -> None:
         """Call `callback` with this connection and each message (`NOTICE`, `WARNING`) that the server sends."""
-        connection = self._look("add_log_listener")
+        connection = self._peek("add_log_listener")
         if self._state is not _FRESH or not connection.is_closed():
             connection.add_log_listener(callback)
         _add(self._attachments().logs, callback)
 
     def remove_log_listener(self, callback: Callback) -> None:
         """Do not call `callback` with the server's messages any more."""
-        self._look("remove_log_listener").remove_log_listener(callback)
+        self._peek("remove_log_listener").remove_log_listener(callback)
         _remove(self._attachments().logs, callback)
 
     def add_termination_listener(self, callback: Callback) -> None:
         """Call `callback` with this connection when its connection ends before it is released.
 
         A connection that is lost before its first use is replaced only by an operation that is under way then: otherwise
-        `callback` is called, and the loan has ended.
+        `callback` is called, and the lease has ended.
         """
-        self._look("add_termination_listener")
+        self._peek("add_termination_listener")
         if not callable(callback):
             raise asyncpg.InterfaceError(f"expected a callable or an `async def` function, got {callback!r}")
         _add(self._attachments().ends, callback)
 
     def remove_termination_listener(self, callback: Callback) -> None:
         """Do not call `callback` at the connection's end any more."""
-        self._look("remove_termination_listener")
+        self._peek("remove_termination_listener")
         _remove(self._attachments().ends, callback)
 
     def add_query_logger(self, callback: Callback) -> None:
         """Call `callback` with an `asyncpg.connection.LoggedQuery` after every query, until the connection is released."""
-        self._require_loan("add_query_logger")
-        if self._present.add_query_logger(callback):
+        self._require_active("add_query_logger")
+        if self._current_driver.add_query_logger(callback):
             _add(self._attachments().loggers, callback)
 
     def remove_query_logger(self, callback: Callback) -> None:
         """Do not call `callback` after queries any more."""
-        self._look("remove_query_logger").remove_query_logger(callback)
+        self._peek("remove_query_logger").remove_query_logger(callback)
         _remove(self._attachments().loggers, callback)
 
     @contextlib.contextmanager
@@ -578,7 +582,7 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
 
     async def reload_schema_state(self) -> None:
         """Forget what all connections of the pool know of types and statements: the schema has changed."""
-        self._require_loan("reload_schema_state")
+        self._require_active("reload_schema_state")
         self._leases._drop_type_cache()  # noqa: SLF001
         self._leases._drop_statement_cache()  # noqa: SLF001
 
@@ -590,10 +594,10 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
 
     def get_reset_query(self) -> str:
         """Return what is sent to reset the session."""
-        return self._look("get_reset_query").get_reset_query()
+        return self._peek("get_reset_query").get_reset_query()
 
     async def close(self, *, timeout: float | None = None) -> None:
-        """Close the connection and end the loan; the pool replaces it.
+        """Close the connection and end the lease; the pool replaces it.
 
         Args:
             timeout: How many seconds the goodbye may take. Default: no limit but the network's.
@@ -601,45 +605,45 @@ class ResilientConnection(Queries, wire.ConnectionProxy):
         await self._close(lambda connection: connection.close(timeout=timeout))
 
     async def _close(self, execute: Callable[[AnyConnection], Awaitable[None]]) -> None:
-        connection = self._look("close")
-        self._present.end()
+        connection = self._peek("close")
+        self._current_driver.end()
         self._state = _CLOSED  # nothing may be sent on it while it says goodbye
         try:
             await execute(connection)
         finally:
-            self._end()
+            self._end_with_connection()
 
     def terminate(self) -> None:
-        """Close the connection without a goodbye and end the loan; the pool replaces it. It needs no running event loop."""
-        connection = self._look("terminate")
-        self._present.end()
+        """Close the connection without a goodbye and end the lease; the pool replaces it. It needs no running event loop."""
+        connection = self._peek("terminate")
+        self._current_driver.end()
         self._state = _CLOSED
         try:
             connection.terminate()
         finally:
-            self._end()
+            self._end_with_connection()
 
     def is_closed(self) -> bool:
         """Whether the connection is closed, or was lost and is not replaced yet."""
-        return self._state is _CLOSED or self._look("is_closed").is_closed()
+        return self._state is _CLOSED or self._peek("is_closed").is_closed()
 
     def is_in_transaction(self) -> bool:
         """Whether a transaction is open."""
-        connection = self._look("is_in_transaction")
+        connection = self._peek("is_in_transaction")
         return not connection.is_closed() and connection.is_in_transaction()
 
     def get_server_pid(self) -> int:
         """Return the process id of the server's process for this connection."""
-        connection = self._look("get_server_pid")
-        return self._present.pid if connection.is_closed() else connection.get_server_pid()
+        connection = self._peek("get_server_pid")
+        return self._current_driver.pid if connection.is_closed() else connection.get_server_pid()
 
     def get_server_version(self) -> ServerVersion:
         """Return the server's version, as a named tuple like `sys.version_info`."""
-        return self._look("get_server_version").get_server_version()
+        return self._peek("get_server_version").get_server_version()
 
     def get_settings(self) -> ConnectionSettings:
         """Return the connection's settings: those that the server reports, and what the driver knows of types."""
-        connection = self._look("get_settings")
+        connection = self._peek("get_settings")
         try:
             return connection.get_settings()
         except AttributeError as error:  # the driver has let go of what knew them
@@ -762,7 +766,7 @@ class LeaseManager:
         lease = self._lease_class(self, entry)
         lent = False
         try:
-            await lease._adopt(execution)  # noqa: SLF001
+            await lease._attach(execution)  # noqa: SLF001
             lent = True
         finally:
             if not lent:
@@ -777,9 +781,9 @@ class LeaseManager:
             return entry
         return await self._acquirer.acquire(deadline, fail_fast=fail_fast)
 
-    async def adopt(self, lease: ResilientConnection, execution: Execution[T]) -> DriverConnection:
+    async def attach(self, lease: ResilientConnection, execution: Execution[T]) -> DriverConnection:
         """Return the connection of a lease that was just lent."""
-        return await lease._adopt(execution)  # noqa: SLF001
+        return await lease._attach(execution)  # noqa: SLF001
 
     async def set_up(self, lease: ResilientConnection, deadline: float | None) -> None:
         """Let the application prepare a connection until `deadline`."""
@@ -822,25 +826,25 @@ class LeaseManager:
         """Whether a connection was lent here."""
         return lease._leases is self  # noqa: SLF001
 
-    def bind(self, lease: ResilientConnection, sent: Callable[[str | None], None]) -> None:
+    def pin(self, lease: ResilientConnection, sent: Callable[[str | None], None]) -> None:
         """Keep the present connection of a lease to the end, and its place in the pool, also when the connection is lost.
 
         Args:
             lease: The lease.
             sent: Called with the text of everything that is sent on it; `None` stands for what may be anything.
         """
-        lease._bind(sent)  # noqa: SLF001
+        lease._pin(sent)  # noqa: SLF001
 
-    def detach(self, lease: ResilientConnection) -> PoolEntry[DriverConnection] | None:
-        """End a loan and return its entry; `None` if that came back before. `release` is still to be called."""
-        return lease._detach()  # noqa: SLF001
+    def end_lease(self, lease: ResilientConnection) -> PoolEntry[DriverConnection] | None:
+        """End a lease and return its entry; `None` if that came back before. `release` is still to be called."""
+        return lease._end_lease()  # noqa: SLF001
 
     def release(self, lease: ResilientConnection, seconds: float | None = None) -> asyncio.Task[None] | None:
-        """End a loan; the connection is reset in the background. Returns what can be waited for."""
-        entry = lease._detach()  # noqa: SLF001
+        """End a lease; the connection is reset in the background. Returns what can be waited for."""
+        entry = lease._end_lease()  # noqa: SLF001
         reset = None
         try:
-            lease._leave()  # noqa: SLF001
+            lease._detach_driver()  # noqa: SLF001
         finally:
             if entry is not None:
                 reset = self._maintenance.reset_and_release(entry, seconds)
@@ -850,10 +854,10 @@ class LeaseManager:
 
     def _drop_statement_cache(self) -> None:
         self.read_check.forget()
-        for link in self._maintenance.connections():
-            link.drop_statement_cache()
+        for driver in self._maintenance.connections():
+            driver.drop_statement_cache()
 
     def _drop_type_cache(self) -> None:
         self.read_check.forget()
-        for link in self._maintenance.connections():
-            link.drop_type_cache()
+        for driver in self._maintenance.connections():
+            driver.drop_type_cache()

@@ -105,7 +105,7 @@ def _cursor(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 def _transaction(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = _call(name, args, kwargs)(self._look(name))
+        made = _call(name, args, kwargs)(self._peek(name))
         return self._transaction(made) if type(made) is Transaction else made
 
     return forward

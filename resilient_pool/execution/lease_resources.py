@@ -1,4 +1,4 @@
-"""asyncpg's transaction and cursors, for a lease that may still replace its connection. It touches asyncpg's inside, as wire.py does."""
+"""asyncpg's transaction and cursors, for a lease that may still replace its connection. It touches asyncpg's internals, as driver.py does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HASTE = 2.0
 Begin: TypeAlias = Callable[[str, Callable[[AnyConnection], Awaitable[Any]]], Awaitable[Any]]
 """Does something on the lease's connection, as an operation that is repaired while nothing has succeeded on the lease.
 
-It is given the name of the method that asks for it. Raises `asyncpg.InterfaceError` when the loan has ended.
+It is given the name of the method that asks for it. Raises `asyncpg.InterfaceError` when the lease has ended.
 """
 
 
@@ -111,7 +111,7 @@ class LeaseTransaction(Transaction):
 
     @property
     def _is_over(self) -> bool:
-        """Whether the loan in which the transaction was begun, or its connection, has ended."""
+        """Whether the lease in which the transaction was begun, or its connection, has ended."""
         released = self._connection._pool_release_ctr != self._con_release_ctr  # noqa: SLF001
         return released or bool(self._connection.is_closed())
 

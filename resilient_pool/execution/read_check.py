@@ -187,14 +187,14 @@ class ReadCheck:
         self._now = now
         self._answers: dict[tuple[frozenset[str], frozenset[str]], tuple[bool, float]] = {}
 
-    async def allows(self, link: DriverConnection, texts: Iterable[str], *, timeout: float | None = None) -> bool:
-        """Whether everything callable that `texts` name is stable or immutable on the server behind `link`.
+    async def allows(self, driver: DriverConnection, texts: Iterable[str], *, timeout: float | None = None) -> bool:
+        """Whether everything callable that `texts` name is stable or immutable on the server behind `driver`.
 
         The repeat itself must run inside BEGIN READ ONLY: this is one of three conditions. It takes one query for texts
         that were not asked about within the last seconds, or since the schema is known to have changed.
 
         Args:
-            link: A connection with no transaction open.
+            driver: A connection with no transaction open.
             texts: All of them are asked about at once. One that does not look like a read is not allowed.
             timeout: The limit in seconds. Default: the driver's.
 
@@ -211,10 +211,10 @@ class ReadCheck:
         if remembered is not None and asked_at < remembered[1] + _KEPT:
             return remembered[0]
         try:
-            answer = await self._ask(link, names, operators, timeout)
+            answer = await self._ask(driver, names, operators, timeout)
         except asyncpg.PostgresError:
             # Databases that only speak PostgreSQL's protocol have other catalogs. What could not be asked is not allowed.
-            if link.connection.is_closed():
+            if driver.connection.is_closed():
                 raise
             return False
         if len(self._answers) >= _REMEMBERED:
@@ -223,12 +223,12 @@ class ReadCheck:
         return answer
 
     async def _ask(
-        self, link: DriverConnection, names: frozenset[str], operators: frozenset[str], timeout: float | None
+        self, driver: DriverConnection, names: frozenset[str], operators: frozenset[str], timeout: float | None
     ) -> bool:
         # In a database of a single-byte encoding PostgreSQL folds letters outside ASCII, too.
         spellings = sorted(names | {name.lower() for name in names})
         arguments = (spellings, sorted(operators), _EFFECTS, _HARMLESS, sorted(self.reader.pure))
-        return await link.fetchval_uncached(_QUESTION, *arguments, timeout=timeout) is True
+        return await driver.fetchval_uncached(_QUESTION, *arguments, timeout=timeout) is True
 
     def forget(self) -> None:
         """Ask again: the schema has changed."""

@@ -12,10 +12,13 @@ from resilient_pool.errors import OutcomeUnknownError
 from resilient_pool.events import DiscardReason, OutcomeUnknown, RetryExhausted, RetryScheduled
 from resilient_pool.execution.operation import Execution, LostAttempt
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import PoolContext, nearest_sqlstate
-from resilient_pool.pooling.driver import DriverConnection
+from resilient_pool.pooling.driver import (
+    DriverConnection,
+    is_of_another_connection,
+    nothing_sent,
+)
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.retry.backoff import OPERATION_BACKOFF
 from resilient_pool.retry.decision import GiveUp, GiveUpReason, Retry, RetryState, decide
@@ -133,48 +136,48 @@ class RetryLoop:
             except Exception as failure:  # noqa: BLE001 - every error is classified, none is swallowed
                 error = failure
 
-    async def run_on(self, execution: Execution[T], link: DriverConnection) -> T:
+    async def run_on(self, execution: Execution[T], driver: DriverConnection) -> T:
         """Execute a call on a connection; guarded, if an earlier attempt of it may have taken effect.
 
         A guarded attempt runs in a read-only transaction, after the server's catalog has said that the text calls nothing
         that may write. Whatever goes wrong in it, the connection is not used again: the transaction may be open.
         """
-        execution.attempt.execute_on(link)
+        execution.attempt.execute_on(driver)
         if execution.lost is not None and execution.operation.sql is not None:
-            return await self._run_guarded(execution, execution.operation.sql, link)
+            return await self._run_guarded(execution, execution.operation.sql, driver)
         try:
-            return await execution.operation.execute(link.connection)
+            return await execution.operation.execute(driver.connection)
         except asyncpg.ReadOnlySQLTransactionError:
-            await link.learn_why_read_only()
+            await driver.learn_why_read_only()
             raise
 
-    async def _run_guarded(self, execution: Execution[T], sql: str, link: DriverConnection) -> T:
+    async def _run_guarded(self, execution: Execution[T], sql: str, driver: DriverConnection) -> T:
         execution.attempt.phase = Phase.CHECKOUT  # what comes before the statement is part of getting the connection
-        if not await self.read_check.allows(link, (sql,), timeout=self._limit(execution)):
+        if not await self.read_check.allows(driver, (sql,), timeout=self._limit(execution)):
             raise RepeatRefusedError
         execution.is_harmless = True
         self._emit_scheduled(execution)
         ended = False
         try:
-            await link.execute(_BEGIN_GUARD, timeout=self._limit(execution))
+            await driver.execute(_BEGIN_GUARD, timeout=self._limit(execution))
             execution.attempt.phase = Phase.EXECUTE
             try:
-                result = await execution.operation.execute(link.connection)
+                result = await execution.operation.execute(driver.connection)
             except REFUSALS_OF_A_GUARD as error:
                 raise RepeatRefusedError from error
-            ended = await self._end_guard(execution, link)
+            ended = await self._end_guard(execution, driver)
         finally:
             if not ended:
-                link.invalidated = True
+                driver.invalidated = True
         return result
 
-    async def _end_guard(self, execution: Execution[T], link: DriverConnection) -> bool:
+    async def _end_guard(self, execution: Execution[T], driver: DriverConnection) -> bool:
         """Commit what only read, and say whether the connection can be used again."""
         try:
-            await link.execute("COMMIT", timeout=self._limit(execution))
+            await driver.execute("COMMIT", timeout=self._limit(execution))
         except Exception as error:
             # A refusal says that a serializable transaction must not have read this. Without an answer, the result stands.
-            if isinstance(error, asyncpg.PostgresError) and not link.connection.is_closed():
+            if isinstance(error, asyncpg.PostgresError) and not driver.connection.is_closed():
                 raise
             return False
         return True
@@ -272,11 +275,11 @@ class RetryLoop:
         return decision
 
     def _build_failure(self, execution: Execution[T], error: Exception) -> Failure:
-        link, inner = execution.attempt.driver, self._context.unwrap(error)
-        refused = execution.attempt.phase is Phase.EXECUTE and link is not None and wire.nothing_sent(inner, link)
+        driver, inner = execution.attempt.driver, self._context.unwrap(error)
+        refused = execution.attempt.phase is Phase.EXECUTE and driver is not None and nothing_sent(inner, driver)
         why = None
-        if link is not None and isinstance(inner, asyncpg.ReadOnlySQLTransactionError):
-            why = link.read_only
+        if driver is not None and isinstance(inner, asyncpg.ReadOnlySQLTransactionError):
+            why = driver.read_only
         return Failure(
             error=error,
             phase=execution.attempt.phase,
@@ -292,7 +295,7 @@ class RetryLoop:
         if (
             executing
             and execution.attempt.driver is not None
-            and wire.is_of_another_connection(inner, execution.attempt.driver)
+            and is_of_another_connection(inner, execution.attempt.driver)
         ):
             # The application's own affair, such as what a COPY's source reads from: another attempt here does not cure it.
             return Verdict(fault=Fault.PERMANENT, outcome=Outcome.UNKNOWN)

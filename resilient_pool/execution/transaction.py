@@ -17,9 +17,12 @@ from resilient_pool.execution.connection import LeaseManager, ResilientConnectio
 from resilient_pool.execution.loop_control import FramePosition
 from resilient_pool.execution.operation import Execution
 from resilient_pool.execution.retry_loop import REFUSALS_OF_A_GUARD, RepeatRefusedError
-from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.context import PoolContext
-from resilient_pool.pooling.driver import DriverConnection
+from resilient_pool.pooling.driver import (
+    DriverConnection,
+    is_of_another_connection,
+    nothing_sent,
+)
 from resilient_pool.retry.classifier import refuses_commit
 from resilient_pool.retry.commit_status import CommitStatus, CommitToken
 from resilient_pool.retry.verdict import Outcome, Phase
@@ -236,27 +239,27 @@ class Attempt:
         lease = await self._shared.leases.lease_for(self._execution)
         begun = False
         try:
-            await self._begin_on(_link(self._execution))
-            self._shared.leases.bind(lease, self._sent.sent)
+            await self._begin_on(_driver_of(self._execution))
+            self._shared.leases.pin(lease, self._sent.sent)
             begun = True
         finally:
             if not begun:
                 self._shared.leases.release(lease)
         return lease
 
-    async def _begin_on(self, link: DriverConnection) -> None:
+    async def _begin_on(self, driver: DriverConnection) -> None:
         options = self._options
-        await self._shared.commit_resolver.detect_capabilities(link)
-        if self._loop.is_guarded and not await self._shared.leases.read_check.allows(link, self._loop.reads):
+        await self._shared.commit_resolver.detect_capabilities(driver)
+        if self._loop.is_guarded and not await self._shared.leases.read_check.allows(driver, self._loop.reads):
             raise RepeatRefusedError
-        self._execution.attempt.execute_on(link)
-        await link.begin(
+        self._execution.attempt.execute_on(driver)
+        await driver.begin(
             isolation=options.get("isolation"),
             readonly=self._is_read_only,
             deferrable=options.get("deferrable", False),
         )
         self._execution.attempt.transaction_began = self._shared.context.clock.monotonic()
-        self._execution.attempt.queries_before = link.queries
+        self._execution.attempt.queries_before = driver.queries
 
     @property
     def _is_read_only(self) -> bool:
@@ -272,7 +275,7 @@ class Attempt:
         swallow = False
         try:
             failure = None
-            if not self._is_on_loan:
+            if not self._is_leased:
                 self._require_error(error)
             else:
                 failure = await (self._commit() if error is None else self._roll_back(error))
@@ -308,7 +311,7 @@ class Attempt:
             )  # not by shield: one that terminate() cuts short is no cancellation of this task
 
     @property
-    def _is_on_loan(self) -> bool:
+    def _is_leased(self) -> bool:
         """Whether the connection is still this transaction's. When it is not, nothing may be sent on it."""
         return self._lease is not None and not self._lease.is_released
 
@@ -326,52 +329,52 @@ class Attempt:
 
     async def _roll_back(self, error: BaseException) -> Exception | None:
         """Undo the block, and return `error` if another attempt may cure it; whatever it is, it passes otherwise."""
-        link = _link(self._execution)
+        driver = _driver_of(self._execution)
         if not isinstance(error, Exception):
             return None  # there is no time; the connection's reset, in the background, does it
-        await self._undo(link)
+        await self._undo(driver)
         unwrapped = self._shared.context.unwrap(error)
-        if self._sent.may_have_ended or not _is_the_drivers(unwrapped, link):
+        if self._sent.may_have_ended or not _is_the_drivers(unwrapped, driver):
             return None
         self._execution.attempt.known_outcome = Outcome.ROLLED_BACK
         if self._loop.is_guarded and isinstance(unwrapped, REFUSALS_OF_A_GUARD):
             return RepeatRefusedError()
         if isinstance(unwrapped, asyncpg.ReadOnlySQLTransactionError):
-            await self._learn_why_read_only(link)
+            await self._learn_why_read_only(driver)
         return error
 
-    async def _learn_why_read_only(self, link: DriverConnection) -> None:
-        if self._is_on_loan:
-            await link.learn_why_read_only()
+    async def _learn_why_read_only(self, driver: DriverConnection) -> None:
+        if self._is_leased:
+            await driver.learn_why_read_only()
 
-    async def _undo(self, link: DriverConnection) -> None:
+    async def _undo(self, driver: DriverConnection) -> None:
         with contextlib.suppress(Exception):  # the connection's reset does it then, or the server, when it is closed
-            if self._is_on_loan and not link.connection.is_closed():
-                await link.end_transaction("ROLLBACK", timeout=self._shared.context.config.reset_timeout)
+            if self._is_leased and not driver.connection.is_closed():
+                await driver.end_transaction("ROLLBACK", timeout=self._shared.context.config.reset_timeout)
 
     # Committing
 
     async def _commit(self) -> Exception | None:
         """Commit, and return the error if it is certain, or noted in the attempt's state, what became of it."""
-        link = _link(self._execution)
+        driver = _driver_of(self._execution)
         self._execution.attempt.known_outcome = Outcome.ROLLED_BACK  # as long as COMMIT was not sent
-        if not link.connection.is_closed() and not link.connection.is_in_transaction():
+        if not driver.connection.is_closed() and not driver.connection.is_in_transaction():
             self._require_ended_by_text()
             return None
-        if link.queries != self._execution.attempt.queries_before and self._sent.reads == ():
+        if driver.queries != self._execution.attempt.queries_before and self._sent.reads == ():
             self._sent.sent(None)  # past the lease, on the driver's own connection; the driver does not count a COPY
         try:
-            mark = await self._mark(link)
+            mark = await self._mark(driver)
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
-            return await self._give_up_before_commit(error, link)
-        if not self._is_on_loan:
+            return await self._give_up_before_commit(error, driver)
+        if not self._is_leased:
             self._require_error(None)
         self._execution.attempt.xid = mark.xid
         self._execution.attempt.phase = Phase.COMMIT
         try:
-            done = await link.end_transaction("COMMIT")
+            done = await driver.end_transaction("COMMIT")
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
-            return None if await self._is_committed(error, link, mark) else self._unless_ended(error)
+            return None if await self._is_committed(error, driver, mark) else self._unless_ended(error)
         if done != "COMMIT":
             if self._loop.is_guarded:
                 return RepeatRefusedError()
@@ -390,13 +393,13 @@ class Attempt:
                 "visible: it is not known to be committed"
             )
 
-    async def _give_up_before_commit(self, error: Exception, link: DriverConnection) -> Exception | None:
-        if not self._is_on_loan:
+    async def _give_up_before_commit(self, error: Exception, driver: DriverConnection) -> Exception | None:
+        if not self._is_leased:
             self._require_error(None)
-        await self._undo(link)
+        await self._undo(driver)
         if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-            await self._learn_why_read_only(link)
-        self._asked_in_vain = is_our_own_fault(error, link)
+            await self._learn_why_read_only(driver)
+        self._asked_in_vain = is_our_own_fault(error, driver)
         return self._unless_ended(error)
 
     def _unless_ended(self, error: Exception) -> Exception:
@@ -405,18 +408,18 @@ class Attempt:
             raise error
         return error
 
-    async def _mark(self, link: DriverConnection) -> CommitToken:
+    async def _mark(self, driver: DriverConnection) -> CommitToken:
         sent, readonly = self._sent, self._is_read_only
         only_reads = not sent.may_write or (readonly and sent.reads is not None)
         if only_reads or not self._options.get("resolve_commit", True):
             return CommitToken()
         return await self._shared.commit_resolver.prepare(
-            link, readonly=readonly, may_change_session=sent.may_change_session
+            driver, readonly=readonly, may_change_session=sent.may_change_session
         )
 
-    async def _is_committed(self, error: Exception, link: DriverConnection, mark: CommitToken) -> bool:
+    async def _is_committed(self, error: Exception, driver: DriverConnection, mark: CommitToken) -> bool:
         """Say whether a COMMIT that failed took effect nevertheless; what else is known goes into the attempt's state."""
-        if _is_refusal(error, link):
+        if _is_refusal(error, driver):
             return False
         if mark.nothing_written:
             return True
@@ -425,7 +428,7 @@ class Attempt:
         if self._lease is None or not (is_known or reads is not None):
             return False
         entry, commit_resolver, deadline = (
-            self._shared.leases.detach(self._lease),
+            self._shared.leases.end_lease(self._lease),
             self._shared.commit_resolver,
             self._execution.operation.deadline,
         )
@@ -473,19 +476,19 @@ async def run(
             return result
 
 
-def _link(execution: Execution[None]) -> DriverConnection:
+def _driver_of(execution: Execution[None]) -> DriverConnection:
     if execution.attempt.driver is None:
         raise asyncpg.InternalClientError("a transaction without a connection")
     return execution.attempt.driver
 
 
-def _is_the_drivers(error: BaseException, link: DriverConnection) -> bool:
+def _is_the_drivers(error: BaseException, driver: DriverConnection) -> bool:
     """Whether an error that left the block, once it is unwrapped, can be this connection's."""
-    if isinstance(error, TimeoutError) or wire.is_of_another_connection(error, link):
+    if isinstance(error, TimeoutError) or is_of_another_connection(error, driver):
         return False
     return isinstance(error, OSError | asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError)
 
 
-def _is_refusal(error: Exception, link: DriverConnection) -> bool:
+def _is_refusal(error: Exception, driver: DriverConnection) -> bool:
     """Whether a failed COMMIT is known to have been refused, or never sent."""
-    return wire.nothing_sent(error, link) or (refuses_commit(error) and not link.connection.is_closed())
+    return nothing_sent(error, driver) or (refuses_commit(error) and not driver.connection.is_closed())

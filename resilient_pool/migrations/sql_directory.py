@@ -357,10 +357,10 @@ class _Attempts:
 async def _execute(connection: ResilientConnection, sql: str) -> None:
     # By the driver's own connection: the lease would read millions of characters once more, in the event loop and inside the
     # transaction, to learn what is known already: that they do not end it. That they write the record has said.
-    link = connection._linked  # noqa: SLF001
-    if link is None:
+    driver = connection._driver  # noqa: SLF001
+    if driver is None:
         raise asyncpg.InterfaceError("the connection was lost")
-    await link.connection.execute(sql)
+    await driver.connection.execute(sql)
 
 
 async def _outside_transaction(pool: ResilientPool, file: SqlFile) -> bool:

@@ -99,13 +99,13 @@ class Acquirer:
 
     def _is_ready(self, entry: PoolEntry[DriverConnection]) -> bool:
         """Whether an entry's connection can be used as it is. What it is asked from now on is asked at this time."""
-        now, link = self._clock.now(), entry.resource
+        now, driver = self._clock.now(), entry.resource
         entry.taken_at = now
         return (
-            link is not None
+            driver is not None
             and now - entry.asked_at < self._ping_after
             and now < entry.expires_at
-            and link.socket_is_idle()
+            and driver.socket_is_idle()
             and not self._maintenance.is_outdated(entry)
         )
 
@@ -165,14 +165,14 @@ class Acquirer:
 
     async def _check(self, entry: PoolEntry[DriverConnection], deadline: float | None) -> DiscardReason | None:
         """Say why an entry's connection must not be used, or `None`: it may be, or there is none."""
-        link, now = entry.resource, self._clock.now()
-        if link is None:
+        driver, now = entry.resource, self._clock.now()
+        if driver is None:
             return None
-        if link.invalidated:
+        if driver.invalidated:
             return DiscardReason.FAILED
         if self._maintenance.is_outdated(entry) or now >= entry.expires_at:
             return DiscardReason.GENERATION if now < entry.expires_at else DiscardReason.EXPIRED_LIFETIME
-        if not link.socket_is_idle() and not await link.drain_socket():
+        if not driver.socket_is_idle() and not await driver.drain_socket():
             self._counters.stale_found += 1
             return DiscardReason.STALE
         return await self._ask_if_long_ago(entry, deadline)
@@ -181,20 +181,20 @@ class Acquirer:
         self, entry: PoolEntry[DriverConnection], deadline: float | None
     ) -> DiscardReason | None:
         """Ping a connection that has answered nothing that was asked a short time ago."""
-        link = entry.resource
-        if link is None or self._clock.now() - entry.asked_at < self._ping_after:
+        driver = entry.resource
+        if driver is None or self._clock.now() - entry.asked_at < self._ping_after:
             return None
-        reason = await self._ping(entry, link, deadline)
+        reason = await self._ping(entry, driver, deadline)
         if reason is None and self._clock.now() - entry.asked_at >= max(self._ping_after, _SLOW):
-            reason = await self._ping(entry, link, deadline)
+            reason = await self._ping(entry, driver, deadline)
         return reason
 
     async def _ping(
-        self, entry: PoolEntry[DriverConnection], link: DriverConnection, deadline: float | None
+        self, entry: PoolEntry[DriverConnection], driver: DriverConnection, deadline: float | None
     ) -> DiscardReason | None:
         now, left = self._clock.now(), inf if deadline is None else deadline - self._clock.monotonic()
         self._counters.pings += 1
-        if await link.ping(max(min(self._ping_timeout, left), 0.001)):
+        if await driver.ping(max(min(self._ping_timeout, left), 0.001)):
             entry.asked_at = now
             return None
         self._counters.pings_failed += 1

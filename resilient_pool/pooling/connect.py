@@ -15,10 +15,16 @@ import asyncpg
 
 from resilient_pool.config.pool_config import PassedOn, PoolConfig
 from resilient_pool.events import PoolerDetected
-from resilient_pool.pooling import driver as wire
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.credentials import Credentials, Login
-from resilient_pool.pooling.driver import AnyConnection, DriverConnection, ReadOnly, ServerInfo
+from resilient_pool.pooling.driver import (
+    AnyConnection,
+    DriverConnection,
+    ReadOnly,
+    ServerInfo,
+    draw_statement_names,
+    forget_locals,
+)
 from resilient_pool.pooling.hosts import Candidate, PinnedLoop, Race, Silence, candidates
 from resilient_pool.retry.classifier import refuses_credentials
 from resilient_pool.retry.verdict import Failure, Fault, Phase
@@ -85,22 +91,22 @@ class Connector:
             Exception: What the driver, a function of the application's or `init` raises. No frame behind it holds a secret.
         """
         if self.server_info is None:
-            wire.draw_statement_names()
+            draw_statement_names()
         target = self._target  # `redirect` may change it meanwhile
         limits = [limit for limit in (target.timeout, seconds) if limit is not None]
         ends = self._clock.monotonic() + max(min(limits), 0.001)
-        link = DriverConnection(await self._connect(target, ends))
+        driver = DriverConnection(await self._connect(target, ends))
         ready = False
         try:
             with anyio.fail_after(self._left(ends)):
-                await self._prepare(target, link, ends)
+                await self._prepare(target, driver, ends)
             ready = True
         finally:
             if not ready:
-                link.terminate()
-        link.opened_at = self._clock.monotonic()
+                driver.terminate()
+        driver.opened_at = self._clock.monotonic()
         self._context.counters.opened += 1
-        return link
+        return driver
 
     def _left(self, ends: float) -> float:
         return max(ends - self._clock.monotonic(), 0.001)
@@ -116,7 +122,7 @@ class Connector:
         finally:
             if connection is None:
                 # Whatever it is, a cancellation too: the driver's frames hold the password while it connects.
-                wire.forget_locals(sys.exception())
+                forget_locals(sys.exception())
         return connection
 
     async def _call(self, target: PoolConfig, passed: PassedOn) -> AnyConnection:
@@ -206,31 +212,31 @@ class Connector:
             arguments["statement_cache_size"] = 0
         return cast("AnyConnection", await asyncpg.connect(**arguments))  # type: ignore[call-overload]
 
-    async def _prepare(self, target: PoolConfig, link: DriverConnection, ends: float) -> None:
-        link.set_socket_options(keepalive=self._config.tcp_keepalive, user_timeout=self._config.tcp_user_timeout)
+    async def _prepare(self, target: PoolConfig, driver: DriverConnection, ends: float) -> None:
+        driver.set_socket_options(keepalive=self._config.tcp_keepalive, user_timeout=self._config.tcp_user_timeout)
         # Several first connections may have been dialled before the first of them had its answer.
         facts = (
             self.server_info
             if target is self._target and self.server_info is not None
-            else await self._fetch_server_info(target, link, ends)
+            else await self._fetch_server_info(target, driver, ends)
         )
-        link.is_pooled = facts.has_pooler
+        driver.is_pooled = facts.has_pooler
         if facts.has_pooler and target.statement_cache_size is None:
-            link.disable_statement_cache()
+            driver.disable_statement_cache()
         if self._config.init is not None:
             try:
-                await self._config.init(link.connection)
+                await self._config.init(driver.connection)
             except asyncpg.ReadOnlySQLTransactionError:
-                await link.learn_why_read_only()
-                self.read_only = link.read_only
+                await driver.learn_why_read_only()
+                self.read_only = driver.read_only
                 raise
-            await link.keep_roles()
+            await driver.keep_roles()
 
-    async def _fetch_server_info(self, target: PoolConfig, link: DriverConnection, ends: float) -> ServerInfo:
-        facts = await link.fetch_server_info(None)
+    async def _fetch_server_info(self, target: PoolConfig, driver: DriverConnection, ends: float) -> ServerInfo:
+        facts = await driver.fetch_server_info(None)
         seen = None
         if facts.has_proxy and target.statement_cache_size is None:
-            seen = await self._sees_sharing(target, link, facts, ends)
+            seen = await self._sees_sharing(target, driver, facts, ends)
             facts = replace(facts, keeps_session=seen is None)
         if self.server_info is None and target is self._target:
             self.server_info = facts
@@ -240,7 +246,7 @@ class Connector:
         return facts
 
     async def _sees_sharing(
-        self, target: PoolConfig, link: DriverConnection, facts: ServerInfo, ends: float
+        self, target: PoolConfig, driver: DriverConnection, facts: ServerInfo, ends: float
     ) -> str | None:
         """Return why what made the handshake in the server's place may share its sessions; `None` if it keeps one for each.
 
@@ -257,12 +263,12 @@ class Connector:
         try:
             other = await second.backend(self._left(until))
             took = self._clock.monotonic() - began
-            same = await link.backend(self._left(until))
+            same = await driver.backend(self._left(until))
         except Exception as error:  # noqa: BLE001 - it may have to wait for the first one's session
             return f"a second client was not served ({type(error).__name__})"
         finally:
             second.terminate()
-        if other is None or same is None or second.pid in (link.pid, other[0]):
+        if other is None or same is None or second.pid in (driver.pid, other[0]):
             return "what stands there cannot be asked"
         if other[0] == facts.backend_pid or same[0] != facts.backend_pid:
             return "another client was given the same session"

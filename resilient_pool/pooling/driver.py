@@ -471,10 +471,10 @@ class DriverConnection:
     def detach_proxy(self, borrower: Borrower) -> None:
         """End a lease: what was made in it becomes invalid, listeners left behind are warned of. Nothing, if it has ended."""
         if self._borrower is borrower:
-            self.leave(borrower)
+            self.drop_proxy(borrower)
             self.connection._on_release()  # type: ignore[attr-defined] # noqa: SLF001
 
-    def leave(self, borrower: Borrower) -> None:
+    def drop_proxy(self, borrower: Borrower) -> None:
         """End a lease of a connection that is closed. Nothing, if it has ended."""
         if self._borrower is borrower:
             self._borrower = None
@@ -660,7 +660,7 @@ def draw_statement_names() -> None:
     asyncpg.connection._uid = secrets.randbits(60)  # type: ignore[attr-defined] # noqa: SLF001
 
 
-def nothing_sent(error: BaseException, link: DriverConnection) -> bool:
+def nothing_sent(error: BaseException, driver: DriverConnection) -> bool:
     """Whether `error` proves that no byte of an operation left this process.
 
     It proves that of the one operation which raised it: nothing of what was done on the connection before, and nothing
@@ -671,23 +671,23 @@ def nothing_sent(error: BaseException, link: DriverConnection) -> bool:
 
     Args:
         error: What the operation raised, unwrapped.
-        link: The connection that it was to run on.
+        driver: The connection that it was to run on.
     """
     if type(error) is asyncpg.InterfaceError:
-        refused = link.connection.is_closed() and _CLOSED.search(str(error)) is not None
+        refused = driver.connection.is_closed() and _CLOSED.search(str(error)) is not None
     else:
         refused = type(error) is asyncpg.InternalClientError and _NOT_BEGUN.search(str(error)) is not None
     return refused and _comes_from_the_driver(error)
 
 
-def is_of_another_connection(error: BaseException, link: DriverConnection) -> bool:
+def is_of_another_connection(error: BaseException, driver: DriverConnection) -> bool:
     """Whether `error` tells of a lost connection while this one is open: one that a COPY's source reads from, say.
 
     Args:
         error: What was raised while this connection was in use, unwrapped.
-        link: This connection.
+        driver: This connection.
     """
-    if link.connection.is_closed() or isinstance(error, TimeoutError):
+    if driver.connection.is_closed() or isinstance(error, TimeoutError):
         return False
     return isinstance(error, OSError) or reports_closed_connection(error)
 
@@ -706,12 +706,12 @@ def forget_locals(error: BaseException | None) -> None:
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
     while queue:
-        link = queue.pop()
-        if link is None or id(link) in seen:
+        each = queue.pop()
+        if each is None or id(each) in seen:
             continue
-        seen.add(id(link))
-        if link.__traceback__ is not None:
-            traceback.clear_frames(link.__traceback__)
-        queue += [link.__cause__, link.__context__]
-        if isinstance(link, BaseExceptionGroup):
-            queue += link.exceptions
+        seen.add(id(each))
+        if each.__traceback__ is not None:
+            traceback.clear_frames(each.__traceback__)
+        queue += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            queue += each.exceptions

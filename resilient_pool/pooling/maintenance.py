@@ -90,29 +90,29 @@ class Maintenance:
         try:
             async with asyncio.timeout(None) as scope:
                 self._openings.add(scope)
-                link = await self._connector.open(seconds)
+                driver = await self._connector.open(seconds)
         except TimeoutError:
             self.require_open()
             raise
         finally:
             self._openings.discard(scope)
         if self.closing:
-            link.terminate()
+            driver.terminate()
             self.require_open()
-        if link.connection.is_closed():
+        if driver.connection.is_closed():
             raise asyncpg.InterfaceError("the server closed a connection as soon as it was made: connection is closed")
         now = self._clock.now()
         entry.fill(
-            link,
+            driver,
             now=now,
             expires_at=now + self._draw_lifetime(),
             generation=generation,
             asked_at=started,
-            uses=link.queries,
+            uses=driver.queries,
         )
         if self._context.events:
             self._context.events.emit(
-                ConnectionOpened(elapsed=now - started, server_pid=link.pid, size=self._resources.size)
+                ConnectionOpened(elapsed=now - started, server_pid=driver.pid, size=self._resources.size)
             )
 
     def _draw_lifetime(self) -> float:
@@ -175,11 +175,11 @@ class Maintenance:
         return task
 
     async def _reset(self, entry: PoolEntry[DriverConnection], seconds: float, *, watched: bool) -> None:
-        link = entry.resource
+        driver = entry.resource
         # What failed on it may have been judged by now, and the connection with it.
-        if link is not None and self._unfit(entry) is None:
+        if driver is not None and self._unfit(entry) is None:
             self._context.counters.resets += 1
-            await link.restore(self._config.reset, seconds, watched=watched)
+            await driver.restore(self._config.reset, seconds, watched=watched)
 
     def _settle(self, entry: PoolEntry[DriverConnection], task: asyncio.Task[None], *, prompt: bool) -> None:
         self._background.discard(task)
@@ -199,9 +199,9 @@ class Maintenance:
 
     def _discard_after(self, error: BaseException, entry: PoolEntry[DriverConnection]) -> None:
         reason = scrub(f"{type(error).__name__}: {error}", self._config.secrets())
-        link = entry.resource
+        driver = entry.resource
         # A loss is no news. What the application's own reset met has no caller who could see it.
-        is_ours = self._config.reset is not None and link is not None and not link.connection.is_closed()
+        is_ours = self._config.reset is not None and driver is not None and not driver.connection.is_closed()
         if is_ours and not self._is_reset_reported:
             self._is_reset_reported = True
             _LOGGER.warning("reset= failed, so its connection was closed: %s (said once; stats() counts them)", reason)
@@ -210,21 +210,21 @@ class Maintenance:
 
     def _unfit(self, entry: PoolEntry[DriverConnection]) -> DiscardReason | None:
         """Say why an entry's connection must not be kept, or `None`, and take note of what it has answered."""
-        link = entry.resource
-        if link is None or link.invalidated or link.connection.is_closed():
-            if link is not None and link.ended:
+        driver = entry.resource
+        if driver is None or driver.invalidated or driver.connection.is_closed():
+            if driver is not None and driver.ended:
                 return DiscardReason.CLOSED
             return DiscardReason.CLOSING if self.closing else DiscardReason.FAILED
-        uses = link.queries
+        uses = driver.queries
         if uses != entry.uses:
             entry.uses, entry.asked_at = uses, entry.taken_at
-            if not (link.has_served or link.is_cancelling):
-                link.has_served = True
+            if not (driver.has_served or driver.is_cancelling):
+                driver.has_served = True
         if self.closing:
             return DiscardReason.CLOSING
         if entry.generation != self._generation:
             return DiscardReason.GENERATION
-        if uses >= self._config.max_queries and link.has_served:  # what was asked to open it counts, but not alone
+        if uses >= self._config.max_queries and driver.has_served:  # what was asked to open it counts, but not alone
             return DiscardReason.MAX_QUERIES
         return None
 
@@ -244,8 +244,8 @@ class Maintenance:
 
     def connections(self) -> list[DriverConnection]:
         """List the open connections, whatever they are doing."""
-        links = (entry.resource for entry in self._resources)
-        return [link for link in links if link is not None and not link.connection.is_closed()]
+        drivers = (entry.resource for entry in self._resources)
+        return [driver for driver in drivers if driver is not None and not driver.connection.is_closed()]
 
     # Discarding
 
@@ -257,20 +257,20 @@ class Maintenance:
         self, entry: PoolEntry[DriverConnection], reason: DiscardReason, *, error: str | None = None
     ) -> None:
         """Close an entry's connection without waiting, and keep the entry, now empty."""
-        link = entry.empty()
-        if link is None:
+        driver = entry.empty()
+        if driver is None:
             return
         self._context.counters.discarded[reason] += 1
         if self._context.events:
             self._context.events.emit(
                 ConnectionDiscarded(
-                    reason=reason, age=self._clock.now() - entry.opened_at, server_pid=link.pid, error=error
+                    reason=reason, age=self._clock.now() - entry.opened_at, server_pid=driver.pid, error=error
                 )
             )
-        if reason in _HANG_UP or link.connection.is_closed():
-            link.terminate()
+        if reason in _HANG_UP or driver.connection.is_closed():
+            driver.terminate()
         else:
-            self._background.add(begin(link.close(_CLOSE_LIMIT), lambda task: self._closed(link, task)))
+            self._background.add(begin(driver.close(_CLOSE_LIMIT), lambda task: self._closed(driver, task)))
 
     def discard(self, entry: PoolEntry[DriverConnection], reason: DiscardReason) -> None:
         """Close an entry's connection without waiting, and give the entry to the first caller that waits for one."""
@@ -404,8 +404,8 @@ class Maintenance:
     def disown(self) -> None:
         """Touch nothing any more: in a forked process all connections are the parent's."""
         self.closing = True
-        for link in self.connections():
-            link.disown()
+        for driver in self.connections():
+            driver.disown()
 
     def terminate(self) -> None:
         """Close every connection at once, also those in use. It needs no running event loop."""
@@ -430,9 +430,9 @@ class Maintenance:
         self._chores.discard(task)
         self._cut.discard(task)
 
-    def _closed(self, link: DriverConnection, task: asyncio.Task[object]) -> None:
+    def _closed(self, driver: DriverConnection, task: asyncio.Task[object]) -> None:
         self._forget(task)
-        link.terminate()
+        driver.terminate()
 
     def _cut_short(self, task: asyncio.Task[object]) -> None:
         self._cut.add(task)

@@ -33,7 +33,7 @@ async def wait(pool: ResilientPool) -> None:
 
 async def replace(pool: ResilientPool) -> None:
     async with pool.acquire() as connection:
-        connection._linked.terminate()
+        connection._driver.terminate()
         await connection.fetch("SELECT 1")
 
 

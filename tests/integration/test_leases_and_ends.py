@@ -27,7 +27,7 @@ async def works(pool: ResilientPool) -> bool:
 async def test_a_lease_released_while_its_connection_is_replaced_gives_the_place_back(pool_of_one):
     """Whoever replaces it finds the loan ended, gives back what was opened, and tells the caller."""
     lease = await pool_of_one.acquire()
-    lease._linked.terminate()
+    lease._driver.terminate()
     running = asyncio.create_task(lease.fetch("SELECT 1"))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -43,7 +43,7 @@ async def test_a_lease_released_between_two_attempts_takes_no_other_connection(p
     lease = await pool_of_one.acquire()
 
     async def lost(_connection):
-        lease._linked.terminate()
+        lease._driver.terminate()
         await pool_of_one.release(lease)
         raise asyncpg.ConnectionDoesNotExistError("lost")
 
@@ -65,7 +65,7 @@ async def test_a_lease_released_during_setup_runs_nothing_on_what_it_gave_back(p
     async with ResilientPool(postgres.dsn(), max_size=1, setup=setup) as pool:
         lease = await pool.acquire()
         first = False
-        lease._linked.terminate()
+        lease._driver.terminate()
         running = asyncio.create_task(lease.fetchval("SELECT 1"))
         await started.wait()
         await pool.release(lease)
@@ -111,7 +111,7 @@ async def test_a_replacement_that_could_not_be_set_up_is_not_used(postgres):
             raise ValueError("not this time")
 
     async with ResilientPool(postgres.dsn(), max_size=1, setup=setup) as pool, pool.acquire() as lease:
-        lease._linked.terminate()
+        lease._driver.terminate()
         with pytest.raises(ValueError, match="not this time"):
             await lease.fetch("SELECT 1")
         statement = await lease.prepare("SELECT pg_backend_pid()")
@@ -230,7 +230,7 @@ async def test_a_connection_doomed_while_it_is_idle_is_not_handed_out(pool_of_on
 async def test_a_doomed_connection_is_closed_as_soon_as_it_is_given_back(pool_of_one):
     """It does not wait for its next use to be found out."""
     async with pool_of_one.acquire() as lease:
-        lease._linked.invalidated = True
+        lease._driver.invalidated = True
     assert pool_of_one.get_size() == 0
     assert pool_of_one.stats().resets == 0
 
@@ -238,7 +238,7 @@ async def test_a_doomed_connection_is_closed_as_soon_as_it_is_given_back(pool_of
 async def test_a_lost_connection_is_closed_by_the_driver_without_harm_to_its_lease(pool_of_one):
     """Drivers up to 0.31 tell the pool behind a lease that its connection ends."""
     async with pool_of_one.acquire() as lease:
-        lease._linked.terminate()
+        lease._driver.terminate()
         assert await lease.fetchval("SELECT 1") == 1
         lease.terminate()
     assert await works(pool_of_one)

@@ -129,7 +129,7 @@ async def losing_its_connection(scene: Scene, number: int) -> None:
         async with attempt as connection:
             await insert(connection, number)
             if attempt.number == 1:
-                connection._linked.terminate()
+                connection._driver.terminate()
             await connection.fetch("SELECT 1")
 
 

@@ -30,7 +30,7 @@ def exactly(value: float) -> float:
     return value
 
 
-class FakeLink:
+class FakeDriver:
     """A connection that notes what it is sent, to a server on which every function is stable, or none is."""
 
     def __init__(self, *, stable: bool = True, opened_at=None, read_only=None) -> None:
@@ -83,17 +83,17 @@ class Bench:
 
     async def run(self, script, sql=READ, *, deadline=60.0, idempotent=False, replayable=True, stable=True):
         self.attempts = 0
-        self.links = []
+        self.drivers = []
         outcomes = iter(script)
 
         async def attempt(execution):
             self.attempts += 1
             phase, self.outcome = next(outcomes)
-            self.link = FakeLink(stable=stable, opened_at=self.opened_at, read_only=self.read_only)
-            self.links.append(self.link)
+            self.driver = FakeDriver(stable=stable, opened_at=self.opened_at, read_only=self.read_only)
+            self.drivers.append(self.driver)
             if phase is Phase.EXECUTE:
-                return await self.retry_loop.run_on(execution, self.link)
-            execution.attempt.phase, execution.attempt.driver = phase, self.link
+                return await self.retry_loop.run_on(execution, self.driver)
+            execution.attempt.phase, execution.attempt.driver = phase, self.driver
             return await execute(None)
 
         async def execute(connection):
@@ -208,7 +208,7 @@ async def test_a_write_that_found_its_connection_closed_is_repeated():
     bench = Bench()
     closed = asyncpg.InterfaceError("connection is closed")
     assert await bench.run([(EXECUTE, closed), (EXECUTE, "INSERT 0 1")], WRITE) == "INSERT 0 1"
-    assert bench.link.invalidated is False
+    assert bench.driver.invalidated is False
 
 
 async def test_a_server_that_stays_away_ends_the_call():
@@ -344,9 +344,9 @@ async def test_what_looks_like_a_read_is_repeated_behind_a_guard_only():
     """The server's catalog is asked once, and every later attempt runs in a read-only transaction."""
     bench = Bench()
     assert await bench.run([(EXECUTE, lost()), (EXECUTE, lost()), (EXECUTE, 1)], LOOKING) == 1
-    assert [link.sent for link in bench.links] == [[], [BEGIN], [BEGIN, "COMMIT"]]
-    assert [link.asked for link in bench.links] == [0, 1, 0]
-    assert [link.invalidated for link in bench.links] == [True, True, False]
+    assert [driver.sent for driver in bench.drivers] == [[], [BEGIN], [BEGIN, "COMMIT"]]
+    assert [driver.asked for driver in bench.drivers] == [0, 1, 0]
+    assert [driver.invalidated for driver in bench.drivers] == [True, True, False]
     assert [type(event) for event in bench.events] == [RetryScheduled, RetryScheduled]
 
 
@@ -357,10 +357,10 @@ async def test_what_calls_something_volatile_is_not_repeated_and_no_retry_is_tol
     with pytest.raises(OutcomeUnknownError) as caught:
         await bench.run([(EXECUTE, error), (EXECUTE, 1)], LOOKING, stable=False)
     assert caught.value.__cause__ is error
-    assert bench.link.sent == []
+    assert bench.driver.sent == []
     assert [type(event) for event in bench.events] == [OutcomeUnknown]
     assert (sum(bench.counters.retries.values()), bench.counters.outcomes_unknown) == (0, 1)
-    assert not bench.link.invalidated
+    assert not bench.driver.invalidated
 
 
 async def test_a_write_that_the_guard_stops_is_unknown():
@@ -372,7 +372,7 @@ async def test_a_write_that_the_guard_stops_is_unknown():
         await bench.run([(EXECUTE, error), (EXECUTE, stopped)], LOOKING)
     assert caught.value.__cause__ is error
     assert bench.expired == 0
-    assert bench.link.invalidated
+    assert bench.driver.invalidated
 
 
 @pytest.mark.parametrize("promise", ["idempotent", "retry_unknown"])
@@ -380,7 +380,7 @@ async def test_a_promise_needs_no_guard(promise):
     """What the application declared repeatable is repeated as it is."""
     bench = Bench(**({"retry_unknown": True} if promise == "retry_unknown" else {}))
     assert await bench.run([(EXECUTE, lost()), (EXECUTE, 1)], LOOKING, idempotent=promise == "idempotent") == 1
-    assert [link.sent for link in bench.links] == [[], []]
+    assert [driver.sent for driver in bench.drivers] == [[], []]
 
 
 async def test_a_failure_that_left_no_doubt_needs_no_guard():
@@ -388,7 +388,7 @@ async def test_a_failure_that_left_no_doubt_needs_no_guard():
     bench = Bench()
     conflict = asyncpg.SerializationError("could not serialize access")
     assert await bench.run([(EXECUTE, conflict), (EXECUTE, 1)], LOOKING) == 1
-    assert bench.link.sent == []
+    assert bench.driver.sent == []
 
 
 @pytest.mark.parametrize("last", [refused(), asyncpg.InvalidPasswordError("no"), AcquireTimeoutError("none free")])
@@ -409,7 +409,7 @@ async def test_a_read_whose_own_error_comes_in_the_guard_ends_with_it():
     with pytest.raises(asyncpg.DivisionByZeroError) as caught:
         await bench.run([(EXECUTE, lost()), (EXECUTE, error)], LOOKING)
     assert caught.value is error
-    assert bench.link.invalidated
+    assert bench.driver.invalidated
 
 
 @pytest.mark.parametrize(
@@ -431,9 +431,9 @@ async def test_the_answer_to_the_guards_commit_is_not_needed(monkeypatch):
         if query == "COMMIT":
             raise lost()
 
-    monkeypatch.setattr(FakeLink, "execute", execute)
+    monkeypatch.setattr(FakeDriver, "execute", execute)
     assert await bench.run([(EXECUTE, lost()), (EXECUTE, 7)], LOOKING) == 7
-    assert bench.link.invalidated
+    assert bench.driver.invalidated
 
 
 async def test_a_guard_whose_catalog_cannot_be_asked_does_not_repeat(monkeypatch):
@@ -444,7 +444,7 @@ async def test_a_guard_whose_catalog_cannot_be_asked_does_not_repeat(monkeypatch
         self.connection.is_closed = lambda: False
         raise asyncpg.UndefinedTableError("no pg_rewrite here")
 
-    monkeypatch.setattr(FakeLink, "fetchval_uncached", fetchval_uncached)
+    monkeypatch.setattr(FakeDriver, "fetchval_uncached", fetchval_uncached)
     with pytest.raises(OutcomeUnknownError):
         await bench.run([(EXECUTE, lost()), (EXECUTE, 7)], LOOKING)
 
