@@ -1,4 +1,4 @@
-"""The only reader of time; it notices a process that was frozen."""
+"""Reads the time for everything else, and notices that the process was frozen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The few exceptions that are ours. Everything else reaches the application as the driver raised it."""
+"""The package's own exceptions. Every other error reaches the application as the driver raised it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool: `fetch` is `run` of an operation; to run is to take a connection, execute, and give it back."""
+"""`ResilientPool`: takes a connection for each call, executes, gives it back; opens and closes everything below."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The constructor's arguments as a type checker sees them; `config.py` says what they mean and checks them."""
+"""The constructor's arguments as a type checker sees them; `pool_config.py` documents and checks them."""
 
 from __future__ import annotations
 

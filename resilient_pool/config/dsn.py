@@ -1,4 +1,4 @@
-"""The only module that reads DSNs and service files, and that may see their text; what it raises never repeats it.
+"""Reads DSNs and service files. What it raises never repeats their text.
 
 Everything that reads text reports trouble as `_Problem`, which ends in this module: `ConfigurationError` is raised where
 neither the text nor an exception that saw it is at hand any more. `urllib.parse.urlsplit` is not used, since it remembers

@@ -1,4 +1,4 @@
-"""The only module that reads password files (PostgreSQL's manual, "The Password File")."""
+"""Reads password files (PostgreSQL's manual, "The Password File")."""
 
 from __future__ import annotations
 

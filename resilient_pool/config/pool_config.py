@@ -1,4 +1,4 @@
-"""The only module that turns what the application says into settings: `PoolConfig`, validated once, frozen, without a DSN."""
+"""`PoolConfig`: the constructor's arguments, validated once and frozen, without the DSN."""
 
 from __future__ import annotations
 

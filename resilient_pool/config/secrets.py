@@ -1,4 +1,4 @@
-"""The only module that knows how to keep a secret: `Secret` holds one, `scrub` takes them out of text."""
+"""Keeps secrets out of texts: `Secret` holds one, `scrub` removes them."""
 
 from __future__ import annotations
 

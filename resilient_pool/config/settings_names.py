@@ -1,4 +1,4 @@
-"""Only data: the PostgreSQL settings that a session may bring along, in lower case.
+"""The PostgreSQL settings that a session may set at its start, in lower case: data only.
 
 Written by scripts/list_server_settings.py from the `pg_settings` of PostgreSQL 16 and 18.
 """

@@ -1,4 +1,4 @@
-"""The only module that holds the lock under which one migration runs at a time."""
+"""The advisory lock under which one migration runs at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only module that runs a command: beside this process, never left behind by it."""
+"""Runs a migration's command, and leaves no process of it behind."""
 
 from __future__ import annotations
 

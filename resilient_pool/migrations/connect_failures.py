@@ -1,7 +1,7 @@
 """Recognises, in a command's output or in a function's error, the words for "could not connect": a table of symptoms as data.
 
 Such words are one half of the evidence. They say why an attempt failed, never what it had done before: that half is
-`migration/witness.py`. Words count only as the last thing that is said, in the form in which the tool itself says them
+`migrations/server_activity.py`. Words count only as the last thing that is said, in the form in which the tool itself says them
 while it connects, and not once a line says that a connection was made or something was begun. A text that another error
 merely quotes is a failure as any other.
 """

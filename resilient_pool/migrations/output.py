@@ -1,4 +1,4 @@
-"""The only module that reads what a command writes: whole lines, without secrets, and the last of them kept."""
+"""Reads what a command writes: whole lines, without secrets, the last of them kept."""
 
 from __future__ import annotations
 

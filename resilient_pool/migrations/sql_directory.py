@@ -1,4 +1,4 @@
-"""The only module that applies a directory of SQL files: each once, in order, in a transaction, and recorded."""
+"""Applies a directory of SQL files: each once, in order, in a transaction, and recorded."""
 
 from __future__ import annotations
 

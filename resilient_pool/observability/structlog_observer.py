@@ -1,4 +1,4 @@
-"""The only module that writes log lines about what happens in a pool; structlog is not imported before the first one."""
+"""Writes events to the log, with structlog or with `logging`; structlog is imported with the first line."""
 
 from __future__ import annotations
 

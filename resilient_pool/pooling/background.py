@@ -1,4 +1,4 @@
-"""Tasks of the pool's own, each in an empty context: what it does in the background belongs to no caller's trace."""
+"""Starts background tasks in an empty context, so that no caller's trace continues in them."""
 
 from __future__ import annotations
 

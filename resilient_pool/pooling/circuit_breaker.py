@@ -1,4 +1,4 @@
-"""The only module that decides who may open a connection, and that tries to reach a server which is not known to be up."""
+"""Circuit breaker for connecting: one task probes a server that is not known to be up, all others wait."""
 
 from __future__ import annotations
 

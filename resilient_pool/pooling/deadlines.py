@@ -1,4 +1,4 @@
-"""The only module that knows by when everything in the present context must have ended."""
+"""The deadline of the present context: by when everything in it must have ended."""
 
 from __future__ import annotations
 

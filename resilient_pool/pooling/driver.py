@@ -1,4 +1,4 @@
-"""With resources.py the only module that touches asyncpg's inside: the socket, its options, liveness, and what a pool must tell a connection."""
+"""One driver connection, and all that needs asyncpg's internals: socket, options, liveness, listeners."""
 
 from __future__ import annotations
 

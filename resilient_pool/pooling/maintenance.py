@@ -1,4 +1,4 @@
-"""What becomes of a connection after use: given back, reset, aged, replaced, closed. No caller ever waits for it."""
+"""What becomes of a connection after use: released, reset, aged, replaced, closed."""
 
 from __future__ import annotations
 

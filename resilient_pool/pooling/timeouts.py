@@ -1,4 +1,4 @@
-"""Time limits of many things that wait, kept by one timer: one for each would cost more than the waiting."""
+"""Time limits of many waiters on one timer, which costs less than a timer for each."""
 
 from __future__ import annotations
 

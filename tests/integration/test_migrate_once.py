@@ -184,7 +184,7 @@ async def test_what_was_begun_long_before_the_last_words_is_remembered(dsn):
     assert "it had begun ('INFO  [alembic.runtime.migration] Running upgrade a -> b')" in "".join(error.__notes__)
 
 
-# The witness
+# What the server saw
 
 
 async def test_the_server_knows_whether_anything_happened_in_between(dsn):
