@@ -26,7 +26,7 @@ from resilient_pool.pooling.driver import (
     forget_locals,
 )
 from resilient_pool.pooling.hosts import Candidate, PinnedLoop, Race, Silence, candidates
-from resilient_pool.retry.classifier import refuses_credentials
+from resilient_pool.retry.classifier import refuses_credentials, refuses_user
 from resilient_pool.retry.verdict import Failure, Fault, Phase
 
 _LOGGER = logging.getLogger("resilient_pool")
@@ -148,8 +148,9 @@ class Connector:
         try:
             return await self._reach(target, login, ends)
         except Exception as error:
-            # A password that is asked for may have been changed in the meantime.
-            if not credentials.are_asked_for or not refuses_credentials(error):
+            # What is asked for may have been changed in the meantime.
+            stale = refuses_credentials(error) or (credentials.give_user and refuses_user(error))
+            if not (credentials.are_asked_for and stale):
                 raise
         return await self._reach(target, await credentials.get(), ends)
 
@@ -161,13 +162,22 @@ class Connector:
         if target.target_session_attrs != "prefer-standby":
             return await self._race(target, login, ends, hosts, {})
         try:
-            return await self._race(target, login, ends, hosts, {"target_session_attrs": "standby"})
+            # A standby that is silent is not waited for when a primary has answered, which serves as well.
+            return await self._race(
+                target, login, ends, hosts, {"target_session_attrs": "standby"}, suffices=_is_mismatched
+            )
         except asyncpg.TargetServerAttributeNotMatched:
             pass
         return await self._race(target, login, ends, hosts, {"target_session_attrs": "any"})
 
     async def _race(
-        self, target: PoolConfig, login: Login, ends: float, hosts: list[Candidate], wanted: dict[str, object]
+        self,
+        target: PoolConfig,
+        login: Login,
+        ends: float,
+        hosts: list[Candidate],
+        wanted: dict[str, object],
+        suffices: Callable[[Exception], bool] = lambda _: False,
     ) -> AnyConnection:
         async def dial(candidate: Candidate) -> AnyConnection:
             where = {"host": candidate.host, "port": candidate.port, **wanted}
@@ -177,7 +187,7 @@ class Connector:
             return await self._dial(target, login, ends, where)
 
         share = min(self._left(ends), self._config.deadline or math.inf)
-        race = Race(hosts, dial, self._leaves_hope, self._silence, self._clock, share)
+        race = Race(hosts, dial, self._leaves_hope, self._silence, self._clock, share, suffices)
         connection = await race.run()
         if connection is None:
             raise self._most_telling(race.errors)
@@ -289,3 +299,7 @@ class Connector:
                 "each client, or follows prepared statements (PgBouncer 1.21 and up), pass statement_cache_size=100",
                 seen,
             )
+
+
+def _is_mismatched(error: Exception) -> bool:
+    return isinstance(error, asyncpg.TargetServerAttributeNotMatched)

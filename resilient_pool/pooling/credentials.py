@@ -46,6 +46,11 @@ class Credentials:
         """Whether another question may have another answer."""
         return self._config.credentials is not None or callable(self._config.password)
 
+    @property
+    def give_user(self) -> bool:
+        """Whether another question may be answered with another user."""
+        return self._config.credentials is not None
+
     async def get(self) -> Login:
         """Return the login as it is now.
 

@@ -99,6 +99,7 @@ class Race:
         silence: Which of them did not answer the last time, and is told of it.
         clock: Counts the time.
         share: How many seconds all of them have together, to be shared out.
+        suffices: Says whether an error of one candidate is reason enough not to wait for those that do not answer.
 
     Attributes:
         errors: How each candidate failed at last.
@@ -112,7 +113,9 @@ class Race:
         silence: Silence,
         clock: Clock,
         share: float,
+        suffices: Callable[[Exception], bool] = lambda _: False,
     ) -> None:
+        self._suffices = suffices
         self._configured = configured
         self._dial = dial
         self._moves_on = moves_on
@@ -137,6 +140,8 @@ class Race:
                 if self._queue and (self._latest not in self._running or self._clock.monotonic() >= self._next_at):
                     self._begin(self._queue.popleft())
                     continue
+                if not self._queue and self._latest not in self._running and self._is_content:
+                    break
                 left = max(self._next_at - self._clock.monotonic(), 0.0)
                 done, _ = await asyncio.wait(self._running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -148,6 +153,10 @@ class Race:
                 task.cancel()
                 task.add_done_callback(_hang_up)
         return winner
+
+    @property
+    def _is_content(self) -> bool:
+        return any(map(self._suffices, self.errors.values()))
 
     def _begin(self, candidate: Candidate) -> None:
         share = min(HEAD_START, self._share / (len(self._queue) + 1))
@@ -186,7 +195,8 @@ class Race:
         """The latest candidate has had its time; if it was the last, begin again with those that have failed."""
         if self._latest in self._running:
             self._silence.note(self._running[self._latest], answered=False)
-        if not self._queue:
+            self._latest = None
+        if not self._queue and not self._is_content:
             self._share = math.inf  # from now on at a distance that a recovering server can bear
             self._queue.extend(candidate for candidate in self._configured if candidate not in self._running.values())
             self._next_at = self._clock.monotonic() + (0.0 if self._queue else HEAD_START)

@@ -114,6 +114,7 @@ _REFUSED_CREDENTIALS = re.compile(
       | password\ for\ user\ "  # PgDog
       | The\ password\ that\ was\ provided\ for\ the\ role\   # RDS Proxy
       | unable\ to\ accept\ connection,\ access\ denied  # Aurora DSQL
+      | The\ access\ token\ has\ expired  # Azure
       | (?:Failed\ to\ identify\ your\ database:\ )?Your\ Postgres\ credentials\ are\ incorrect  # Prisma
     )""",
     re.VERBOSE | re.IGNORECASE,
@@ -138,6 +139,31 @@ def refuses_credentials(error: BaseException) -> bool:
     if sqlstate_of(refusal) == "28P01" or getattr(refusal, "server_source_function", None) == "auth_failed":
         return True
     return sqlstate_of(refusal) in _CODES_OF_REFUSALS and _REFUSED_CREDENTIALS.search(text_of(refusal)) is not None
+
+
+# What they say of a user who is no more, or not any longer one.
+_REFUSED_USER = re.compile(
+    r"""^(
+        role\ ".*"\ (does\ not\ exist|is\ not\ permitted\ to\ log\ in)$
+      | no\ such\ user\b  # PgBouncer
+      | .*\bTenant\ or\ user\ not\ found  # Supavisor
+    )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def refuses_user(error: BaseException) -> bool:
+    """Say whether a server or a pooler does not know a user, or does not let that one in: another one may be.
+
+    Args:
+        error: What opening a connection has raised, or an error that wraps it.
+    """
+    refusal = PostgresClassifier().unwrap(error)
+    if not isinstance(refusal, driver.PostgresError) or sqlstate_of(refusal) not in _CODES_OF_REFUSALS:
+        return False
+    if getattr(refusal, "server_source_function", None) == "InitializeSessionUserId":
+        return True
+    return _REFUSED_USER.search(text_of(refusal)) is not None
 
 
 def reports_closed_connection(error: BaseException) -> bool:

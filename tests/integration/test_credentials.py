@@ -51,6 +51,15 @@ async def test_credentials_that_are_refused_are_asked_for_once_more(postgres, ro
         assert await pool.fetchval("SELECT current_user") == "v-app-2"
 
 
+async def test_credentials_are_asked_for_once_more_when_their_user_is_locked(postgres, roles):
+    """A secrets engine drops or locks the user whose time is up, and the server says nothing of a password then."""
+    async with postgres.admin() as admin:
+        await admin.execute('ALTER ROLE "v-app-1" NOLOGIN')
+    answers = list(roles)
+    async with ResilientPool(**where(postgres, credentials=lambda: answers.pop(0))) as pool:
+        assert await pool.fetchval("SELECT current_user") == "v-app-2"
+
+
 async def test_other_credentials_may_be_set_for_a_pool(postgres, roles):
     """`set_connect_args` takes them as well."""
     async with ResilientPool(postgres.dsn()) as pool:

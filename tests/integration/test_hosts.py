@@ -208,6 +208,19 @@ async def test_a_standby_is_preferred_and_a_primary_taken_when_there_is_none(pos
                 await pool.fetchval("SELECT 1")
 
 
+async def test_a_preferred_standby_that_is_silent_does_not_hide_the_primary(postgres):
+    """The primary has said at once that it is none; it is taken when the other one has had its share of the time."""
+    with silent_server() as listener:
+        hosts, ports = ["127.0.0.1", postgres.host], [port_of(listener), postgres.port]
+        where = arguments(postgres, hosts, ports, target_session_attrs="prefer-standby", deadline=3.0)
+        async with ResilientPool(**where) as pool:
+            started = time.monotonic()
+            assert await pool.fetchval("SELECT 1") == 1
+            assert time.monotonic() - started < 2.5
+            await pool.expire_connections()
+            assert await pool.fetchval("SELECT 1", deadline=1.0) == 1
+
+
 async def test_a_cancelled_attempt_leaves_nothing_open(postgres):
     """Whichever hosts it was trying."""
     with silent_server() as first, silent_server() as second:

@@ -12,7 +12,7 @@ from asyncpg import exceptions as driver
 
 from resilient_pool.errors import AcquireTimeoutError, ConfigurationError, OutcomeUnknownError
 from resilient_pool.retry import classifier
-from resilient_pool.retry.classifier import PostgresClassifier, refuses_commit, refuses_credentials
+from resilient_pool.retry.classifier import PostgresClassifier, refuses_commit, refuses_credentials, refuses_user
 from resilient_pool.retry.rules import RULES, describe_rules
 from resilient_pool.retry.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
 
@@ -663,6 +663,13 @@ REFUSED = {
     "Odyssey": fatal("28000", "odyssey: c1a2b3: incorrect password"),
     "Neon": server("XX000", "password authentication failed for user 'app'"),
     "Aurora DSQL": fatal("08006", "unable to accept connection, access denied"),
+    "Azure": fatal("28000", "The access token has expired. Please acquire a new token and retry."),
+}
+NO_SUCH_USER = {
+    "dropped": fatal("28000", 'role "v-app-1" does not exist'),
+    "locked": fatal("28000", 'role "v-app-1" is not permitted to log in'),
+    "PgBouncer": fatal("08P01", "no such user: v-app-1"),
+    "Supavisor": fatal("XX000", "(ENOTFOUND) Tenant or user not found"),
 }
 NOT_REFUSED = {
     "not in pg_hba.conf": fatal("28000", 'no pg_hba.conf entry for host "10.0.0.1", user "app"'),
@@ -686,6 +693,17 @@ def test_refused_credentials_are_recognised_in_all_words_in_use() -> None:
     """Also inside the error of a connector that wraps the driver's."""
     assert [name for name, error in REFUSED.items() if not refuses_credentials(error)] == []
     assert refuses_credentials(raised_from(fatal("28P01"), RuntimeError("the connector's")))
+
+
+def test_a_user_who_is_no_more_is_recognised() -> None:
+    """Only credentials that give another user are of use then."""
+    assert [name for name, error in NO_SUCH_USER.items() if not refuses_user(error)] == []
+    assert [name for name, error in NO_SUCH_USER.items() if refuses_credentials(error)] == []
+    assert refuses_user(raised_from(NO_SUCH_USER["dropped"], RuntimeError("the connector's")))
+    fields = {"S": "FATAL", "V": "FATAL", "C": "28000", "M": "Rolle gibt es nicht", "R": "InitializeSessionUserId"}
+    assert refuses_user(driver.PostgresError.new(fields))
+    others = [*NOT_REFUSED, *REFUSED]
+    assert not any(refuses_user((NOT_REFUSED | REFUSED)[name]) for name in others if "role" not in name)
 
 
 def test_the_servers_function_tells_a_refusal_in_any_language() -> None:
