@@ -58,7 +58,9 @@ def _statement(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         return await self._run(
             name,
             _text(args, kwargs) if name in _WITH_A_TEXT else None,
-            _call(name, args, kwargs) if name not in _SENDS_MUCH else _until_lost(_call(name, args, kwargs)),
+            _call(name, args, kwargs)
+            if name not in _SENDS_MUCH
+            else _until_lost(_call(name, args, kwargs), kwargs.get("timeout")),
             idempotent=own.get("idempotent", False),
             deadline=own.get("deadline"),
             fail_fast=own.get("fail_fast"),
@@ -125,8 +127,10 @@ def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[
     return lambda connection: getattr(connection, name)(*args, **kwargs)
 
 
-def _until_lost(call: Callable[[AnyConnection], Any]) -> Callable[[AnyConnection], Any]:
-    return lambda connection: until_lost(connection, call(connection))
+def _until_lost(call: Callable[[AnyConnection], Any], timeout: object) -> Callable[[AnyConnection], Any]:
+    # What an application's own signature calls so may be anything.
+    limit = timeout if isinstance(timeout, int | float) else None
+    return lambda connection: until_lost(connection, call(connection), limit)
 
 
 def _text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

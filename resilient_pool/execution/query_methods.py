@@ -177,7 +177,7 @@ class Queries(ABC):
             "fetchmany",
             query,
             lambda connection: until_lost(
-                connection, connection.fetchmany(query, args, timeout=timeout, record_class=record_class)
+                connection, connection.fetchmany(query, args, timeout=timeout, record_class=record_class), timeout
             ),
             idempotent=idempotent,
             deadline=deadline,
@@ -226,7 +226,7 @@ class Queries(ABC):
         await self._run(
             "executemany",
             command,
-            lambda connection: until_lost(connection, connection.executemany(command, args, timeout=timeout)),
+            lambda connection: until_lost(connection, connection.executemany(command, args, timeout=timeout), timeout),
             idempotent=idempotent,
             deadline=deadline,
             fail_fast=fail_fast,
@@ -320,6 +320,7 @@ class Queries(ABC):
                     timeout=timeout,
                     **options,
                 ),
+                timeout,
             ),
             idempotent=idempotent,
             deadline=deadline,
@@ -352,6 +353,7 @@ class Queries(ABC):
                 connection.copy_records_to_table(
                     table_name, records=records, columns=columns, schema_name=schema_name, timeout=timeout, where=where
                 ),
+                timeout,
             ),
             idempotent=idempotent,
             deadline=deadline,

@@ -37,6 +37,8 @@ T = TypeVar("T")
 _TURNS = 32
 # How long an operation that was cancelled may take to end.
 _CUT = 0.5
+# So much later than the driver's own time limit an operation is ended that does not end by itself.
+_LATER = 0.1
 # macOS and Windows know no POLLRDHUP; there an orderly close shows as readable, and is found by letting the loop read.
 _RDHUP: int = getattr(select, "POLLRDHUP", 0)
 _DEAD = _RDHUP | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
@@ -583,19 +585,23 @@ def _resume_writing(protocol: Any, loop: asyncio.AbstractEventLoop, _connection:
     loop.call_later(_CUT, protocol.resume_writing)
 
 
-async def until_lost(connection: AnyConnection, work: Coroutine[Any, Any, T]) -> T:
-    """Run an operation that sends much, and end it when the connection ends or the caller is cancelled.
+async def until_lost(connection: AnyConnection, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
+    """Run an operation that sends much, and end it when the connection ends, its time is up or the caller is cancelled.
 
-    The driver itself may wait for ever until it may write to a connection that is lost, or for the next piece of data to send
-    to it; a cancellation does not end that wait either, and an error of uvloop's transport may hide it.
+    The driver itself may wait for ever until it may write to a connection that is lost or to a peer that reads no more, or for
+    the next piece of data to send to it; neither its time limit nor a cancellation ends that wait, and an error of uvloop's
+    transport may hide it.
 
     Args:
         connection: Where it runs.
         work: The operation.
+        timeout: The time limit that the driver was given; `None` for the connection's `command_timeout`.
 
     Raises:
         asyncpg.ConnectionDoesNotExistError: The connection was lost, and the driver did not notice.
+        TimeoutError: The time was up, and the driver did not notice.
     """
+    limit = connection._config.command_timeout if timeout is None else timeout  # type: ignore[attr-defined] # noqa: SLF001
     lost = asyncio.get_running_loop().create_future()
     task = asyncio.get_running_loop().create_task(work)
     task.add_done_callback(
@@ -608,7 +614,8 @@ async def until_lost(connection: AnyConnection, work: Coroutine[Any, Any, T]) ->
 
     asyncpg.Connection.add_termination_listener(connection, end)
     try:
-        await asyncio.wait((task, lost), return_when=asyncio.FIRST_COMPLETED)
+        left = None if limit is None else limit + _LATER
+        ended, _ = await asyncio.wait((task, lost), timeout=left, return_when=asyncio.FIRST_COMPLETED)
         for _ in range(_TURNS):  # what the driver notices by itself, it knows the reason of
             if not task.done():
                 await asyncio.sleep(0)
@@ -618,6 +625,8 @@ async def until_lost(connection: AnyConnection, work: Coroutine[Any, Any, T]) ->
         if cut_short:
             await _cut_short(connection, task)
     error = None if task.cancelled() else task.exception()
+    if cut_short and not ended:
+        raise TimeoutError(f"it did not end within {limit:g} s") from error
     fell = error is not None and connection.is_closed() and comes_from_the_transport(error)
     if isinstance(error, asyncpg.PostgresError) or not (cut_short or fell):
         return task.result()
