@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from resilient_pool.errors import ConfigurationError, UnknownArgumentError
 
@@ -83,7 +83,14 @@ def names_nearest(function: Callable[P, T], of: str | None = None) -> Callable[P
             require_known(names, known, of=of or function.__name__)
         return function(*args, **kwargs)
 
-    return checked
+    if not inspect.iscoroutinefunction(function):
+        return checked
+
+    @functools.wraps(function)
+    async def checked_when_awaited(*args: P.args, **kwargs: P.kwargs) -> Any:
+        return await cast("Any", checked(*args, **kwargs))
+
+    return cast("Callable[P, T]", checked_when_awaited)
 
 
 def constructor_names_nearest(kind: type[T]) -> type[T]:
@@ -101,10 +108,17 @@ def require_seconds(field: str, value: object) -> None:
 def require_number(field: str, value: object, *, unit: str, least: float, above: bool = False) -> None:
     """Raise `ConfigurationError` unless `value` is a finite number of at least (or `above`) `least`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and math.isfinite(value) and (value > least if above else value >= least):  # type: ignore[arg-type,operator]
+    if number and _is_finite(value) and (value > least if above else value >= least):  # type: ignore[arg-type,operator]
         return
     bound = f"more than {least:g}" if above else f"at least {least:g}"
     raise ConfigurationError(f"{field} must be {unit}, {bound}, not {value!r}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 def require_count(field: str, value: object, *, unit: str) -> None:

@@ -287,12 +287,11 @@ class ResilientPool(Queries):
             UnknownArgumentError: An option is unknown. The function's own arguments are passed by position; one that it
                 takes by name only needs `functools.partial`.
         """
-        require_known(
-            options,
-            TransactionOptions.__annotations__,
-            of="run_in_transaction",
-            but="the function's own arguments go by position",
-        )
+        known = TransactionOptions.__annotations__
+        if not options.keys() <= known.keys():
+            names = list(options)
+            del args, options  # what stands under an unknown name may be a secret, and a report may show this frame
+            require_known(names, known, of="run_in_transaction", but="the function's own arguments go by position")
         require_seconds("deadline", options.get("deadline"))
         self._require_open()
         return await run(self._transactions, function, args, options)
@@ -387,7 +386,7 @@ class ResilientPool(Queries):
             raise asyncpg.InterfaceError("pool is being initialized in another task")
         if self._state is not _State.NEW:
             raise self._refusal()
-        self._loop = _running_loop()
+        self._loop = self._maintenance.loop = _running_loop()
         _OPENED.add(self)
         self._state = _State.OPENING
         opened, self._circuit_breaker.is_opening = False, True
@@ -509,7 +508,14 @@ class ResilientPool(Queries):
     # What else asyncpg's pool has
 
     async def expire_connections(self) -> None:
-        """Replace every connection that is open now before its next use."""
+        """Replace every connection that is open now before its next use.
+
+        Raises:
+            asyncpg.InterfaceError: The pool is used from another event loop.
+        """
+        if self._state in (_State.NEW, _State.CLOSED, _State.FORKED):
+            return
+        self._require_loop()
         self._maintenance.expire()
 
     def set_connect_args(self, dsn: str | None = None, /, **connect_kwargs: Unpack[ConnectArguments]) -> None:
@@ -526,7 +532,8 @@ class ResilientPool(Queries):
         sealed, settled = seal(dsn, connect_kwargs, passes_on=self._config.connect is not None)
         del dsn, connect_kwargs
         self._connector.redirect(self._config.redirected(sealed, settled))
-        self._circuit_breaker.restart()
+        if self._state is not _State.NEW:
+            self._circuit_breaker.restart()
 
     def is_closing(self) -> bool:
         """Whether the pool is closing or closed."""

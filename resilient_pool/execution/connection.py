@@ -14,6 +14,7 @@ import anyio
 import asyncpg
 from asyncpg import Record
 
+from resilient_pool._validation import names_nearest, require_seconds
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.execution.connection_class import lease_class
 from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransaction
@@ -271,6 +272,8 @@ class ResilientConnection(Queries, ConnectionProxy):
                 "exactly_once=True is for the pool's methods, which make a transaction of their own; on a connection use "
                 "`async for attempt in pool.transaction()` around the block"
             )
+        if deadline is not None:
+            require_seconds("deadline", deadline)
         if self._state is _USED or self._state is _SETTING_UP:
             if self._tracker is not None:
                 self._tracker("COPY" if sql is None else sql)
@@ -408,6 +411,7 @@ class ResilientConnection(Queries, ConnectionProxy):
 
     # asyncpg's other methods
 
+    @names_nearest
     async def prepare(
         self,
         query: str,
@@ -417,12 +421,14 @@ class ResilientConnection(Queries, ConnectionProxy):
         record_class: type[Record] | None = None,
     ) -> PreparedStatement[Any]:
         """Prepare a statement, for use on this connection until it is released."""
+        require_seconds("timeout", timeout)
         return await self._first(
             "prepare",
             query,
             lambda connection: connection.prepare(query, name=name, timeout=timeout, record_class=record_class),
         )
 
+    @names_nearest
     def cursor(
         self,
         query: str,
@@ -432,6 +438,7 @@ class ResilientConnection(Queries, ConnectionProxy):
         record_class: type[Record] | None = None,
     ) -> CursorFactory[Any]:
         """Make a cursor, for use in a transaction on this connection, until it is released."""
+        require_seconds("timeout", timeout)
 
         def make(connection: AnyConnection) -> CursorFactory[Any]:
             return connection.cursor(query, *args, prefetch=prefetch, timeout=timeout, record_class=record_class)
@@ -449,6 +456,7 @@ class ResilientConnection(Queries, ConnectionProxy):
 
         return LeaseCursors(current, self._current_driver.connection, query, make)
 
+    @names_nearest
     def transaction(self, *, isolation: Any = None, readonly: bool = False, deferrable: bool = False) -> Transaction:
         """Make a transaction, or inside one a savepoint; nothing in it is repeated, only its beginning.
 
@@ -466,6 +474,7 @@ class ResilientConnection(Queries, ConnectionProxy):
     def _transaction(self, made: Transaction) -> Transaction:
         return LeaseTransaction.like(made, self._begin, self._leases.reset_timeout)
 
+    @names_nearest
     async def add_listener(self, channel: str, callback: Callback) -> None:
         """Listen to a channel until the connection is released.
 
@@ -475,6 +484,7 @@ class ResilientConnection(Queries, ConnectionProxy):
         """
         await self._first("add_listener", "LISTEN", lambda connection: connection.add_listener(channel, callback))
 
+    @names_nearest
     async def remove_listener(self, channel: str, callback: Callback) -> None:
         """Stop listening to a channel."""
         await self._first(
@@ -535,6 +545,7 @@ class ResilientConnection(Queries, ConnectionProxy):
             self._attached = _Attachments()
         return self._attached
 
+    @names_nearest
     async def set_type_codec(
         self,
         typename: str,
@@ -552,6 +563,7 @@ class ResilientConnection(Queries, ConnectionProxy):
             ),
         )
 
+    @names_nearest
     async def set_builtin_type_codec(
         self,
         typename: str,
@@ -568,6 +580,7 @@ class ResilientConnection(Queries, ConnectionProxy):
             ),
         )
 
+    @names_nearest
     async def reset_type_codec(self, typename: str, *, schema: str = "public") -> None:
         """Let values of a type be encoded and decoded as the driver does by itself."""
         await self._set_codec(
@@ -586,8 +599,10 @@ class ResilientConnection(Queries, ConnectionProxy):
         self._leases._drop_type_cache()  # noqa: SLF001
         self._leases._drop_statement_cache()  # noqa: SLF001
 
+    @names_nearest
     async def reset(self, *, timeout: float | None = None) -> None:
         """Reset the session: roll back, stop listening, release locks, and return to the role and settings of the login."""
+        require_seconds("timeout", timeout)
         if self._tracker is not None:
             self._tracker(None)  # it rolls a transaction back
         await self._first("reset", None, lambda connection: connection.reset(timeout=timeout))
@@ -596,13 +611,25 @@ class ResilientConnection(Queries, ConnectionProxy):
         """Return what is sent to reset the session."""
         return self._peek("get_reset_query").get_reset_query()
 
+    @names_nearest
     async def close(self, *, timeout: float | None = None) -> None:
         """Close the connection and end the lease; the pool replaces it.
 
         Args:
-            timeout: How many seconds the goodbye may take. Default: no limit but the network's.
+            timeout: How many seconds the goodbye may take. Default: the pool's `reset_timeout`; what takes longer is cut off.
+
+        Raises:
+            TimeoutError: It took longer than `timeout`. The connection is closed all the same.
         """
-        await self._close(lambda connection: connection.close(timeout=timeout))
+        require_seconds("timeout", timeout)
+        if timeout is None:
+            await self._close(self._say_goodbye)
+        else:
+            await self._close(lambda connection: connection.close(timeout=timeout))
+
+    async def _say_goodbye(self, connection: AnyConnection) -> None:
+        with contextlib.suppress(TimeoutError):  # the driver has cut it off
+            await connection.close(timeout=self._leases.reset_timeout)
 
     async def _close(self, execute: Callable[[AnyConnection], Awaitable[None]]) -> None:
         connection = self._peek("close")
@@ -615,11 +642,12 @@ class ResilientConnection(Queries, ConnectionProxy):
 
     def terminate(self) -> None:
         """Close the connection without a goodbye and end the lease; the pool replaces it. It needs no running event loop."""
-        connection = self._peek("terminate")
-        self._current_driver.end()
+        self._peek("terminate")
+        link = self._current_driver
+        link.end()
         self._state = _CLOSED
         try:
-            connection.terminate()
+            link.terminate()
         finally:
             self._end_with_connection()
 
@@ -744,8 +772,8 @@ class LeaseManager:
         self._maintenance.run_in_background(work)
 
     def reset_and_release(self, entry: PoolEntry[DriverConnection]) -> None:
-        """Take back an entry that was not lent yet."""
-        self._maintenance.reset_and_release(entry)
+        """Take back an entry whose lease has ended or did not begin, in whatever thread or event loop."""
+        self._maintenance.reset_and_release_anywhere(entry)
 
     async def lease(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection:
         """Lend a healthy connection within `seconds`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import TypeVar
@@ -17,6 +18,9 @@ def begin(
     context = Context()
     # Not `create_task(context=)`: an application's own task factory need not know it.
     task = context.run(asyncio.get_running_loop().create_task, work)
+    # A program that ends without closing its pool is told nothing of what the pool was doing then: it cannot mend it.
+    with contextlib.suppress(AttributeError):
+        task._log_destroy_pending = False  # type: ignore[attr-defined] # noqa: SLF001
     if then is not None:
         task.add_done_callback(then, context=context)
     return task

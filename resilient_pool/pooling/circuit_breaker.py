@@ -115,16 +115,15 @@ class CircuitBreaker:
             or self._resources.size < self._config.min_size
             or self._capped is not None
         )
-        if needed and self._prober is None and not self._maintenance.closing:
+        if self._prober is not None or not needed or self._maintenance.closing:
+            return
+        # A connection may be terminated elsewhere, or while no loop runs: the next caller sees to the rest then.
+        if self._maintenance.is_in_own_loop:
             self._maintenance.forsaken = False
             self._prober = begin(self._probe())
 
     def maintain(self) -> None:
         """Let the prober open what is missing, but not for an idle pool that was refused for good, or whose loop ends."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return  # a connection was terminated while no loop runs; the next caller sees to the rest
         if self._resources.is_awaited or not (self._is_final or self._maintenance.forsaken):
             self.ensure_prober()
 

@@ -52,6 +52,7 @@ class Maintenance:
         connector: Opens them.
 
     Attributes:
+        loop: The pool's event loop, once it is opened.
         closing: Whether connections are no longer kept.
         returning: How many of them are expected back within a round trip: those that have nothing to cancel before.
         forsaken: Whether a task of ours was cancelled, though not by us: the event loop is about to end.
@@ -75,6 +76,7 @@ class Maintenance:
         self._reaper: Timer | None = None
         self._generation = 0
         self._pid = os.getpid()
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.closing = False
         self.returning = 0
         self.forsaken = False
@@ -125,7 +127,28 @@ class Maintenance:
             where = "closing" if self._pid == os.getpid() else "used in a forked process"
             raise asyncpg.InterfaceError(f"pool is {where}: no connection is opened any more")
 
+    @property
+    def is_in_own_loop(self) -> bool:
+        """Whether the event loop that runs here is the pool's: only there can anything be begun."""
+        try:
+            return self.loop in (None, asyncio.get_running_loop())
+        except RuntimeError:
+            return False
+
     # Giving back
+
+    def reset_and_release_anywhere(self, entry: PoolEntry[DriverConnection]) -> None:
+        """Take back an entry whose connection has ended: in any thread, in any event loop or none."""
+        if self.loop is None or self.is_in_own_loop:
+            self.reset_and_release(entry)
+        elif self.loop.is_running():
+            self.loop.call_soon_threadsafe(self.reset_and_release, entry)
+        elif self.loop.is_closed():
+            self._resources.drop(entry)
+        else:
+            if entry.resource is not None:
+                entry.resource.invalidated = True
+            self.release(entry)
 
     def release(self, entry: PoolEntry[DriverConnection]) -> None:
         """Take back an entry whose session is as it was: close what is unfit, and keep the rest for the next caller.
@@ -311,6 +334,8 @@ class Maintenance:
         oldest = self._resources.oldest_idle_since
         if not limit or oldest is None or self.closing or self._resources.size <= self._config.min_size:
             return
+        if not self.is_in_own_loop:
+            return  # what is given back next is followed by the timer
         self._reaper = self._clock.call_later(max(oldest + limit - self._clock.now(), 0.0), self._reap)
 
     def _reap(self) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import inspect
 import traceback
+from unittest.mock import AsyncMock, create_autospec
 
 import pytest
 
-from resilient_pool import PostgresClassifier, StructlogObserver, Verdict
+from resilient_pool import PostgresClassifier, ResilientConnection, ResilientPool, StructlogObserver, Verdict
 from resilient_pool._validation import names_nearest, require_seconds
 from resilient_pool.errors import ConfigurationError, UnknownArgumentError
 from resilient_pool.retry.backoff import BackoffPolicy
@@ -53,7 +55,17 @@ def test_what_stood_under_a_misspelt_name_is_not_shown():
     assert "hunter2" not in "".join(shown)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1, -0.001, True, "5", b"5", [5]])
+def test_a_coroutine_function_stays_one():
+    """Mocks with a specification, and frameworks, tell by it what has to be awaited."""
+    for method in (ResilientPool.close, ResilientPool.release, ResilientConnection.close, ResilientConnection.prepare):
+        assert inspect.iscoroutinefunction(method)
+    assert not inspect.iscoroutinefunction(ResilientPool.acquire)
+    assert isinstance(create_autospec(ResilientPool, instance=True).release, AsyncMock)
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -float("inf"), 10**400, -1, -0.001, True, "5", b"5", [5]]
+)
 def test_what_is_no_number_of_seconds_is_refused(value):
     """Neither a truth value nor a text is a number here."""
     with pytest.raises(ConfigurationError, match=r"^deadline must be a number of seconds or None, at least 0, not "):

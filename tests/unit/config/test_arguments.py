@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 from resilient_pool import ConfigurationError, ResilientPool, create_pool
@@ -33,7 +35,7 @@ def test_the_typed_arguments_are_those_of_the_configuration():
 def test_a_misspelt_argument_is_a_type_error_that_names_the_nearest_known(call, message):
     """As Python says it of any function, and a ConfigurationError, as everything that is wrong with an argument."""
     with pytest.raises(TypeError) as caught:
-        call(ResilientPool())
+        _begin(call(ResilientPool()))
     assert str(caught.value).startswith(message)
     assert isinstance(caught.value, ConfigurationError)
 
@@ -46,6 +48,11 @@ def test_a_time_that_is_no_number_of_seconds_is_refused_wherever_one_is_taken(va
         pool.acquire(timeout=value)
     with pytest.raises(ConfigurationError, match=r"^deadline must be a number of seconds or None, at least 0"):
         Invocation(pool._circuit_breaker, pool._maintenance, pool._clock, value)
+
+
+def _begin(call: object) -> None:
+    if inspect.iscoroutine(call):
+        call.send(None)
 
 
 CALLS = {

@@ -47,6 +47,8 @@ class FakeConnection:
 class FakeMaintenance:
     """Opens connections as a script says: each takes `takes` seconds, then fails with the next error or succeeds."""
 
+    is_in_own_loop = True
+
     def __init__(self, resources, clock, errors, takes) -> None:
         self.resources = resources
         self.clock = clock
