@@ -86,7 +86,7 @@ def modules(catalogs: Iterable[Catalog]) -> dict[str, str]:
     functions = as_set(
         "STABLE_FUNCTIONS",
         in_all(catalogs, lambda catalog: catalog.functions),
-        "Their names, for whatever arguments.",
+        "Their names, for any arguments.",
     )
     keywords = (
         as_set(

@@ -231,7 +231,7 @@ def arguments_of_dsn(dsn: Secret, *, lenient: bool = False) -> dict[str, object]
         ConfigurationError: The DSN is malformed or has an option that is unknown or cannot be honoured. Its text is part
             neither of the message nor of the traceback.
     """
-    return _told("the DSN", lambda: _read_dsn(dsn.reveal().strip(), lenient=lenient), hint=f"; {_QUOTING}")
+    return _reported("the DSN", lambda: _read_dsn(dsn.reveal().strip(), lenient=lenient), hint=f"; {_QUOTING}")
 
 
 def arguments_of_service(service: str, servicefile: str | None) -> dict[str, object]:
@@ -240,7 +240,7 @@ def arguments_of_service(service: str, servicefile: str | None) -> dict[str, obj
     Raises:
         ConfigurationError: The file cannot be read, does not define the service, or says something that cannot be honoured.
     """
-    return _told(f"the service {service!r}", lambda: _read_service(service, servicefile))
+    return _reported(f"the service {service!r}", lambda: _read_service(service, servicefile))
 
 
 def arguments_of_variable(variable: str, option: str) -> dict[str, object]:
@@ -250,10 +250,10 @@ def arguments_of_variable(variable: str, option: str) -> dict[str, object]:
         ConfigurationError: Its value is not one of the option's.
     """
     value = os.environ.get(variable)
-    return _told(variable, lambda: _read_options({option: value} if value else {}))
+    return _reported(variable, lambda: _read_options({option: value} if value else {}))
 
 
-def _told(source: str, read: Callable[[], dict[str, object]], *, hint: str = "") -> dict[str, object]:
+def _reported(source: str, read: Callable[[], dict[str, object]], *, hint: str = "") -> dict[str, object]:
     try:
         return read()
     except _Problem as found:

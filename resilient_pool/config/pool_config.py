@@ -115,7 +115,7 @@ class PassedOn:
     """What a `connect=` function of the application's is called with, as it was given.
 
     Attributes:
-        dsn: The DSN, or whatever stood in its place.
+        dsn: The DSN, or what stood in its place.
         arguments: The keywords.
     """
 
@@ -142,9 +142,9 @@ class PoolConfig:
         "Host names, addresses or socket directories, tried in turn.")
     port: tuple[int, ...] | None = option(None, kinds.PORTS,
         "Where the server listens; 5432 unless PGPORT says otherwise.")
-    user: str | None = option(None, kinds.TEXT, "Whom to connect as.")
+    user: str | None = option(None, kinds.TEXT, "The user's name.")
     password: Secret | PasswordSource | None = option(None, kinds.PASSWORD,
-        "The password, or whom to ask for it at every connect.")
+        "The password, or a function that returns it, called at every connect.")
     passfile: str | os.PathLike[str] | None = option(None, kinds.PATH,
         "A password file to look in when no password is given.")
     credentials: CredentialsSource | None = option(None, kinds.CREDENTIALS,
@@ -188,7 +188,7 @@ class PoolConfig:
     record_class: type[asyncpg.Record] = option(asyncpg.Record, kinds.RECORD_CLASS,
         "The class of the records returned.", shown="asyncpg.Record")
     classifier: Classifier = option(None, kinds.CLASSIFIER,
-        "Tells from a failure what is known about it.", factory=PostgresClassifier, shown="PostgresClassifier()")
+        "Says what is known about a failure.", factory=PostgresClassifier, shown="PostgresClassifier()")
     backoff: BackoffPolicy = option(OPERATION_BACKOFF, kinds.BACKOFF,
         "When to run a failed operation again, and how often.", shown="0.05 s, x2, up to 2 s; 5 attempts")
     reconnect: BackoffPolicy = option(RECONNECT_BACKOFF, kinds.BACKOFF,
@@ -197,7 +197,7 @@ class PoolConfig:
         "How long a call may wait for a healthy connection and begin further attempts; it never cuts a running "
         "statement. None is no limit.")
     may_pause: bool = option(False, kinds.FLAG,
-        "Whether the database pauses when nobody is connected: then the pool warns of what would keep it awake.")
+        "Whether the database pauses when it has no connections: then the pool warns of what would keep it awake.")
     fail_fast: bool = option(False, kinds.FLAG,
         "Whether calls fail at once while the server is known to be away, instead of waiting for it.")
     ping_after: float = option(1.0, kinds.SECONDS,
@@ -217,7 +217,7 @@ class PoolConfig:
         "whose answer was lost is known for certain also after a crash or a failover. The pool makes it and prunes it.")
     pure_functions: tuple[str, ...] = option((), kinds.FUNCTION_NAMES,
         "Functions of the database's that write nothing.")
-    observers: tuple[Observer, ...] = option((), kinds.OBSERVERS, "Who is told of events.")
+    observers: tuple[Observer, ...] = option((), kinds.OBSERVERS, "Functions that are called with every event.")
     retry_budget: RetryBudget = option(None, kinds.BUDGET,
         "What retries may add to the load of a server that is up but failing.",
         factory=RetryBudget, shown="RetryBudget()")
@@ -312,7 +312,7 @@ class PoolConfig:
         return type(self).from_arguments(dsn, **arguments)
 
     def keeps_awake(self) -> Iterator[str]:
-        """Yield why a database that pauses when nobody is connected never would."""
+        """Yield why a database that pauses when it has no connections never would."""
         if not self.may_pause:
             return
         if self.min_size:

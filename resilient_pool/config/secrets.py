@@ -179,7 +179,7 @@ def _forms(value: str) -> set[str]:
 
 
 def _in_base64(value: bytes) -> Iterator[str]:
-    """Yield how base64 writes it, whatever stands before it, as `user:` does: without the characters that both share."""
+    """Yield how base64 writes it, whichever text stands before it, as `user:` does: without the characters that both share."""
     for before, shared in enumerate((0, 2, 3)):
         written = b64encode(bytes(before) + value).decode().rstrip("=")
         whole = written if (before + len(value)) % 3 == 0 else written[:-1]

@@ -1,4 +1,4 @@
-"""asyncpg's vocabulary of statements, written once: each is a call of one function on one connection."""
+"""asyncpg's query methods, written once: each is a call of one function on one connection."""
 
 from __future__ import annotations
 

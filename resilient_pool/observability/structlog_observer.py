@@ -37,7 +37,7 @@ _LEVELS: Mapping[type[Event], int] = {
     MigrationLockLost: logging.WARNING,
 }
 
-# These tell that something outside the pool went wrong; the other reasons are its own housekeeping.
+# Something outside the pool went wrong; the other reasons are its own housekeeping.
 _NOTEWORTHY = frozenset(
     {DiscardReason.STALE, DiscardReason.PING_FAILED, DiscardReason.FAILED, DiscardReason.RESET_FAILED}
 )
@@ -102,10 +102,10 @@ def _level(event: Event) -> int:
 
 
 def _fields(event: Event) -> dict[str, object]:
-    told = {field.name: _plain(getattr(event, field.name)) for field in fields(event)}
-    if told.get("error", "") is None:
-        del told["error"]  # most connections that are discarded met none
-    return told
+    logged = {field.name: _plain(getattr(event, field.name)) for field in fields(event)}
+    if logged.get("error", "") is None:
+        del logged["error"]  # most connections that are discarded met none
+    return logged
 
 
 def _plain(value: object) -> object:

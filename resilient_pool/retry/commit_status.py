@@ -19,9 +19,9 @@ class CommitStatus(Enum):
     IN_PROGRESS = "in_progress"
     """It is not decided yet: ask again."""
     ELSEWHERE = "elsewhere"
-    """This server cannot tell, but another one may: ask again, on another connection."""
+    """This server does not know, but another one may: ask again, on another connection."""
     UNKNOWN = "unknown"
-    """No server can tell, now or later."""
+    """No server knows, now or later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class CommitToken:
 
     Attributes:
         xid: Its id; `None` if the server could not be asked.
-        epoch: When the id was given; `None` if the server could not tell.
+        epoch: When the id was given; `None` if the server did not know.
         token: Its row in the commit log; `None` without one.
         nothing_written: Whether it is certain that its COMMIT decides nothing: the server was in recovery.
     """
@@ -80,7 +80,7 @@ class XactStatusReply:
 
     Attributes:
         status: What `pg_xact_status` said; `None` if it has forgotten the id, or never knew it.
-        epoch: The present epoch; `None` if the server cannot tell.
+        epoch: The present epoch; `None` if the server does not know.
         in_recovery: Whether it is a standby.
     """
 

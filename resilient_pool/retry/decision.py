@@ -121,7 +121,7 @@ class RetryState:
         return self._operations.attempts + self._reconnect.attempts + conflicts
 
     def elapsed(self, now: float) -> float:
-        """Tell how long the call has lasted, in seconds."""
+        """Return how long the call has lasted, in seconds."""
         return now - self.started
 
     def note(self, fault: Fault, phase: Phase, now: float) -> _Course:

@@ -127,7 +127,7 @@ class Rule:
         evidence: What this line recognises, in words for a reader.
         fault: The kind of trouble.
         outcome: What is known of the statement. In the phases CONNECT and CHECKOUT, and where nothing was sent, it is
-            `NOT_EXECUTED` whatever stands here.
+            `NOT_EXECUTED` in any case.
         connection: What becomes of the connection.
         others: What becomes of the connections opened before.
         phases: In which phases it applies.

@@ -110,7 +110,7 @@ class Failure:
         writable: Whether the pool expects a server that accepts writes.
         read_only_asked: Whether read-only was asked for: by the transaction's own option, or by a setting of the session, the
             role or the database, which every server has alike.
-        in_recovery: Whether that server was found to be a standby afterwards; `None` if it was not asked, or did not tell.
+        in_recovery: Whether that server was found to be a standby afterwards; `None` if it was not asked, or did not say.
     """
 
     error: Exception
@@ -141,7 +141,7 @@ class Failure:
 
 
 class Classifier(Protocol):
-    """Whatever can tell a `Verdict` from a `Failure`. It must not block and should not raise."""
+    """What can judge a `Failure`. It must not block and should not raise."""
 
     def classify(self, failure: Failure) -> Verdict:
         """Say what is known about `failure`."""

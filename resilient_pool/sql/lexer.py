@@ -109,7 +109,7 @@ def fold(identifier: str) -> str:
 
 
 def _end(found: re.Match[str], sql: str, backslash: Backslash) -> int | None:
-    """Tell where what was found ends, or `None` where that is not certain."""
+    """Return where what was found ends, or `None` where that is not certain."""
     group, text = found.lastgroup, found.group()
     if group in {"plain", "endless"} and text[0] == "'" and backslash is Backslash.ESCAPES:
         string = _escaping_string_at()(sql, found.start())

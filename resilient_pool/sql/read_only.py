@@ -1,4 +1,4 @@
-"""Says what a statement's text alone can say: whether it looks like a read, what it names, where it ends."""
+"""What a statement's text alone can say: whether it looks like a read, what it names, where it ends."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class StatementReader:
             known = not (is_long and number > _MOST_TOKENS)
             reads, is_changing = reads and text.takes(token) and known, change.is_plain and known
             if is_long and not (reads or is_changing) and number >= enough:
-                # Without a semicolon there is one statement, whatever it holds, and its first words say what it is.
+                # Without a semicolon there is one statement, and its first words say what it is.
                 if ";" not in sql.rstrip("; \t\r\n"):
                     break
                 enough = len(sql)
@@ -330,7 +330,7 @@ class _Text:
         return self._word(at) == "ordinality" or self._word(at) in _VALUES_OF_THE_SESSION
 
     def _may_stand_before_a_parenthesis(self) -> bool:
-        """Tell whether the name just read calls nothing that may write."""
+        """Return whether the name just read calls nothing that may write."""
         parts, before = self._name_and_what_is_before()
         if len(parts) > 1:
             self._scalars.add(parts[-1])
@@ -365,17 +365,17 @@ class _Text:
         return len(schemas) == 1 and (name in self._pure or ".".join(parts) in self._pure)
 
     def _is_type(self, before: int) -> bool:
-        """Tell whether what follows is a type, or a name given by AS, with something in parentheses."""
+        """Return whether what follows is a type, or a name given by AS, with something in parentheses."""
         return self._is_sign(before, "::") or self._word(before) == "as"
 
     def _is_relation(self, before: int) -> bool:
-        """Tell whether a construct may stand in FROM: `FROM CAST(x AS t)` makes an alias out of any name in it."""
+        """Return whether a construct may stand in FROM: `FROM CAST(x AS t)` makes an alias out of any name in it."""
         level = self._levels[-1]
         listed = level.clause == "from" and self._is_sign(before, ",")
         return listed or self._word(before) in _FOLLOWED_BY_RELATIONS or level.opener == "rows"
 
     def _is_new_name(self, name: Token, before: int) -> bool:
-        """Tell whether `name (` begins a list of column names: of a member of WITH, or of an alias without AS."""
+        """Return whether `name (` begins a list of column names: of a member of WITH, or of an alias without AS."""
         clause = self._levels[-1].clause
         if clause == "with":
             return True
@@ -384,7 +384,7 @@ class _Text:
         return self._is_plain_name(before) or self._is_closed(before) or self._word(before) == "ordinality"
 
     def _is_construct(self, word: str, before: int) -> bool:
-        """Tell whether a word that could name a function is part of the grammar here."""
+        """Return whether a word that could name a function is part of the grammar here."""
         previous = self._word(before)
         if word in _AFTER_A_PARENTHESIS:
             return self._is_closed(before)

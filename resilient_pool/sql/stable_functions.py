@@ -224,4 +224,4 @@ xpath xpath_exists
 """
 
 STABLE_FUNCTIONS = frozenset(_STABLE_FUNCTIONS.split())
-"""Their names, for whatever arguments."""
+"""Their names, for any arguments."""

@@ -84,7 +84,11 @@ class Boundaries:
 
     @property
     def is_atomic(self) -> bool:
-        """Whether the text is certain to be one statement that takes effect as a whole or not at all."""
+        """Whether the text is certain to be one statement that takes effect as a whole or not at all.
+
+        Several statements in one text may hold a COMMIT; CALL and DO run code that may; and what PostgreSQL refuses inside a
+        transaction block, and everything CONCURRENTLY, commits on its way: an error says then nothing about what came before.
+        """
         if self._doubted or self._body or self._several:
             return False
         self._end_statement()
@@ -114,26 +118,13 @@ def _may_end_either_way(sql: str) -> bool:
     return not whole
 
 
-def _boundaries(sql: str) -> Boundaries:
-    boundaries = Boundaries(sql)
-    for token in tokens(sql):
-        boundaries.take(token)
-    return boundaries
-
-
-def is_atomic(sql: str) -> bool:
-    """Whether the text is certain to be one statement that takes effect as a whole or not at all.
-
-    Several statements in one text may hold a COMMIT; CALL and DO run code that may; and what PostgreSQL refuses inside a
-    transaction block, and everything CONCURRENTLY, commits on its way: an error says then nothing about what came before.
-    """
-    return _boundaries(sql).is_atomic
-
-
 def ends_transaction(sql: str) -> bool:
     """Whether the text may hold a statement that ends the transaction it runs in.
 
     `ROLLBACK TO` a savepoint does not, nor does `PREPARE name AS`, nor the END of a function's body. What cannot be read
     for certain may.
     """
-    return _boundaries(sql).ends_transaction
+    boundaries = Boundaries(sql)
+    for token in tokens(sql):
+        boundaries.take(token)
+    return boundaries.ends_transaction

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import OutcomeUnknownError, ResilientPool
-from resilient_pool.sql.transaction_control import is_atomic
+from resilient_pool.sql.read_only import StatementReader
 
 SCHEMA = """
 CREATE TABLE t (a int PRIMARY KEY, b int);
@@ -111,13 +111,13 @@ async def test_what_the_server_refuses_in_a_transaction_block_is_never_atomic(co
     """The reader's list is the server's."""
     refused = {sql: await refusal(connection, sql) for sql in REFUSED_IN_A_BLOCK}
     assert {sql for sql, error in refused.items() if not isinstance(error, asyncpg.ActiveSQLTransactionError)} == set()
-    assert [sql for sql in (*REFUSED_IN_A_BLOCK, *COMMIT_ON_THEIR_WAY) if is_atomic(sql)] == []
+    assert [sql for sql in (*REFUSED_IN_A_BLOCK, *COMMIT_ON_THEIR_WAY) if StatementReader().read(sql).is_atomic] == []
 
 
 async def test_what_the_server_takes_in_a_transaction_block_is_atomic(connection):
     """Ordinary statements, whatever they define."""
     assert {sql: error for sql in ATOMIC if (error := await refusal(connection, sql))} == {}
-    assert [sql for sql in ATOMIC if not is_atomic(sql)] == []
+    assert [sql for sql in ATOMIC if not StatementReader().read(sql).is_atomic] == []
 
 
 @pytest.mark.parametrize("connection", ["postgres"], indirect=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from resilient_pool.sql.transaction_control import ends_transaction, is_atomic
+from resilient_pool.sql.read_only import StatementReader
+from resilient_pool.sql.transaction_control import ends_transaction
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from resilient_pool.sql.transaction_control import ends_transaction, is_atomic
 )
 def test_one_plain_statement_is_atomic(sql):
     """Its error means that nothing of it stays."""
-    assert is_atomic(sql)
+    assert StatementReader().read(sql).is_atomic
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_one_plain_statement_is_atomic(sql):
 )
 def test_what_may_commit_on_its_way_is_not_atomic(sql):
     """Its error says nothing about what came before."""
-    assert not is_atomic(sql)
+    assert not StatementReader().read(sql).is_atomic
 
 
 @pytest.mark.parametrize(
