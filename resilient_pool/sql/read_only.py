@@ -16,7 +16,7 @@ from resilient_pool.sql.transaction_control import Boundaries
 _REMEMBERED_TEXTS = 1024
 _LONGEST_KEY = 32_768
 """In characters. A longer text is mostly data: only its digest is kept."""
-_LONGEST_HEAD = 8
+_LONGEST_HEAD = 64
 _MOST_TOKENS = 20_000
 """Of a long text. One that has more, beside plain lists of values, is not read to its end: it takes too long in the event loop,
 and so does not count as a read."""

@@ -17,6 +17,27 @@ _ATOMIC = frozenset(
 _DEFINING = frozenset({"create", "alter", "drop", "refresh"})
 _BEYOND_TRANSACTIONS = frozenset({"database", "tablespace", "system", "subscription"})
 """CREATE, ALTER and DROP of these cannot run in a transaction block, or act beyond it."""
+_OUTSIDE_TRANSACTIONS = frozenset(
+    {
+        *(
+            "dblink",
+            "dblink_exec",
+            "dblink_open",
+            "dblink_fetch",
+            "dblink_close",
+            "dblink_send_query",
+            "dblink_get_result",
+        ),
+        *("lo_export", "pg_file_write", "pg_file_rename", "pg_file_unlink"),
+        *("pg_create_physical_replication_slot", "pg_create_logical_replication_slot", "pg_drop_replication_slot"),
+        *("pg_copy_physical_replication_slot", "pg_copy_logical_replication_slot", "pg_replication_slot_advance"),
+        *("pg_logical_slot_get_changes", "pg_logical_slot_get_binary_changes", "pg_logical_emit_message"),
+        *("pg_terminate_backend", "pg_cancel_backend", "pg_promote", "pg_switch_wal", "pg_create_restore_point"),
+    }
+)
+"""Functions whose effects no rollback undoes: in another session, in files, on the server as a whole."""
+_IN_A_BODY = frozenset({"select", "values", "table", "with", "insert", "update", "delete", "merge", "return", "end"})
+"""What a statement of BEGIN ATOMIC may begin with, and its END."""
 _FILLERS = frozenset({"work", "transaction"})
 _LONGEST_HEAD = 4
 
@@ -52,9 +73,18 @@ class Boundaries:
                 self._commits = self._commits or token.text == "concurrently"
                 if token.text == "atomic" and last == (Kind.WORD, "begin"):
                     self._body = 1
+            self._commits = self._commits or self._acts_outside(token, last)
+
+    def _acts_outside(self, token: Token, last: Token) -> bool:
+        if token.kind is Kind.WORD and token.text == "program":
+            return self._word(0) == "copy" and last.text in {"to", "from"}
+        return token.kind in {Kind.WORD, Kind.QUOTED} and token.text in _OUTSIDE_TRANSACTIONS
 
     def _follow_body(self, token: Token, last: Token) -> None:
-        # BEGIN ATOMIC ... END: the statements of a function, of which CASE is the only other thing that has an END.
+        # BEGIN ATOMIC ... END: the statements of a function, of which CASE is the only other thing that has an END. But both
+        # words may also be names of columns: what cannot stand in a body shows that it has ended unnoticed.
+        if last == (Kind.SIGN, ";") and token.kind is Kind.WORD and token.text not in _IN_A_BODY:
+            self._ends = self._several = True
         if token.kind is Kind.WORD and last.text not in {".", "as"}:
             self._body += (token.text == "case") - (token.text == "end")
 

@@ -152,3 +152,23 @@ async def wait_for_each_other(connection):
         await asyncio.sleep(0.02)
     await connection.execute("LOCK TABLE t IN SHARE UPDATE EXCLUSIVE MODE")
     await connection.execute("ROLLBACK")
+
+
+async def test_what_no_rollback_undoes_is_not_repeated_after_a_conflict(postgres):
+    """A replication slot stays when the statement that made it fails: that the second one exists already is no news."""
+    async with postgres.admin() as admin:
+        await admin.execute(
+            "CREATE FUNCTION conflict() RETURNS int LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'conflict' USING errcode = '40001'; END $$"
+        )
+    try:
+        async with ResilientPool(postgres.dsn(), deadline=10) as pool:
+            with pytest.raises(OutcomeUnknownError) as caught:
+                await pool.fetch("SELECT pg_create_physical_replication_slot('made'), conflict()")
+        assert isinstance(caught.value.__cause__, asyncpg.SerializationError)
+        async with postgres.admin() as admin:
+            assert await admin.fetchval("SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'made'") == 1
+    finally:
+        async with postgres.admin() as admin:
+            await admin.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
+            await admin.execute("DROP FUNCTION conflict()")

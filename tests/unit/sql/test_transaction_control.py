@@ -66,6 +66,12 @@ def test_one_plain_statement_is_atomic(sql):
         "CHECKPOINT",
         "LOAD 'x'",
         "REPACK t",
+        "SELECT dblink_exec('c', 'INSERT INTO t VALUES (1)'), f()",
+        "SELECT x.pg_create_physical_replication_slot FROM f() x",
+        "SELECT \"lo_export\"(1, '/x')",
+        "COPY (SELECT f()) TO PROGRAM 'mail'",
+        "COPY t (a) FROM PROGRAM 'pop'",
+        "CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1 case; END; COMMIT; BEGIN; SELECT 2 end",
     ],
 )
 def test_what_may_commit_on_its_way_is_not_atomic(sql):
@@ -108,6 +114,11 @@ def test_what_may_commit_on_its_way_is_not_atomic(sql):
         ("CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT x.end AS end; END; SELECT 1", False),
         ("CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1 case; END; COMMIT", True),
         ("CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1 end; END; SELECT 1", True),
+        ("CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1 case; END; COMMIT; SELECT 2 end", True),
+        (
+            "CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT CASE 1 WHEN 1 THEN 2 END; WITH a AS (TABLE t) SELECT 1; END",
+            False,
+        ),
         ("", False),
     ],
 )
