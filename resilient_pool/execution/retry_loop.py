@@ -54,7 +54,7 @@ class RepeatRefusedError(Exception):
 
 
 class RetryLoop:
-    """Runs calls until they succeed or must not be tried again.
+    """Runs operations until they succeed or must not be tried again.
 
     Args:
         context: Policies, budget and classifier.
@@ -83,7 +83,7 @@ class RetryLoop:
         self._deposit = context.config.retry_budget.deposit
 
     def begin_transaction(self, execution: Execution[T]) -> RetryState:
-        """Count a call whose attempts the caller of this makes, and return what is remembered of its failures.
+        """Count a transaction, whose attempts the caller makes, and return the state of its retries.
 
         Unless the application chose a policy of its own, conflicts are limited by the deadline only: under contention
         one transaction always gets through, but it is not known after how many attempts.
@@ -111,7 +111,7 @@ class RetryLoop:
             failure: How the first attempt ended, if it was made and counted before.
 
         Raises:
-            OutcomeUnknownError: The call may have taken effect, and may not be repeated.
+            OutcomeUnknownError: The operation may have taken effect, and may not be repeated.
             Exception: The driver's own error, when repeating does not help or is not allowed any longer.
         """
         if failure is None:
@@ -137,16 +137,17 @@ class RetryLoop:
                 error = failure
 
     async def run_on(self, execution: Execution[T], driver: DriverConnection) -> T:
-        """Execute a call on a connection; guarded, if an earlier attempt of it may have taken effect.
+        """Execute an operation on a connection; guarded, if an earlier attempt of it may have taken effect.
 
         A guarded attempt runs in a read-only transaction, after the server's catalog has said that the text calls nothing
         that may write. Whatever goes wrong in it, the connection is not used again: the transaction may be open.
         """
+        operation = execution.operation
         execution.attempt.execute_on(driver)
-        if execution.lost is not None and execution.operation.sql is not None:
-            return await self._run_guarded(execution, execution.operation.sql, driver)
+        if execution.lost is not None and operation.sql is not None:
+            return await self._run_guarded(execution, operation.sql, driver)
         try:
-            return await execution.operation.execute(driver.connection)
+            return await operation.execute(driver.connection)
         except asyncpg.ReadOnlySQLTransactionError:
             await driver.learn_why_read_only()
             raise
@@ -183,30 +184,27 @@ class RetryLoop:
         return True
 
     def _limit(self, execution: Execution[T]) -> float | None:
-        return (
-            None
-            if execution.operation.deadline is None
-            else max(execution.operation.deadline - self._clock.monotonic(), _SHORTEST_LIMIT)
-        )
+        deadline = execution.operation.deadline
+        return None if deadline is None else max(deadline - self._clock.monotonic(), _SHORTEST_LIMIT)
 
     def next_delay(
         self, execution: Execution[T], state: RetryState, error: Exception, *, hindrance: str | None = None
     ) -> float:
-        """Say how long to wait before the next attempt.
+        """Return how long to wait before the next attempt.
 
         Args:
             execution: What failed.
             state: What is remembered of its failures. It is changed.
             error: How it failed this time.
             hindrance: Why no further attempt can be made although another might succeed. It becomes a note of an error
-                after which nothing is left of the call.
+                after which nothing is left of the operation.
 
         Returns:
             Seconds.
 
         Raises:
-            OutcomeUnknownError: The call may have taken effect, and may not be repeated.
-            Exception: `error`, or the last one that told more, when no further attempt may be made.
+            OutcomeUnknownError: The operation may have taken effect, and may not be repeated.
+            Exception: `error`, or an earlier one that says more, when no further attempt may be made.
         """
         if isinstance(error, RepeatRefusedError) and execution.lost is not None:
             raise self._outcome_unknown(execution, state, execution.lost)
@@ -254,49 +252,41 @@ class RetryLoop:
             # The circuit breaker has waited already, for as long as there was sense in it.
             state.note(verdict.fault, failure.phase, now)
             return GiveUp(reason=GiveUpReason.ABSENT)
-        unknown = verdict.outcome is Outcome.UNKNOWN
+        operation, driver, unknown = execution.operation, execution.attempt.driver, verdict.outcome is Outcome.UNKNOWN
         decision = decide(
             verdict,
             state,
             phase=failure.phase,
             repeatable=not unknown or self._is_repeatable(execution),
             now=now,
-            deadline=execution.operation.deadline,
+            deadline=operation.deadline,
             budget=self._config.retry_budget,
-            had_served=execution.attempt.driver is None or execution.attempt.driver.has_served,
+            had_served=driver is None or driver.has_served,
         )
-        if (
-            isinstance(decision, Retry)
-            and failure.sent
-            and not execution.operation.replayable
-            and failure.phase is Phase.EXECUTE
-        ):
+        was_read = failure.sent and failure.phase is Phase.EXECUTE and not operation.replayable
+        if isinstance(decision, Retry) and was_read:
             return GiveUp(reason=GiveUpReason.OUTCOME_UNKNOWN if unknown else GiveUpReason.PERMANENT)
         return decision
 
     def _build_failure(self, execution: Execution[T], error: Exception) -> Failure:
-        driver, inner = execution.attempt.driver, self._context.unwrap(error)
-        refused = execution.attempt.phase is Phase.EXECUTE and driver is not None and nothing_sent(inner, driver)
+        phase, driver, inner = execution.attempt.phase, execution.attempt.driver, self._context.unwrap(error)
+        refused = phase is Phase.EXECUTE and driver is not None and nothing_sent(inner, driver)
         why = None
         if driver is not None and isinstance(inner, asyncpg.ReadOnlySQLTransactionError):
             why = driver.read_only
         return Failure(
             error=error,
-            phase=execution.attempt.phase,
-            sent=execution.attempt.phase is Phase.COMMIT or (execution.attempt.phase is Phase.EXECUTE and not refused),
+            phase=phase,
+            sent=phase is Phase.COMMIT or (phase is Phase.EXECUTE and not refused),
             writable=self._connector.expects_writes,
             read_only_asked=execution.operation.readonly or (why is not None and why.asked),
             in_recovery=None if why is None else why.in_recovery,
         )
 
     def _classify(self, execution: Execution[T], failure: Failure) -> Verdict:
-        inner = self._context.unwrap(failure.error)
-        executing = execution.attempt.driver is not None and execution.attempt.phase is Phase.EXECUTE
-        if (
-            executing
-            and execution.attempt.driver is not None
-            and is_of_another_connection(inner, execution.attempt.driver)
-        ):
+        attempt, inner = execution.attempt, self._context.unwrap(failure.error)
+        executing = attempt.driver is not None and attempt.phase is Phase.EXECUTE
+        if executing and attempt.driver is not None and is_of_another_connection(inner, attempt.driver):
             # The application's own affair, such as what a COPY's source reads from: another attempt here does not cure it.
             return Verdict(fault=Fault.PERMANENT, outcome=Outcome.UNKNOWN)
         return self._context.classify(failure)
@@ -308,25 +298,21 @@ class RetryLoop:
         lost, for how long the transaction had lasted, and which limits the server has. A limit on the whole must have been
         met by then, and is met again; one on being idle only if the same happens twice.
         """
-        inner = self._context.unwrap(failure.error)
-        told = {getattr(error, "sqlstate", None) for error in (inner, inner.__cause__)} - {None, "08003"}
-        if execution.attempt.transaction_began is None and told.isdisjoint({sqlstate for sqlstate, _, _ in _LIMITS}):
+        began, inner = execution.attempt.transaction_began, self._context.unwrap(failure.error)
+        states = {getattr(error, "sqlstate", None) for error in (inner, inner.__cause__)} - {None, "08003"}
+        if began is None and states.isdisjoint({sqlstate for sqlstate, _, _ in _LIMITS}):
             return verdict
-        lasted = (
-            0.0
-            if execution.attempt.transaction_began is None
-            else self._clock.monotonic() - execution.attempt.transaction_began
-        )
+        lasted = 0.0 if began is None else self._clock.monotonic() - began
         for sqlstate, setting, kind in _LIMITS:
             seconds = None if self._connector.server_info is None else getattr(self._connector.server_info, setting)
             limit = f"{setting}{f' ({seconds:g} s)' if seconds else ''}"
-            if sqlstate in told and verdict.fault is Fault.PERMANENT:
+            if sqlstate in states and verdict.fault is Fault.PERMANENT:
                 failure.error.add_note(
                     f"resilient_pool: the server ended the session, because it ends a transaction that {kind} {limit}, "
                     f"{sqlstate}; it was not repeated: make it shorter, or raise that setting"
                 )
                 return verdict
-            if told or not seconds or lasted < seconds or verdict.fault not in _LOSSES:
+            if states or not seconds or lasted < seconds or verdict.fault not in _LOSSES:
                 continue
             execution.outlasted += 1
             if sqlstate == "25P04" or execution.outlasted > 1:
@@ -339,14 +325,13 @@ class RetryLoop:
         return verdict
 
     def _override_outcome(self, execution: Execution[T], failure: Failure, verdict: Verdict) -> Verdict:
-        if execution.attempt.known_outcome is not None:
-            # One whose fate is not known is not the application's own time-out any more.
-            lost = execution.attempt.known_outcome is Outcome.UNKNOWN and verdict.fault is Fault.PERMANENT
-            return replace(
-                verdict, outcome=execution.attempt.known_outcome, fault=Fault.DISCONNECTED if lost else verdict.fault
-            )
+        known, sql = execution.attempt.known_outcome, execution.operation.sql
+        if known is not None:
+            # One of which it is not known what became of it is not the application's own time-out any more.
+            lost = known is Outcome.UNKNOWN and verdict.fault is Fault.PERMANENT
+            return replace(verdict, outcome=known, fault=Fault.DISCONNECTED if lost else verdict.fault)
         # The classifier sees no text, and so cannot see that a part of it may have been committed before the error.
-        partly = execution.operation.sql is not None and not self._reader.read(execution.operation.sql).is_atomic
+        partly = sql is not None and not self._reader.read(sql).is_atomic
         partly = (partly and failure.sent) or self._is_about_the_last_of_several(execution, verdict)
         if partly and verdict.outcome is not Outcome.UNKNOWN:
             return replace(verdict, outcome=Outcome.UNKNOWN)
@@ -355,18 +340,13 @@ class RetryLoop:
     @staticmethod
     def _is_about_the_last_of_several(execution: Execution[T], verdict: Verdict) -> bool:
         # An application's class may send several statements for one: an error is about the last, and says nothing of others.
-        if (
-            execution.attempt.driver is None
-            or not execution.attempt.driver.is_customized
-            or execution.attempt.phase is not Phase.EXECUTE
-        ):
+        attempt = execution.attempt
+        if attempt.driver is None or not attempt.driver.is_customized or attempt.phase is not Phase.EXECUTE:
             return False
-        return execution.attempt.driver.queries - execution.attempt.queries_before > (
-            verdict.outcome is Outcome.ROLLED_BACK
-        )
+        return attempt.driver.queries - attempt.queries_before > (verdict.outcome is Outcome.ROLLED_BACK)
 
     def _invalidate_connections(self, execution: Execution[T], failure: Failure, verdict: Verdict) -> None:
-        # The connection is on its way back already; it is looked at again before anyone gets it.
+        # The connection is on its way back already; it is checked again before its next use.
         # After an error of the application's own making a reset is enough, and it has begun.
         discard = verdict.connection is Disposition.DISCARD and verdict.fault is not Fault.PERMANENT
         if execution.attempt.driver is not None and discard:
@@ -382,35 +362,31 @@ class RetryLoop:
 
     @staticmethod
     def _concerns_one_connection(execution: Execution[T], verdict: Verdict) -> bool:
-        # What a connection remembers is out of date only after an earlier use: one that was opened for this call has another
-        # trouble.
-        return (
-            verdict.fault is Fault.STATEMENT_CACHE
-            and execution.attempt.driver is not None
-            and execution.attempt.driver.opened_at >= execution.operation.started
-        )
+        # What a connection remembers is out of date only after an earlier use: one that was opened for this operation has
+        # another trouble.
+        driver = execution.attempt.driver
+        is_new = driver is not None and driver.opened_at >= execution.operation.started
+        return verdict.fault is Fault.STATEMENT_CACHE and is_new
 
     def _needs_guard(self, execution: Execution[T], verdict: Verdict) -> bool:
         lost = verdict.outcome is Outcome.UNKNOWN and verdict.fault is not Fault.PERMANENT
         return lost and not self.may_run_twice(execution) and self._is_repeatable(execution)
 
     def may_run_twice(self, execution: Execution[T]) -> bool:
-        """Whether the application said that the call may take effect twice."""
+        """Whether the application said that the operation may take effect twice."""
         return execution.operation.idempotent or (self._config.retry_unknown and not execution.operation.exactly_once)
 
     def _is_repeatable(self, execution: Execution[T]) -> bool:
-        return (
-            self.may_run_twice(execution)
-            or execution.is_harmless
-            or (execution.operation.sql is not None and self._reader.looks_like_read(execution.operation.sql))
-        )
+        sql = execution.operation.sql
+        looks_like_read = sql is not None and self._reader.looks_like_read(sql)
+        return looks_like_read or execution.is_harmless or self.may_run_twice(execution)
 
     def _final_error(
         self, execution: Execution[T], state: RetryState, failure: Failure, verdict: Verdict, reason: GiveUpReason
     ) -> Exception:
-        # What the statement itself met is told as it is, also that the time it was given has run out.
+        # What the statement itself met is raised as it is, also that the time it was given has run out.
         error = failure.error if failure.phase is Phase.EXECUTE else execution.error_for_caller(failure.error)
-        # And whatever ended the call later says nothing about an attempt that was lost.
+        # And what ended the operation later says nothing about an attempt that was lost.
         lost = None if execution.is_harmless else execution.lost
         if lost is not None:
             error = lost.error
@@ -425,9 +401,8 @@ class RetryLoop:
             return self._outcome_unknown(
                 execution, state, LostAttempt(error=error, fault=verdict.fault, sqlstate=sqlstate)
             )
-        if lost is not None and not (
-            execution.operation.sql is not None and self._reader.is_plain_read(execution.operation.sql)
-        ):
+        sql = execution.operation.sql
+        if lost is not None and not (sql is not None and self._reader.is_plain_read(sql)):
             return self._outcome_unknown(execution, state, lost)
         if reason is GiveUpReason.PERMANENT:
             return error
