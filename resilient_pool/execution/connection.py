@@ -29,6 +29,7 @@ from resilient_pool.pooling.driver import (
     ConnectionProxy,
     DriverConnection,
     comes_from_the_transport,
+    overrides_statements,
 )
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry
@@ -106,7 +107,7 @@ class ResilientConnection(Queries, ConnectionProxy):
     transactions, cursors, prepared statements.
     """
 
-    __slots__ = ("_attached", "_driver", "_entry", "_interrupted", "_leases", "_state", "_tracker")
+    __slots__ = ("_attached", "_driver", "_entry", "_interrupted", "_keeps_session", "_leases", "_state", "_tracker")
 
     def __init__(self, leases: LeaseManager, entry: PoolEntry[DriverConnection]) -> None:
         self._state = _FRESH
@@ -117,6 +118,8 @@ class ResilientConnection(Queries, ConnectionProxy):
         self._interrupted = False
         self._attached: _Attachments | None = None
         self._tracker: Callable[[str | None], None] | None = None
+        # Whether all that was done on it left its session as it was; false while anything is being done.
+        self._keeps_session = leases.trusts_texts
 
     def __repr__(self) -> str:
         inner = f"[{self._state.name.lower()}]" if self.is_released else repr(self._driver)
@@ -133,6 +136,7 @@ class ResilientConnection(Queries, ConnectionProxy):
         if name.startswith("__") or name in ResilientConnection.__slots__:
             raise AttributeError(name)
         if self._driver is not None:
+            self._keeps_session = False
             found = getattr(self._driver.connection, name)
             return self._guard(name, found) if inspect.ismethod(found) else found
         found = getattr(self._leases.connection_class, name, None)
@@ -160,6 +164,7 @@ class ResilientConnection(Queries, ConnectionProxy):
     @property
     def _con(self) -> AnyConnection | None:
         # What is sent on the driver's own connection passes by.
+        self._keeps_session = False
         if self._tracker is not None:
             self._tracker(None)
         return None if self._driver is None else self._driver.connection
@@ -215,11 +220,18 @@ class ResilientConnection(Queries, ConnectionProxy):
     def _pin_and_get(self, method: str, sql: str | None = None) -> AnyConnection:
         """Return the connection for something that ties itself to it: it is not replaced any more."""
         self._require_active(method)
+        self._keeps_session = False
         if self._state is _FRESH:
             self._state = _USED
         if self._tracker is not None:
             self._tracker(sql)
         return self._current_driver.connection
+
+    @property
+    def _left_session_alone(self) -> bool:
+        """Whether the session is as it was when it was lent, as far as can be seen, and nothing is under way in it."""
+        driver = self._driver
+        return self._keeps_session and self._attached is None and driver is not None and driver.is_at_rest
 
     def _pin(self, sent: Callable[[str | None], None]) -> None:
         self._state = _USED
@@ -275,18 +287,22 @@ class ResilientConnection(Queries, ConnectionProxy):
         if deadline is not None:
             require_seconds("deadline", deadline)
         if self._state is _USED or self._state is _SETTING_UP:
+            keeps_session, self._keeps_session = self._keeps_session, False
             if self._tracker is not None:
                 self._tracker("COPY" if sql is None else sql)
             if self._interrupted:
                 await self._end_of_interruption(operation)
             try:
-                return await execute(self._driver.connection)  # type: ignore[union-attr]
+                result = await execute(self._driver.connection)  # type: ignore[union-attr]
             except (asyncio.CancelledError, TimeoutError):
                 self._interrupted = True
                 raise
             except AttributeError as error:
                 self._explain(operation, error)
                 raise
+            if keeps_session and sql is not None:
+                self._keeps_session = self._leases.keeps_session(sql)
+            return result
         self._require_active(operation)
         execution = self._leases.new_execution(
             operation,
@@ -300,7 +316,13 @@ class ResilientConnection(Queries, ConnectionProxy):
         return await self._try(execution)
 
     async def _first(
-        self, operation: str, sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]], *, keeps: bool = False
+        self,
+        operation: str,
+        sql: str | None,
+        execute: Callable[[AnyConnection], Awaitable[T]],
+        *,
+        keeps: bool = False,
+        keeps_session: bool = False,
     ) -> T:
         """Do something that leaves nothing behind when it fails, and may be repeated when it was lost.
 
@@ -309,33 +331,43 @@ class ResilientConnection(Queries, ConnectionProxy):
             sql: What a transaction is to know of it; `None` if it need not know.
             execute: Does it.
             keeps: Whether it leaves nothing behind when it succeeds either.
+            keeps_session: Whether what it leaves behind ends with the transaction that it begins.
         """
         if self._state is _USED or self._state is _SETTING_UP:
+            keeps_session, self._keeps_session = keeps_session and self._keeps_session, False
             if self._tracker is not None and sql is not None:
                 self._tracker(sql)
             if self._interrupted:
                 await self._end_of_interruption(operation)
-            return await execute(self._current_driver.connection)
+            result = await execute(self._current_driver.connection)
+            self._keeps_session = keeps_session
+            return result
         self._require_active(operation)
         execution = self._leases.new_execution(operation, None, execute, idempotent=True)
-        return await self._try(execution, harmless=True, keeps=keeps)
+        return await self._try(execution, harmless=True, keeps=keeps, keeps_session=keeps_session)
 
     async def _begin(self, method: str, execute: Callable[[AnyConnection], Awaitable[Any]]) -> Any:
         if self.is_released:
             raise asyncpg.InterfaceError(
                 f"cannot call {method}(): the underlying connection has been released back to the pool"
             )
-        return await self._first("transaction", None, execute)
+        return await self._first("transaction", None, execute, keeps_session=True)
 
-    async def _try(self, execution: Execution[T], *, harmless: bool = False, keeps: bool = False) -> T:
+    async def _try(
+        self, execution: Execution[T], *, harmless: bool = False, keeps: bool = False, keeps_session: bool = False
+    ) -> T:
         if self._state is _TRYING:
             # The driver would say the same, but the connection would be checked and replaced under the other operation.
             raise asyncpg.InterfaceError("cannot perform operation: another operation is in progress")
         self._state = _TRYING
         fresh = None
+        kept, self._keeps_session = self._keeps_session, False
         try:
             result = await self._leases.retry_loop.run(execution, self._attempt)
             fresh = keeps
+            if kept:
+                sql = execution.operation.sql
+                self._keeps_session = keeps_session or (sql is not None and self._leases.keeps_session(sql))
         except Exception as error:
             fresh = self._leases.is_untouched(execution, error, harmless=harmless)
             self._explain(execution.operation.name, error)
@@ -696,6 +728,8 @@ class LeaseManager:
         sets_up: Whether the application prepares connections.
         connection_class: What the driver makes.
         read_check: Knows what a text may do. What it remembers of the server's catalog ends with the driver's caches.
+        trusts_texts: Whether no reset follows a lease in which nothing was done but what leaves the session as it was.
+        keeps_session: Whether a text leaves its session as it was.
 
     Args:
         context: The application's `setup`, and the pool's deadline.
@@ -722,6 +756,14 @@ class LeaseManager:
         self.connection_class = config.connection_class
         self.retry_loop = retry_loop
         self.read_check = retry_loop.read_check
+        # The application's own callbacks and statements may leave anything behind.
+        self.trusts_texts = (
+            config.session_reset == "auto"
+            and config.setup is None
+            and config.reset is None
+            and not overrides_statements(config.connection_class)
+        )
+        self.keeps_session = self.read_check.reader.keeps_session
 
     def new_execution(
         self,
@@ -868,13 +910,16 @@ class LeaseManager:
         return lease._end_lease()  # noqa: SLF001
 
     def release(self, lease: ResilientConnection, seconds: float | None = None) -> asyncio.Task[None] | None:
-        """End a lease; the connection is reset in the background. Returns what can be waited for."""
+        """End a lease; unless its session is as it was, the connection is reset in the background: that can be waited for."""
         entry = lease._end_lease()  # noqa: SLF001
-        reset = None
+        reset, keeps = None, lease._left_session_alone  # noqa: SLF001
         try:
             lease._detach_driver()  # noqa: SLF001
         finally:
-            if entry is not None:
+            # What was asked long ago vouches for nothing: the reset asks again, and no caller waits for that.
+            if entry is not None and keeps and self._clock.now() - entry.taken_at < self._config.ping_after:
+                self._maintenance.release(entry)
+            elif entry is not None:
                 reset = self._maintenance.reset_and_release(entry, seconds)
         return reset
 

@@ -244,6 +244,18 @@ class DriverConnection:
         """Whether the driver waits for the server to cancel a statement."""
         return self.is_usable and bool(self.connection._protocol._is_cancelling())  # type: ignore[attr-defined] # noqa: SLF001
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether no transaction is open, no cancellation is waited for, and the class sends what it is asked to send."""
+        connection: Any = self.connection
+        protocol = self._protocol
+        return not (
+            self.is_customized
+            or connection._top_xact is not None  # noqa: SLF001
+            or protocol.is_in_transaction()
+            or protocol._is_cancelling()  # noqa: SLF001
+        )
+
     def socket_is_idle(self) -> bool:
         """Whether the connection is open and wanted and nothing at all has happened to its socket. About a microsecond."""
         return not (self.invalidated or self.connection.is_closed() or self._poll(0))

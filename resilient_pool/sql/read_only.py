@@ -114,7 +114,8 @@ class StatementReader:
 
     def keeps_session(self, sql: str) -> bool:
         """Whether the session is as it was afterwards, as far as a text can say."""
-        return self.read(sql).keeps_session
+        known = self._answers.get(sql)
+        return (self.read(sql) if known is None else known).keeps_session
 
     def read(self, sql: str) -> Statement:
         """Return what is known of a text. The answer is remembered."""

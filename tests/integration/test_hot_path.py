@@ -7,16 +7,40 @@ import subprocess
 import sys
 
 import asyncpg
+import pytest
 
 from resilient_pool import ResilientPool
 from resilient_pool.testing import FaultProxy
 
 CALLS = 100
 READ = "SELECT $1::int AS number"
+WRITE = "INSERT INTO hot_path VALUES ($1)"
 
 
-async def test_happy_reads_create_no_task(dsn):
-    """A hundred reads on a warm pool are done in the caller's own task."""
+async def read(pool, number):
+    await pool.fetch(READ, number)
+
+
+async def write(pool, number):
+    await pool.execute(WRITE, number)
+
+
+async def lease(pool, number):
+    async with pool.acquire() as connection:
+        await connection.fetch(READ, number)
+        await connection.execute(WRITE, number)
+
+
+async def transact(pool, number):
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            await connection.fetch(READ, number)
+            await connection.execute(WRITE, number)
+
+
+@pytest.mark.parametrize("use", [read, write, lease, transact])
+async def test_happy_uses_create_no_task(dsn, use):
+    """A hundred of them on a warm pool are done in the caller's own task."""
     created = []
 
     def factory(loop, coroutine, **options):
@@ -25,13 +49,15 @@ async def test_happy_reads_create_no_task(dsn):
 
     loop = asyncio.get_running_loop()
     async with ResilientPool(dsn) as pool:
-        await pool.fetch(READ, 0)
+        await pool.execute("CREATE TABLE IF NOT EXISTS hot_path (number int)")
+        await use(pool, 0)
         loop.set_task_factory(factory)
         try:
             for number in range(CALLS):
-                await pool.fetch(READ, number)
+                await use(pool, number)
         finally:
             loop.set_task_factory(None)
+        await pool.execute("DROP TABLE hot_path")
     assert created == []
 
 
