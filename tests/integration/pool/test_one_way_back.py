@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 
+import asyncpg
 import pytest
 
 from resilient_pool import AcquireTimeoutError
@@ -96,6 +97,30 @@ async def test_an_answer_that_was_read_late_vouches_for_nothing(make_pool, event
     await call
     await eventually(lambda: pool.get_idle_size() == 1)
     await pool.fetchval("SELECT 1")
+    assert pool.stats().pings == 1
+
+
+class WithoutReset(asyncpg.Connection):
+    """A class as it is used behind some poolers."""
+
+    def get_reset_query(self):
+        return ""
+
+
+async def test_a_lease_on_which_nothing_was_asked_does_not_make_its_connection_look_fresh(make_pool, eventually):
+    """Acquired and released over and over, without a reset that would ask something: its last answer gets older."""
+    clock = LateReader()
+    pool = await make_pool(max_size=1, clock=clock, connection_class=WithoutReset)
+    await pool.fetchval("SELECT 1")
+    for pings in (0, 0, 1):
+        clock.frozen += 0.4
+        async with pool.acquire():
+            pass
+        await eventually(lambda: pool.get_idle_size() == 1)
+        assert pool.stats().pings == pings
+    clock.frozen += 0.8
+    async with pool.acquire() as connection:
+        assert await connection.fetchval("SELECT 1") == 1
     assert pool.stats().pings == 1
 
 

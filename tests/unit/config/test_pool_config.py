@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import ssl
 
 import asyncpg
@@ -8,6 +9,7 @@ import backoff
 import pytest
 from asyncpg.connect_utils import SessionAttribute, SSLMode
 
+from resilient_pool import ResilientPool
 from resilient_pool.config.pool_config import ARGUMENTS, PoolConfig, seal
 from resilient_pool.config.secrets import Secret
 from resilient_pool.errors import ConfigurationError
@@ -145,6 +147,37 @@ def test_a_value_out_of_range_is_refused_with_its_name_unit_and_range():
             assert error.__context__ is None, (name, value)
         else:
             pytest.fail(f"{name}={value!r} was taken")
+
+
+class AsyncObserver:
+    async def __call__(self, event):
+        """Never called."""
+
+    async def observe(self, event):
+        """Never called."""
+
+    async def generate(self, event):
+        yield event
+
+
+@pytest.mark.parametrize(
+    "observer",
+    [
+        AsyncObserver(),
+        AsyncObserver().observe,
+        AsyncObserver().generate,
+        AsyncObserver.observe,
+        functools.partial(AsyncObserver.observe, None),
+    ],
+    ids=["object", "method", "generator", "function", "partial"],
+)
+def test_an_observer_that_would_have_to_be_awaited_is_refused(observer):
+    """When the pool is made, and in whichever form it comes; a plain one beside it does not help."""
+    message = "^observers must be plain functions, which need not be awaited"
+    with pytest.raises(ConfigurationError, match=message):
+        read(observers=[print, observer])
+    with pytest.raises(ConfigurationError, match=message):
+        ResilientPool("postgresql://nobody@nowhere/nothing", observers=[observer])
 
 
 @pytest.mark.parametrize(

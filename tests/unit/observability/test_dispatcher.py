@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 import pytest
@@ -52,6 +53,27 @@ def test_an_observer_cannot_swallow_an_interruption():
 
     with pytest.raises(KeyboardInterrupt):
         Dispatcher([interrupted]).emit(OPENED)
+
+
+def test_a_coroutine_that_an_observer_returns_is_closed_and_reported_once(caplog):
+    """It is not awaited: that is an error of the observer's, and no warning of a coroutine that was never awaited."""
+    returned, heard = [], []
+
+    async def take(event):
+        """Never run."""
+
+    def hand_over(event):
+        returned.append(take(event))
+        return returned[-1]
+
+    dispatcher = Dispatcher([hand_over, heard.append])
+    dispatcher.emit(OPENED)
+    dispatcher.emit(DISCARDED)
+    assert [inspect.getcoroutinestate(coroutine) for coroutine in returned] == [inspect.CORO_CLOSED] * 2
+    assert heard == [OPENED, DISCARDED]
+    (record,) = caplog.records
+    assert "an observer must not return a coroutine" in str(record.exc_info[1])
+    assert "pool.connection.opened" in record.getMessage()
 
 
 def test_a_dispatcher_is_false_only_without_observers():
