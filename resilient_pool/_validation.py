@@ -107,21 +107,22 @@ def require_seconds(field: str, value: object) -> None:
 
 def require_number(field: str, value: object, *, unit: str, least: float, above: bool = False) -> None:
     """Raise `ConfigurationError` unless `value` is a finite number of at least (or `above`) `least`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and _is_finite(value) and (value > least if above else value >= least):  # type: ignore[arg-type,operator]
-        return
-    bound = f"more than {least:g}" if above else f"at least {least:g}"
-    raise ConfigurationError(f"{field} must be {unit}, {bound}, not {value!r}")
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that no float can hold
-        return False
+    if not is_number(value, least=least, above=above):
+        bound = f"more than {least:g}" if above else f"at least {least:g}"
+        raise ConfigurationError(f"{field} must be {unit}, {bound}, not {value!r}")
 
 
 def require_count(field: str, value: object, *, unit: str) -> None:
     """Raise `ConfigurationError` unless `value` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_number(value, least=1, whole=True):
         raise ConfigurationError(f"{field} must be {unit}, a whole number of at least 1, not {value!r}")
+
+
+def is_number(value: object, *, least: float, above: bool = False, whole: bool = False) -> bool:
+    """Return whether `value` is a finite (or `whole`) number of at least (or `above`) `least`."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    try:
+        return math.isfinite(value) and (value > least if above else value >= least)
+    except OverflowError:  # an int that no float can hold
+        return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import os
 import re
 import reprlib
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import asyncpg
 
+from resilient_pool._validation import is_number
 from resilient_pool.config.dsn import SSL_MODES
 from resilient_pool.config.secrets import Secret, holds_secret
 from resilient_pool.errors import ConfigurationError
@@ -98,16 +99,10 @@ def _kind(unit: str, accepted: str, fits: Callable[[object], bool], *, optional:
 
 
 def _number(unit: str, least: float, *, above: bool = False, whole: bool = False, optional: bool = False) -> Kind:
-    kinds = int if whole else int | float
-
-    def fits(value: object) -> bool:
-        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
-            return False
-        return value > least if above else value >= least
-
     accepted = (
         f"{'a whole number' if whole else 'a number'} of {unit}, {'more than' if above else 'at least'} {least:g}"
     )
+    fits = functools.partial(is_number, least=least, above=above, whole=whole)
     return _kind(unit, accepted + (", or None" if optional else ""), fits, optional=optional)
 
 

@@ -63,35 +63,24 @@ _TLS = ("sslcert", "sslkey", "sslrootcert", "sslcrl", "ssl_min_protocol_version"
 _STARTUP = frozenset({"options", "role", "session_authorization"})
 
 # Options of libpq and Prisma whose effect asyncpg cannot have, and those of their values which ask for none.
+_NEVER_HARMLESS = (
+    "hostaddr keepalives_count keepalives_idle keepalives_interval oauth_client_id oauth_client_secret oauth_issuer "
+    "oauth_scope require_auth requirepeer scram_client_key scram_server_key sslaccept sslcrldir sslidentity sslkeylogfile "
+    "sslsrvname"
+)
 _UNSUPPORTED: Mapping[str, tuple[str, ...]] = {
     "channel_binding": ("disable", "prefer"),
     "client_encoding": ("utf8", "utf-8", "unicode", "auto"),
     "gssdelegation": ("0",),
     "gssencmode": ("disable", "prefer"),
-    "hostaddr": (),
-    "keepalives_count": (),
-    "keepalives_idle": (),
-    "keepalives_interval": (),
     "load_balance_hosts": ("disable",),
     "max_protocol_version": ("3.0", "latest"),
     "min_protocol_version": ("3.0",),
-    "oauth_client_id": (),
-    "oauth_client_secret": (),
-    "oauth_issuer": (),
-    "oauth_scope": (),
     "replication": ("0", "false", "no", "off"),
-    "require_auth": (),
-    "requirepeer": (),
-    "scram_client_key": (),
-    "scram_server_key": (),
-    "sslaccept": (),
     "sslcertmode": ("allow",),
     "sslcompression": ("0",),
-    "sslcrldir": (),
-    "sslidentity": (),
-    "sslkeylogfile": (),
     "sslsni": ("1",),
-    "sslsrvname": (),
+    **dict.fromkeys(_NEVER_HARMLESS.split(), ()),
 }
 
 _INSTEAD: Mapping[str, str] = {
@@ -105,89 +94,45 @@ _INSTEAD: Mapping[str, str] = {
 }
 
 
-_TIMES = "; use the arguments timeout, command_timeout and deadline"
-_SIZES = "; use the arguments max_size and min_size"
-_AGES = "; use the arguments max_lifetime and max_inactive_connection_lifetime"
-_STATEMENTS = "; use statement_cache_size, 0 for none"
 _REMOVE = "; remove it"
 
-# What other programs write into a DSN for themselves, in small letters, and what says the same here.
-_FOREIGN: Mapping[str, str] = {
-    # SQLAlchemy
-    "async_fallback": _REMOVE,
-    "max_overflow": _SIZES,
-    "pool_pre_ping": _REMOVE,
-    "pool_recycle": _AGES,
-    "pool_size": _SIZES,
-    "prepared_statement_cache_size": _STATEMENTS,
-    "prepared_statement_name_func": _REMOVE,
-    "ssl": "; write sslmode=require, or sslmode=verify-full",
-    # Rails, Ecto, Django, Laravel
-    "adapter": _REMOVE,
-    "advisory_locks": _REMOVE,
-    "charset": _REMOVE,
-    "checkout_timeout": "; use the argument deadline",
-    "conn_health_checks": _REMOVE,
-    "conn_max_age": _AGES,
-    "encoding": _REMOVE,
-    "idle_timeout": _AGES,
-    "insert_returning": _REMOVE,
-    "min_messages": "; write client_min_messages",
-    "pool": _SIZES,
-    "prepare": _STATEMENTS,
-    "prepared_statements": _STATEMENTS,
-    "reaping_frequency": _REMOVE,
-    "reconnect": "; it is a pool's argument",
-    "schema_search_path": "; write search_path",
-    "timeout": _TIMES,
-    "variables": "; write each setting as an option",
-    # JDBC, R2DBC
-    "applicationname": "; write application_name",
-    "binarytransfer": _REMOVE,
-    "connecttimeout": "; write connect_timeout",
-    "currentschema": "; write search_path",
-    "defaultrowfetchsize": _REMOVE,
-    "loadbalancehosts": _REMOVE,
-    "logintimeout": "; write connect_timeout",
-    "preferquerymode": _REMOVE,
-    "preparethreshold": _STATEMENTS,
-    "preparedstatementcachequeries": _STATEMENTS,
-    "rewritebatchedinserts": _REMOVE,
-    "sockettimeout": "; write socket_timeout",
-    "sslfactory": _REMOVE,
-    "stringtype": _REMOVE,
-    "targetservertype": "; write target_session_attrs",
-    "tcpkeepalive": "; write keepalives",
-    # Go: lib/pq, pgx, golang-migrate, sql-migrate
-    "binary_parameters": _REMOVE,
-    "default_query_exec_mode": _STATEMENTS,
-    "description_cache_capacity": _STATEMENTS,
-    "disable_prepared_binary_result": _REMOVE,
-    "pool_health_check_period": _REMOVE,
-    "pool_max_conn_idle_time": _AGES,
-    "pool_max_conn_lifetime": _AGES,
-    "pool_max_conn_lifetime_jitter": _AGES,
-    "pool_max_conns": _SIZES,
-    "pool_min_conns": _SIZES,
-    "pool_min_idle_conns": _SIZES,
-    "statement_cache_capacity": _STATEMENTS,
-    "statement_cache_mode": _STATEMENTS,
-    "x-migrations-table": _REMOVE,
-    "x-multi-statement": _REMOVE,
-    "x-statement-timeout": _REMOVE,
-    # node-postgres, postgres.js, Knex, Prisma, Neon, Supabase, Vercel
-    "connectiontimeoutmillis": "; write connect_timeout",
-    "endpoint": "; write options=endpoint%3D...",
-    "idletimeoutmillis": _AGES,
-    "max": _SIZES,
-    "max_idle_connection_lifetime": _AGES,
-    "max_connection_lifetime": _AGES,
-    "min": _SIZES,
-    "single_use_connections": _REMOVE,
-    "supa": _REMOVE,
-    "uselibpqcompat": _REMOVE,
-    "workaround": _REMOVE,
+# What other programs write into a DSN for themselves, in small letters, under what says the same here.
+_FOREIGN_BY_HINT: Mapping[str, str] = {
+    _REMOVE: (
+        "async_fallback pool_pre_ping prepared_statement_name_func "  # SQLAlchemy
+        "adapter advisory_locks charset conn_health_checks encoding "  # Rails, Ecto, Django, Laravel
+        "insert_returning reaping_frequency "
+        "binarytransfer defaultrowfetchsize loadbalancehosts preferquerymode "  # JDBC, R2DBC
+        "rewritebatchedinserts sslfactory stringtype "
+        "binary_parameters disable_prepared_binary_result "  # Go: lib/pq, pgx, golang-migrate, sql-migrate
+        "pool_health_check_period x-migrations-table x-multi-statement x-statement-timeout "
+        "single_use_connections supa uselibpqcompat workaround"  # Prisma, Supabase, node-postgres
+    ),
+    "; use the arguments max_size and min_size": "max_overflow pool_size pool pool_max_conns pool_min_conns pool_min_idle_conns max min",
+    "; use the arguments max_lifetime and max_inactive_connection_lifetime": (
+        "pool_recycle conn_max_age idle_timeout pool_max_conn_idle_time pool_max_conn_lifetime "
+        "pool_max_conn_lifetime_jitter idletimeoutmillis max_idle_connection_lifetime max_connection_lifetime "
+    ),
+    "; use statement_cache_size, 0 for none": (
+        "prepared_statement_cache_size prepare prepared_statements preparethreshold "
+        "preparedstatementcachequeries default_query_exec_mode description_cache_capacity "
+        "statement_cache_capacity statement_cache_mode "
+    ),
+    "; write sslmode=require, or sslmode=verify-full": "ssl",
+    "; use the argument deadline": "checkout_timeout",
+    "; write client_min_messages": "min_messages",
+    "; it is a pool's argument": "reconnect",
+    "; write search_path": "schema_search_path currentschema",
+    "; use the arguments timeout, command_timeout and deadline": "timeout",
+    "; write each setting as an option": "variables",
+    "; write application_name": "applicationname",
+    "; write connect_timeout": "connecttimeout logintimeout connectiontimeoutmillis",
+    "; write socket_timeout": "sockettimeout",
+    "; write target_session_attrs": "targetservertype",
+    "; write keepalives": "tcpkeepalive",
+    "; write options=endpoint%3D...": "endpoint",
 }
+_FOREIGN: Mapping[str, str] = {name: hint for hint, names in _FOREIGN_BY_HINT.items() for name in names.split()}
 
 _SSL_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("1", "on", "t", "true", "yes", "no-verify"), "require"),

@@ -65,6 +65,8 @@ REFUSED = [
     ("deadline", 0, "deadline must be a number of seconds, more than 0, or None, not 0"),
     ("deadline", float("inf"), "deadline must be a number of seconds, more than 0, or None, not inf"),
     ("deadline", float("nan"), "deadline must be a number of seconds, more than 0, or None, not nan"),
+    ("deadline", 10**400, "deadline must be a number of seconds, more than 0, or None, not 1000"),
+    ("max_size", 10**400, "max_size must be a whole number of connections, at least 1, not 1000"),
     ("ping_after", -0.1, "ping_after must be a number of seconds, at least 0, not -0.1"),
     ("ping_timeout", 0, "ping_timeout must be a number of seconds, more than 0, not 0"),
     ("reset_timeout", 0, "reset_timeout must be a number of seconds, more than 0, not 0"),
