@@ -723,6 +723,9 @@ def forget_locals(error: BaseException | None) -> None:
     """Clear the local variables of every finished frame behind `error`, along its whole chain.
 
     The driver's frames hold the password while a connection is being made; a report with captured locals would show it.
+
+    What still waits there for the server's answer to the request for TLS is cancelled: a connect that is cancelled before it
+    asked leaves it behind, and the event loop would complain of an exception that was never retrieved.
     """
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
@@ -732,6 +735,10 @@ def forget_locals(error: BaseException | None) -> None:
             continue
         seen.add(id(each))
         if each.__traceback__ is not None:
+            for frame, _ in traceback.walk_tb(each.__traceback__):
+                answer = getattr(frame.f_locals.get("protocol"), "on_data", None)
+                if isinstance(answer, asyncio.Future):
+                    answer.cancel()
             traceback.clear_frames(each.__traceback__)
         queue += [each.__cause__, each.__context__]
         if isinstance(each, BaseExceptionGroup):

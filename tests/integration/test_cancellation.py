@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import uuid
 
 import pytest
@@ -137,3 +138,29 @@ async def cut_once_closing(pool: ResilientPool, *, at: int, late: bool) -> bool:
         while not asyncio.all_tasks() <= before:
             await asyncio.sleep(0)
     return cut.happened
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_connect_that_is_cancelled_leaves_no_exception_that_was_never_retrieved(postgres, late):
+    """At each of its awaits, also before the server has answered the request for TLS."""
+    complaints = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context["message"]))
+    async with ResilientPool(postgres.dsn()) as pool:
+        for at in range(100):
+            cut = Cut(pool._connector.open(None), at=at, late=late)
+            opening = asyncio.ensure_future(wait_for(cut))
+            await asyncio.wait([opening])
+            if not opening.cancelled():
+                opening.result().terminate()
+            await asyncio.sleep(0)  # what was closed is told of its end
+            await asyncio.sleep(0)
+            gc.collect()
+            assert complaints == [], at
+            if not cut.happened:
+                break
+    assert at > 3
+
+
+async def wait_for(work):
+    return await work
