@@ -79,13 +79,14 @@ async def measure() -> dict[str, Trace]:
     traces = {}
     async with EmbeddedPostgres() as postgres, FaultProxy("127.0.0.1", postgres.port) as proxy:
         dsn = proxy.dsn(postgres.dsn())
-        async with ResilientPool(dsn, min_size=2) as warm, ResilientPool(dsn) as alone:
-            for pool in (warm, alone):
+        async with ResilientPool(dsn) as alone, ResilientPool(dsn) as several:
+            await asyncio.gather(*(several.fetch("SELECT pg_sleep(0.2)") for _ in range(3)))
+            for pool in (alone, several):
                 for _ in range(10):
                     await pool.fetch(QUERY)
-            traces["warm"] = await trace(warm.fetch(QUERY))
+            traces["warm"] = await trace(alone.fetch(QUERY))
             for title, pool in (
-                ("lost, repeated on an idle connection", warm),
+                ("lost, repeated on an idle connection", several),
                 ("lost, repeated on a new connection", alone),
             ):
                 proxy.swallow_next_answer(matching=QUERY)
