@@ -645,7 +645,7 @@ class ResilientConnection(Queries, ConnectionProxy):
 
     @names_nearest
     async def close(self, *, timeout: float | None = None) -> None:
-        """Close the connection and end the lease; the pool replaces it.
+        """Close the connection and end the lease; the pool replaces it. One that is closed, or was lost, stays so.
 
         Args:
             timeout: How many seconds the goodbye may take. Default: the pool's `reset_timeout`; what takes longer is cut off.
@@ -654,6 +654,8 @@ class ResilientConnection(Queries, ConnectionProxy):
             TimeoutError: It took longer than `timeout`. The connection is closed all the same.
         """
         require_seconds("timeout", timeout)
+        if self._state is _CLOSED:
+            return
         if timeout is None:
             await self._close(self._say_goodbye)
         else:
@@ -673,7 +675,12 @@ class ResilientConnection(Queries, ConnectionProxy):
             self._end_with_connection()
 
     def terminate(self) -> None:
-        """Close the connection without a goodbye and end the lease; the pool replaces it. It needs no running event loop."""
+        """Close the connection without a goodbye and end the lease; the pool replaces it. It needs no running event loop.
+
+        One that is closed, or was lost, stays so.
+        """
+        if self._state is _CLOSED:
+            return
         self._peek("terminate")
         link = self._current_driver
         link.end()

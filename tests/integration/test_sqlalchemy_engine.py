@@ -48,3 +48,17 @@ async def test_an_engines_first_statement_meets_a_lost_connection(postgres):
                 await postgres.terminate_backends(f"pid = {raw.get_server_pid()}")
                 assert (await connection.execute(text("SELECT 1"))).scalar() == 1
         await engine.dispose()
+
+
+async def test_an_engine_that_keeps_leases_replaces_lost_ones_quietly(postgres, caplog):
+    """Its own pool closes each lost lease, which is no error, and acquires another."""
+    async with ResilientPool(postgres.dsn(), max_size=2) as pool:
+        engine = create_async_engine(
+            "postgresql+asyncpg://", async_creator=pool.acquire, pool_size=2, max_overflow=0, pool_pre_ping=True
+        )
+        for number in range(3):
+            async with engine.connect() as connection:
+                assert (await connection.execute(text("SELECT CAST(:x AS int)"), {"x": number})).scalar() == number
+            await postgres.terminate_backends()
+        await engine.dispose()
+        assert (pool.stats().in_use, caplog.records) == (0, [])

@@ -91,15 +91,33 @@ async def test_a_used_lease_ends_with_its_connection(make_pool, bystander, end):
             lambda: connection.prepare("SELECT 1"),
             lambda: connection.add_listener("news", print),
             lambda: connection.reset(),
-            lambda: connection.close(),
             lambda: asyncio.to_thread(connection.transaction),
-            lambda: asyncio.to_thread(connection.terminate),
             lambda: asyncio.to_thread(connection.get_server_pid),
         ):
             with pytest.raises(asyncpg.InterfaceError, match="closed"):
                 await use()
         await pool.release(connection)
         assert pool.stats().opened == opened
+
+
+@both_loops
+@pytest.mark.parametrize("end", [*BY_THE_APPLICATION, *BELOW])
+async def test_closing_what_is_closed_does_nothing(make_pool, bystander, end):
+    """As with a connection of the driver's: a framework closes what it lost. After a release it is an error."""
+    async with make_pool(max_size=1, deadline=5) as pool:
+        connection = await pool.acquire()
+        await connection.execute("SET application.mark = 'here'")
+        await end(connection, bystander)
+        await connection.close()
+        await connection.close(timeout=1)
+        connection.terminate()
+        async with pool.acquire() as next_one:
+            connection.terminate()
+            assert await next_one.fetchval("SELECT 1") == 1
+        with pytest.raises(asyncpg.InterfaceError, match=RELEASED):
+            await next_one.close()
+        with pytest.raises(asyncpg.InterfaceError, match=RELEASED):
+            next_one.terminate()
 
 
 @both_loops
