@@ -1,4 +1,4 @@
-"""Asks the server about transactions: who one is before its COMMIT, and what became of it when the answer was lost."""
+"""Queries about transactions: a token before COMMIT identifies one, and with it the server says whether a lost COMMIT took effect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.commit_status import (
-    Abilities,
+    Capabilities,
     CommitStatus,
     CommitToken,
     Epoch,
@@ -41,7 +41,7 @@ def _may_execute(role: str) -> str:
     return f"coalesce({' AND '.join(asked)}, false)"
 
 
-_ABILITIES = f"""
+_CAPABILITIES = f"""
     SELECT pg_catalog.to_regprocedure('pg_catalog.pg_xact_status(xid8)') IS NOT NULL AS ids,
            {_may_execute("")} AS epoch,
            {_may_execute("'public', ")} AS epoch_for_all,
@@ -69,12 +69,12 @@ _ID = """
 _NO_ID = "false AS in_recovery, NULL::text AS xid"
 # The server's time stands in the token itself (as in a UUID of version 7) and beside it. Both must be past before it is
 # deleted. now() would be when the transaction began, which may be long ago.
-_MARK_WITH_ROW = """
+_WITH_LOG_ROW = """
     INSERT INTO {log} (token, written_at)
     SELECT (pg_catalog.lpad(pg_catalog.to_hex((EXTRACT(epoch FROM at) * 1000)::bigint), 12, '0') || '7'
             || pg_catalog.substr($1::text, 14))::uuid, at
     FROM (SELECT pg_catalog.clock_timestamp() AS at OFFSET 0) AS clock
-    RETURNING {told}, token::text AS token, EXTRACT(epoch FROM written_at)::float8 AS written_at,
+    RETURNING {columns}, token::text AS token, EXTRACT(epoch FROM written_at)::float8 AS written_at,
               tableoid::text || '/' || pg_catalog.pg_relation_filenode(tableoid) AS log
 """
 _STATUS = f"""
@@ -114,23 +114,23 @@ _ISOLATION = """
     FROM pg_catalog.pg_settings WHERE name = 'default_transaction_isolation'
 """
 
-# The server does not know what it is asked, or the role may not ask. Everything else says nothing about the next time.
-_CANNOT_BE_ASKED = ("42", "0A", "3F")
+# The server does not support the query, or the role may not send it. Any other error may not occur the next time.
+_UNSUPPORTED = ("42", "0A", "3F")
 _DENIED, _READ_ONLY = "42501", "25006"
-# Without this question of ours the transaction could have gone on.
-_OUR_OWN_FAULT = ("42", "0A", "3F", "23", "22")
-_OUR_OWN_STATES = frozenset({_READ_ONLY, "55P03"})
+# Errors of the pool's own query: without it the transaction could have gone on.
+_OWN_CLASSES = ("42", "0A", "3F", "23", "22")
+_OWN_STATES = frozenset({_READ_ONLY, "55P03"})
 
-_ONE_QUESTION = 2.0
-_LAST_WORD = 5.0
+_QUERY_TIMEOUT = 2.0
+_MIN_RESOLVE_TIME = 5.0
 _PRUNE_EVERY = 3600.0
 _SAVEPOINT = "resilient_pool"
 
-Question = Callable[[DriverConnection, bool, bool], Awaitable[CommitStatus]]
+QueryStatus = Callable[[DriverConnection, bool, bool], Awaitable[CommitStatus]]
 
 
 class CommitResolver:
-    """Asks, on behalf of one pool.
+    """Finds out, for one pool, what became of transactions whose COMMIT was lost.
 
     Args:
         context: The name of the commit log, and how to wait.
@@ -144,7 +144,7 @@ class CommitResolver:
         self._clock = context.clock
         self._log = config.commit_log
         # `setup` may take on another role at every use, and without resets one may be left from the use before.
-        self._careful = self._log is not None and (config.setup is not None or config.session_reset == "off")
+        self._uses_savepoints = self._log is not None and (config.setup is not None or config.session_reset == "off")
         self._sets_up_sessions = config.session_reset == "off" or any(
             callback is not None for callback in (config.setup, config.init, config.reset, config.connect)
         )
@@ -154,31 +154,31 @@ class CommitResolver:
     # Before COMMIT
 
     async def detect_capabilities(self, driver: DriverConnection) -> None:
-        """Find out, once for each connection, what can be asked on it, and make the commit log. No transaction may be open.
+        """Find out, once for each connection, which queries it supports, and create the commit log. No transaction may be open.
 
-        What could not be found out now, for want of time, say, is asked again before the next transaction.
+        What could not be found out now, because of a time limit for example, is tried again before the next transaction.
         """
-        if driver.abilities is not None:
+        if driver.capabilities is not None:
             return
         try:
-            row = await asyncpg.Connection.fetchrow(driver.connection, _ABILITIES)
+            row = await asyncpg.Connection.fetchrow(driver.connection, _CAPABILITIES)
         except asyncpg.PostgresError as error:
             if driver.connection.is_closed():
                 raise
             # Databases that only speak PostgreSQL's protocol lack some of these functions.
-            if _state(error)[:2] in _CANNOT_BE_ASKED:
-                driver.abilities = Abilities()
+            if _state(error)[:2] in _UNSUPPORTED:
+                driver.capabilities = Capabilities()
             return
         if row is None:
             return
-        abilities = Abilities(
+        capabilities = Capabilities(
             ids=row["ids"],
             epoch=row["ids"] and row["epoch"],
             epoch_for_all=row["epoch_for_all"],
         )
         if self._log is not None and not row["read_only"]:  # on a standby it is
-            abilities = replace(abilities, log=await self._open_log(driver.connection, self._log))
-        driver.abilities = abilities
+            capabilities = replace(capabilities, log=await self._open_log(driver.connection, self._log))
+        driver.capabilities = capabilities
 
     async def _open_log(self, connection: AnyConnection, log: str) -> bool:
         there, writable = await asyncpg.Connection.fetchrow(connection, _LOG, log) or (False, False)
@@ -200,7 +200,7 @@ class CommitResolver:
         return True
 
     async def prepare(self, driver: DriverConnection, *, readonly: bool, may_change_session: bool) -> CommitToken:
-        """Ask, inside a transaction, who it is. One round trip; two when a failure of the question is to be undone.
+        """Fetch a token that identifies the open transaction. One round trip; two when a failure of the query is to be undone.
 
         Args:
             driver: Where the transaction is open.
@@ -210,48 +210,48 @@ class CommitResolver:
         Raises:
             Exception: Whatever the driver raises. The transaction can only be rolled back then.
         """
-        abilities: Abilities | None = driver.abilities
-        known = Abilities(ids=True, epoch=True, log=self._log is not None) if abilities is None else abilities
+        capabilities: Capabilities | None = driver.capabilities
+        known = Capabilities(ids=True, epoch=True, log=self._log is not None) if capabilities is None else capabilities
         logs = known.log and not readonly
         if not (logs or known.ids):
             return CommitToken()
         doubtful = may_change_session and (logs or not known.epoch_for_all)
-        if abilities is None or self._careful or doubtful:
-            return await self._mark_carefully(driver, known, logs=logs)
+        if capabilities is None or self._uses_savepoints or doubtful:
+            return await self._prepare_in_savepoint(driver, known, logs=logs)
         try:
-            return await self._ask_for_mark(driver, known, logs=logs)
+            return await self._fetch_token(driver, known, logs=logs)
         except asyncpg.PostgresError as error:
-            if is_our_own_fault(error, driver):
-                # Another server than the one that was asked what it can do, another role, or a log that was dropped.
-                driver.abilities, self._careful = None, True
+            if is_fault_of_our_query(error, driver):
+                # Another server than the one whose capabilities were detected, another role, or a log that was dropped.
+                driver.capabilities, self._uses_savepoints = None, True
             raise
 
-    async def _mark_carefully(self, driver: DriverConnection, known: Abilities, *, logs: bool) -> CommitToken:
+    async def _prepare_in_savepoint(self, driver: DriverConnection, known: Capabilities, *, logs: bool) -> CommitToken:
         await asyncpg.Connection.execute(driver.connection, f"SAVEPOINT {_SAVEPOINT}")
         for attempt, with_log in ((known, True), (known, False), (replace(known, epoch=False), False)):
             if with_log and not logs:
                 continue
             try:
-                return await self._ask_for_mark(driver, attempt, logs=with_log)
+                return await self._fetch_token(driver, attempt, logs=with_log)
             except asyncpg.PostgresError as error:
-                if not is_our_own_fault(error, driver):
+                if not is_fault_of_our_query(error, driver):
                     raise
                 await asyncpg.Connection.execute(driver.connection, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
                 if with_log and _state(error) != _READ_ONLY:
                     self._warn(str(error))
         return CommitToken()
 
-    async def _ask_for_mark(self, driver: DriverConnection, known: Abilities, *, logs: bool) -> CommitToken:
-        told = f"{_ID if known.ids else _NO_ID}, {_EPOCH if known.epoch else _NO_EPOCH}"
+    async def _fetch_token(self, driver: DriverConnection, known: Capabilities, *, logs: bool) -> CommitToken:
+        columns = f"{_ID if known.ids else _NO_ID}, {_EPOCH if known.epoch else _NO_EPOCH}"
         token = None
         if logs:
             row = await asyncpg.Connection.fetchrow(
-                driver.connection, _MARK_WITH_ROW.format(log=self._log, told=told), uuid.uuid4().hex
+                driver.connection, _WITH_LOG_ROW.format(log=self._log, columns=columns), uuid.uuid4().hex
             )
             if row is not None:
                 token = Token(value=row["token"], log=row["log"], written_at=row["written_at"])
         else:
-            row = await asyncpg.Connection.fetchrow(driver.connection, f"SELECT {told}")
+            row = await asyncpg.Connection.fetchrow(driver.connection, f"SELECT {columns}")
         if row is None:
             return CommitToken()
         xid = None if row["xid"] is None else int(row["xid"])
@@ -270,27 +270,29 @@ class CommitResolver:
     # After it
 
     async def resolve(
-        self, entry: PoolEntry[DriverConnection] | None, mark: CommitToken, deadline: float | None
+        self, entry: PoolEntry[DriverConnection] | None, commit_token: CommitToken, deadline: float | None
     ) -> CommitStatus:
         """Find out what became of a transaction.
 
         Args:
             entry: Where its COMMIT was lost. Its connection is closed and replaced, and it is taken back.
-            mark: What was known before.
-            deadline: Until when to ask, on the line of `Clock.monotonic()`; at least for five seconds.
+            commit_token: What `prepare` returned.
+            deadline: Until when to query, on the line of `Clock.monotonic()`; at least for five seconds.
         """
         started = self._clock.monotonic()
-        answer = await self._ask_until(
-            entry, lambda driver, insist, patient: self._ask(driver, mark, insist=insist, patient=patient), deadline
+        status = await self._query_until(
+            entry,
+            lambda driver, insist, patient: self._query_status(driver, commit_token, insist=insist, patient=patient),
+            deadline,
         )
-        if answer in (CommitStatus.COMMITTED, CommitStatus.ABORTED):
+        if status in (CommitStatus.COMMITTED, CommitStatus.ABORTED):
             elapsed = self._clock.monotonic() - started
             self._context.events.emit(
-                OutcomeResolved(operation="transaction", answer=answer.value, xid=mark.xid, elapsed=elapsed)
+                OutcomeResolved(operation="transaction", answer=status.value, xid=commit_token.xid, elapsed=elapsed)
             )
-        return answer
+        return status
 
-    async def vet(
+    async def check_reads(
         self,
         entry: PoolEntry[DriverConnection] | None,
         texts: tuple[str, ...],
@@ -303,7 +305,7 @@ class CommitResolver:
         Args:
             entry: Where its COMMIT was lost. Its connection is closed and replaced, and it is taken back.
             texts: What it sent. Each looks like a read.
-            deadline: Until when to ask.
+            deadline: Until when to query.
             decides: Whether its COMMIT can still have refused what was read; `None` if it ran under the default isolation,
                 so that it can if that is serializable.
 
@@ -316,81 +318,83 @@ class CommitResolver:
                 return CommitStatus.UNKNOWN
             refuses = decides
             if refuses is None:
-                levels = await asyncpg.Connection.fetchrow(driver.connection, _ISOLATION, timeout=_ONE_QUESTION)
+                levels = await asyncpg.Connection.fetchrow(driver.connection, _ISOLATION, timeout=_QUERY_TIMEOUT)
                 # A default that the application may have set in the session that was lost is not known.
                 refuses = self._sets_up_sessions or levels is None or "serializable" in tuple(levels)
             return CommitStatus.ABORTED if refuses else CommitStatus.COMMITTED
 
-        return await self._ask_until(entry, query_status, deadline)
+        return await self._query_until(entry, query_status, deadline)
 
-    async def _ask_until(
-        self, entry: PoolEntry[DriverConnection] | None, question: Question, deadline: float | None
+    async def _query_until(
+        self, entry: PoolEntry[DriverConnection] | None, query_status: QueryStatus, deadline: float | None
     ) -> CommitStatus:
         if entry is not None and entry.resource is not None:
             entry.resource.invalidated = True
-        asking = _Asking(self, entry, question, self._clock.monotonic(), deadline)
+        query = _StatusQuery(self, entry, query_status, self._clock.monotonic(), deadline)
         try:
-            return await asking.run()
+            return await query.run()
         finally:
-            asking.finish()
+            query.finish()
 
-    async def _ask(self, driver: DriverConnection, mark: CommitToken, *, insist: bool, patient: bool) -> CommitStatus:
-        """Ask once.
+    async def _query_status(
+        self, driver: DriverConnection, commit_token: CommitToken, *, insist: bool, patient: bool
+    ) -> CommitStatus:
+        """Query once.
 
         Args:
             driver: A connection other than the one that was lost.
-            mark: What to ask about.
+            commit_token: Identifies the transaction.
             insist: Whether to end a session that still holds the transaction open.
             patient: Whether to spare it while it is working on its COMMIT.
         """
-        answer = await self._ask_status(driver.connection, mark)
-        if answer is CommitStatus.IN_PROGRESS and insist and mark.xid is not None:
+        status = await self._query_xact_status(driver.connection, commit_token)
+        if status is CommitStatus.IN_PROGRESS and insist and commit_token.xid is not None:
             with contextlib.suppress(asyncpg.PostgresError):  # the role may not
                 await asyncpg.Connection.fetch(
-                    driver.connection, _TERMINATE, str(mark.xid % 2**32), not patient, timeout=_ONE_QUESTION
+                    driver.connection, _TERMINATE, str(commit_token.xid % 2**32), not patient, timeout=_QUERY_TIMEOUT
                 )
-        if answer is CommitStatus.UNKNOWN and mark.token is not None:
-            return await self._fence(driver.connection, mark.token)
-        return answer
+        if status is CommitStatus.UNKNOWN and commit_token.token is not None:
+            return await self._fence(driver.connection, commit_token.token)
+        return status
 
-    async def _ask_status(self, connection: AnyConnection, mark: CommitToken) -> CommitStatus:
-        epoch = mark.epoch
-        if mark.xid is None or epoch is None:
+    async def _query_xact_status(self, connection: AnyConnection, commit_token: CommitToken) -> CommitStatus:
+        epoch = commit_token.epoch
+        if commit_token.xid is None or epoch is None:
             return CommitStatus.UNKNOWN
         try:
             row = await asyncpg.Connection.fetchrow(
                 connection,
                 _STATUS,
-                str(mark.xid),
+                str(commit_token.xid),
                 epoch.system,
                 epoch.timeline,
                 epoch.stats_reset,
-                timeout=_ONE_QUESTION,
+                timeout=_QUERY_TIMEOUT,
             )
         except asyncpg.PostgresError as error:
-            if _state(error)[:2] not in (*_CANNOT_BE_ASKED, "22"):
+            if _state(error)[:2] not in (*_UNSUPPORTED, "22"):
                 raise
-            # Another server than the one that told the id, or the role may not ask any more.
-            return CommitStatus.UNKNOWN if mark.token is not None else CommitStatus.ELSEWHERE
+            # Another server than the one that gave the id, or the role may not query it any more.
+            return CommitStatus.UNKNOWN if commit_token.token is not None else CommitStatus.ELSEWHERE
         if row is None:
             return CommitStatus.UNKNOWN
         return interpret_status(
-            mark, XactStatusReply(status=row["status"], in_recovery=row["in_recovery"], epoch=_epoch(row))
+            commit_token, XactStatusReply(status=row["status"], in_recovery=row["in_recovery"], epoch=_epoch(row))
         )
 
     async def _fence(self, connection: AnyConnection, token: Token) -> CommitStatus:
         """Insert the token ourselves. It waits for a transaction that has inserted it and is not decided yet."""
         try:
             await asyncpg.Connection.execute(
-                connection, _FENCE.format(log=self._log), token.value, timeout=_ONE_QUESTION
+                connection, _FENCE.format(log=self._log), token.value, timeout=_QUERY_TIMEOUT
             )
             row = await asyncpg.Connection.fetchrow(
-                connection, _FENCED.format(log=self._log), token.value, self._log, timeout=_ONE_QUESTION
+                connection, _FENCED.format(log=self._log), token.value, self._log, timeout=_QUERY_TIMEOUT
             )
         except asyncpg.PostgresError as error:
             if _state(error) == _READ_ONLY:
                 return CommitStatus.ELSEWHERE
-            if _state(error)[:2] in _CANNOT_BE_ASKED:
+            if _state(error)[:2] in _UNSUPPORTED:
                 return CommitStatus.UNKNOWN
             raise
         if row is None:
@@ -402,12 +406,12 @@ class CommitResolver:
         return await self._leases.ensure_healthy(entry, deadline)
 
     @property
-    def is_over(self) -> bool:
-        """Whether nothing can be asked any more, because the pool is closing."""
+    def is_closing(self) -> bool:
+        """Whether the pool is closing, so that no connection is opened any more."""
         return self._leases.is_closing
 
     def release(self, entry: PoolEntry[DriverConnection]) -> None:
-        """Take back an entry that was asked on."""
+        """Take back an entry that a query ran on."""
         self._leases.reset_and_release(entry)
 
     @property
@@ -416,7 +420,7 @@ class CommitResolver:
         return self._clock
 
     def delays(self) -> Iterator[float]:
-        """Yield the waits between questions."""
+        """Yield the waits between queries."""
         return self._context.config.backoff.delays()
 
     # The log
@@ -431,7 +435,7 @@ class CommitResolver:
 
     async def _prune(self) -> None:
         with contextlib.suppress(Exception):  # nothing waits for it, and the next hour brings another chance
-            entry = await self._leases.ensure_healthy(None, self._clock.monotonic() + _LAST_WORD)
+            entry = await self._leases.ensure_healthy(None, self._clock.monotonic() + _MIN_RESOLVE_TIME)
             try:
                 await self._prune_on(entry)
             finally:
@@ -439,56 +443,56 @@ class CommitResolver:
 
     async def _prune_on(self, entry: PoolEntry[DriverConnection]) -> None:
         done = None
-        while done != "DELETE 0" and entry.resource is not None and not self.is_over:
+        while done != "DELETE 0" and entry.resource is not None and not self.is_closing:
             done = await asyncpg.Connection.execute(
-                entry.resource.connection, _PRUNE.format(log=self._log), timeout=_LAST_WORD
+                entry.resource.connection, _PRUNE.format(log=self._log), timeout=_MIN_RESOLVE_TIME
             )
 
 
-class _Asking:
-    """One question, asked until it is answered or time is up, and the entry that it is asked on."""
+class _StatusQuery:
+    """One query, repeated until it is answered or time is up, and the entry that it runs on."""
 
     def __init__(
         self,
         commit_resolver: CommitResolver,
         entry: PoolEntry[DriverConnection] | None,
-        question: Question,
+        query_status: QueryStatus,
         now: float,
         deadline: float | None,
     ) -> None:
         self._commit_resolver = commit_resolver
         self._entry = entry
-        self._question = question
+        self._query = query_status
         # What is unknown stays unknown for ever, so a transaction that used all its time still gets a last word.
-        self._ends = max(now + _LAST_WORD, now + 60.0 if deadline is None else deadline)
+        self._ends = max(now + _MIN_RESOLVE_TIME, now + 60.0 if deadline is None else deadline)
         self._impatient_from = now + (self._ends - now) / 2
 
     async def run(self) -> CommitStatus:
         clock, delays, insist = self._commit_resolver.clock, self._commit_resolver.delays(), False
         while True:
             patient = clock.monotonic() < self._impatient_from
-            answer = await self._ask(insist=insist, patient=patient)
-            if answer not in (CommitStatus.IN_PROGRESS, CommitStatus.ELSEWHERE):
-                return answer
+            status = await self._query_status(insist=insist, patient=patient)
+            if status not in (CommitStatus.IN_PROGRESS, CommitStatus.ELSEWHERE):
+                return status
             left = self._ends - clock.monotonic()
-            if left <= 0 or self._commit_resolver.is_over:
+            if left <= 0 or self._commit_resolver.is_closing:
                 return CommitStatus.UNKNOWN
             insist = True
             await clock.sleep(min(next(delays), left))
 
-    async def _ask(self, *, insist: bool, patient: bool) -> CommitStatus:
+    async def _query_status(self, *, insist: bool, patient: bool) -> CommitStatus:
         entry, self._entry = self._entry, None  # while it is mended it may be lost
         try:
             self._entry = entry = await self._commit_resolver.acquire(entry, self._ends)
             if entry.resource is None:
                 return CommitStatus.IN_PROGRESS
-            answer = await self._question(entry.resource, insist, patient)
-        except Exception as error:  # noqa: BLE001 - what could not be asked is asked again
-            denied = isinstance(error, asyncpg.PostgresError) and _state(error)[:2] in _CANNOT_BE_ASKED
+            status = await self._query(entry.resource, insist, patient)
+        except Exception as error:  # noqa: BLE001 - a query that failed is repeated
+            denied = isinstance(error, asyncpg.PostgresError) and _state(error)[:2] in _UNSUPPORTED
             return CommitStatus.ELSEWHERE if denied else CommitStatus.IN_PROGRESS
-        if answer is CommitStatus.ELSEWHERE:
+        if status is CommitStatus.ELSEWHERE:
             entry.resource.invalidated = True  # the next connection may lead to another server
-        return answer
+        return status
 
     def finish(self) -> None:
         entry, self._entry = self._entry, None
@@ -496,12 +500,12 @@ class _Asking:
             self._commit_resolver.release(entry)
 
 
-def is_our_own_fault(error: Exception, driver: DriverConnection) -> bool:
-    """Whether an error of `CommitResolver.mark` is the question's alone: without it the transaction could have gone on."""
+def is_fault_of_our_query(error: Exception, driver: DriverConnection) -> bool:
+    """Whether an error of `CommitResolver.prepare` is caused by its query alone: without it the transaction could have gone on."""
     if not isinstance(error, asyncpg.PostgresError) or driver.connection.is_closed():
         return False
     state = _state(error)
-    return state[:2] in _OUR_OWN_FAULT or state in _OUR_OWN_STATES
+    return state[:2] in _OWN_CLASSES or state in _OWN_STATES
 
 
 def _state(error: asyncpg.PostgresError) -> str:

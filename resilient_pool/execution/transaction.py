@@ -12,7 +12,7 @@ from typing import Literal, Self, TypedDict, TypeVar
 
 import asyncpg
 
-from resilient_pool.execution.commit_resolver import CommitResolver, is_our_own_fault
+from resilient_pool.execution.commit_resolver import CommitResolver, is_fault_of_our_query
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.loop_control import FramePosition
 from resilient_pool.execution.operation import Execution
@@ -211,7 +211,7 @@ class Attempt:
         self._execution = execution
         self._lease: ResilientConnection | None = None
         self._sent = StatementTracker(shared.leases.read_check.reader)
-        self._entered = self._asked_in_vain = False
+        self._entered = self._failed_for_the_token = False
 
     # Beginning
 
@@ -291,7 +291,7 @@ class Attempt:
         goes_on = self._loop.is_certain_to_go_on(place, swallowing=error is not None)
         try:
             # What failed for the pool's own question alone is run again with a question that cannot fail so.
-            is_free = self._asked_in_vain and goes_on
+            is_free = self._failed_for_the_token and goes_on
             delay = 0.0 if is_free else self._loop.next_delay(failure, hindrance=None if goes_on else _UNCERTAIN)
         except Exception as farewell:
             if farewell is not error:
@@ -364,24 +364,24 @@ class Attempt:
         if driver.queries != self._execution.attempt.queries_before and self._sent.reads == ():
             self._sent.sent(None)  # past the lease, on the driver's own connection; the driver does not count a COPY
         try:
-            mark = await self._mark(driver)
+            commit_token = await self._prepare_commit(driver)
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
             return await self._give_up_before_commit(error, driver)
         if not self._is_leased:
             self._require_error(None)
-        self._execution.attempt.xid = mark.xid
+        self._execution.attempt.xid = commit_token.xid
         self._execution.attempt.phase = Phase.COMMIT
         try:
             done = await driver.end_transaction("COMMIT")
         except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
-            return None if await self._is_committed(error, driver, mark) else self._unless_ended(error)
+            return None if await self._is_committed(error, driver, commit_token) else self._unless_ended(error)
         if done != "COMMIT":
             if self._loop.is_guarded:
                 return RepeatRefusedError()
             raise asyncpg.InFailedSQLTransactionError(
                 "the transaction was rolled back at its end, because a statement in it had failed and the error was caught"
             )
-        if mark.token is not None:
+        if commit_token.token is not None:
             self._shared.commit_resolver.prune()
         return None
 
@@ -399,7 +399,7 @@ class Attempt:
         await self._undo(driver)
         if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
             await self._learn_why_read_only(driver)
-        self._asked_in_vain = is_our_own_fault(error, driver)
+        self._failed_for_the_token = is_fault_of_our_query(error, driver)
         return self._unless_ended(error)
 
     def _unless_ended(self, error: Exception) -> Exception:
@@ -408,7 +408,7 @@ class Attempt:
             raise error
         return error
 
-    async def _mark(self, driver: DriverConnection) -> CommitToken:
+    async def _prepare_commit(self, driver: DriverConnection) -> CommitToken:
         sent, readonly = self._sent, self._is_read_only
         only_reads = not sent.may_write or (readonly and sent.reads is not None)
         if only_reads or not self._options.get("resolve_commit", True):
@@ -417,14 +417,14 @@ class Attempt:
             driver, readonly=readonly, may_change_session=sent.may_change_session
         )
 
-    async def _is_committed(self, error: Exception, driver: DriverConnection, mark: CommitToken) -> bool:
+    async def _is_committed(self, error: Exception, driver: DriverConnection, commit_token: CommitToken) -> bool:
         """Say whether a COMMIT that failed took effect nevertheless; what else is known goes into the attempt's state."""
         if _is_refusal(error, driver):
             return False
-        if mark.nothing_written:
+        if commit_token.nothing_written:
             return True
         self._execution.attempt.known_outcome = Outcome.UNKNOWN
-        is_known, reads = mark.xid is not None or mark.token is not None, self._sent.reads
+        is_known, reads = commit_token.xid is not None or commit_token.token is not None, self._sent.reads
         if self._lease is None or not (is_known or reads is not None):
             return False
         entry, commit_resolver, deadline = (
@@ -433,14 +433,14 @@ class Attempt:
             self._execution.operation.deadline,
         )
         if is_known:
-            answer = await commit_resolver.resolve(entry, mark, deadline)
-            if answer is CommitStatus.ABORTED:
+            status = await commit_resolver.resolve(entry, commit_token, deadline)
+            if status is CommitStatus.ABORTED:
                 self._execution.attempt.known_outcome = Outcome.ROLLED_BACK
         else:
-            answer = await commit_resolver.vet(entry, reads or (), deadline, decides=self._commit_decides)
-            if answer is CommitStatus.ABORTED:
+            status = await commit_resolver.check_reads(entry, reads or (), deadline, decides=self._commit_decides)
+            if status is CommitStatus.ABORTED:
                 self._loop.guard(reads or ())
-        return answer is CommitStatus.COMMITTED
+        return status is CommitStatus.COMMITTED
 
     @property
     def _commit_decides(self) -> bool | None:

@@ -24,7 +24,7 @@ import asyncpg
 from asyncpg.connection import _ConnectionProxy
 
 from resilient_pool.retry.classifier import reports_closed_connection
-from resilient_pool.retry.commit_status import Abilities
+from resilient_pool.retry.commit_status import Capabilities
 
 ConnectionProxy = _ConnectionProxy
 """The base that makes `isinstance(lease, asyncpg.Connection)` true."""
@@ -156,7 +156,7 @@ class DriverConnection:
         read_only: Why it has refused to write, if it was asked.
         has_served: Whether it has answered anything since it was opened, or was closed by the application itself.
         ended: Whether the application closed it itself.
-        abilities: What can be asked about transactions on it; `None` until that was found out.
+        capabilities: What can be asked about transactions on it; `None` until that was found out.
         opened_at: When it was opened, on the line of `Clock.monotonic()`.
         pid: The process id the server gave in the handshake.
     """
@@ -167,7 +167,7 @@ class DriverConnection:
         "_poll",
         "_protocol",
         "_reset_roles",
-        "abilities",
+        "capabilities",
         "connection",
         "ended",
         "has_served",
@@ -185,7 +185,7 @@ class DriverConnection:
         self.has_served = False
         self.ended = False
         self.opened_at = 0.0
-        self.abilities: Abilities | None = None
+        self.capabilities: Capabilities | None = None
         self.is_pooled = False
         self.read_only: ReadOnly | None = None
         self.pid = connection.get_server_pid()

@@ -134,7 +134,7 @@ def interpret_token(token: Token, *, fenced: bool | None, log: str, now: float) 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Abilities:
+class Capabilities:
     """What one server, asked on one connection, can do about transactions.
 
     Attributes:

@@ -180,7 +180,7 @@ async def expire(scene: Scene) -> None:
 async def drop_the_log(scene: Scene) -> None:
     """Let the question before COMMIT fail, so that the block is run again with one that cannot."""
     await scene.admin.execute(f"DROP TABLE IF EXISTS {LOG}")
-    scene.pool._transactions.commit_resolver._careful = False
+    scene.pool._transactions.commit_resolver._uses_savepoints = False
 
 
 async def swallow(scene: Scene) -> None:
