@@ -124,8 +124,10 @@ class LoopbackService(abc.ABC, Generic[RelayType]):
         # between would leak the accepted socket.
         for listening in listener.sockets:
             asyncio.get_running_loop().remove_reader(listening.fileno())
-        await yield_to_loop()
-        listener.close()
+        try:
+            await yield_to_loop()
+        finally:
+            listener.close()
         # Bound but not listening: the port stays reserved, and connecting to it is refused.
         self._reserved = _reserve(self._listen_port)
 
