@@ -183,7 +183,8 @@ class ResilientConnection(Queries, ConnectionProxy):
             self._driver.drop_proxy(self)
         if self._tracker is not None and self._state is _USED:
             return
-        if self._state is _USED or (self._state is _FRESH and self._has_termination_listeners) or self.is_released:
+        irreplaceable = self._has_termination_listeners or self._leases.is_closing
+        if self._state is _USED or (self._state is _FRESH and irreplaceable) or self.is_released:
             self._end_with_connection()
             return
         entry, self._entry = self._entry, None
