@@ -1,4 +1,4 @@
-"""Looks at a database and at how a pool would meet it: `examine` asks the server, `diagnose` judges, and neither changes anything."""
+"""Diagnoses a database and a pool's arguments: `examine` queries the server, `diagnose` is pure; neither changes anything."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _MARGIN = 5.0
 _CONNECT_TIMEOUT = 10.0
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 
-_QUESTION = """
+_QUERY = """
     SELECT pg_catalog.current_setting('server_version_num')::int AS version,
            pg_catalog.pg_is_in_recovery() AS standby,
            EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8 AS idle,
-           pg_catalog.current_setting('synchronous_commit') AS commits,
+           pg_catalog.current_setting('synchronous_commit') AS synchronous_commit,
            COALESCE(s.ssl, false) AS tls, s.version AS tls_version,
            COALESCE(pg_catalog.host(pg_catalog.inet_client_addr()) !~ '^(127[.]|::1$)', false) AS remote,
            r.rolsuper OR pg_catalog.pg_has_role(r.rolname, 'pg_signal_backend', 'MEMBER') AS may_terminate,
@@ -45,7 +45,7 @@ class Facts:
         version: Its number, as in `server_version_num`.
         standby: Whether it is in recovery.
         idle: After how many idle seconds it ends a session; 0 or `None` for never.
-        commits: Its `synchronous_commit`.
+        synchronous_commit: Its `synchronous_commit`.
         tls: Whether the connection is encrypted.
         tls_version: How.
         remote: Whether the connection came over a network.
@@ -58,7 +58,7 @@ class Facts:
     version: int
     standby: bool
     idle: float | None
-    commits: str
+    synchronous_commit: str
     tls: bool
     tls_version: str | None
     remote: bool
@@ -93,33 +93,38 @@ async def examine(
     observers: Iterable[Observer] = (),
     arguments: Mapping[str, object] = _NO_ARGUMENTS,
 ) -> tuple[Finding, ...]:
-    """Wait for a database, ask it, and judge what it says together with what the DSN says.
+    """Wait for a database, query it, and return findings on it and on the DSN.
 
     Args:
         dsn: Where it is, sealed.
         deadline: How many seconds to wait for it.
         backoff: When to try again meanwhile.
-        observers: Are told what the waiting pool tells.
-        arguments: Other arguments of the application's pool that are to be judged.
+        observers: Get the events of the waiting pool.
+        arguments: Other arguments of the application's pool to check.
 
     Raises:
         ConfigurationError: The DSN or an argument is wrong.
-        Exception: The driver's own error, if the database never came.
+        Exception: The driver's own error, if the database was never available.
     """
     config = PoolConfig.from_arguments(dsn, **arguments)  # before the database is waited for
     poolers: list[Event] = []
 
-    def notice(event: Event) -> None:
+    def record_pooler(event: Event) -> None:
         if isinstance(event, PoolerDetected):
             poolers.append(event)
 
     pool = ResilientPool(
-        dsn, max_size=1, reconnect=backoff, deadline=deadline, timeout=_CONNECT_TIMEOUT, observers=[notice, *observers]
+        dsn,
+        max_size=1,
+        reconnect=backoff,
+        deadline=deadline,
+        timeout=_CONNECT_TIMEOUT,
+        observers=[record_pooler, *observers],
     )
     async with pool:
         await pool.fetchval("SELECT 1")  # so that the next one measures a round trip, and no connecting
         before = datetime.now(UTC).timestamp()
-        row = dict(await pool.fetchrow(_QUESTION) or {})
+        row = dict(await pool.fetchrow(_QUERY) or {})
         after = datetime.now(UTC).timestamp()
     skew = row.pop("clock") - (before + after) / 2
     facts = Facts(**row, skew=skew, pooler=bool(poolers))
@@ -127,7 +132,7 @@ async def examine(
 
 
 def _refusals(dsn: SealedDsn) -> Iterator[Finding]:
-    """Yield what the pool itself, which takes no words of other programs, would say of the DSN."""
+    """Yield the pool's own error for the DSN: it accepts no parameters of other programs."""
     if not isinstance(dsn, Secret):
         return
     try:
@@ -155,7 +160,7 @@ def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
 
 
 def _with(config: PoolConfig, name: str) -> str:
-    """Say on which setting a statement rests, since the application's pool may have another one."""
+    """Name the setting that a finding depends on, since the application's pool may have another value."""
     value, default = getattr(config, name), PoolConfig.__dataclass_fields__[name].default
     return f"with the default {name} ({value:g})" if value == default else f"with {name}={value:g}"
 
@@ -229,8 +234,8 @@ def _encryption(facts: Facts) -> Finding:
 
 
 def _durability(facts: Facts) -> Finding:
-    if facts.commits != "off":
-        text = f"synchronous_commit is {facts.commits}: what was committed survives a crash of the server"
+    if facts.synchronous_commit != "off":
+        text = f"synchronous_commit is {facts.synchronous_commit}: what was committed survives a crash of the server"
         return Finding(check="durability", level="ok", text=text)
     text = "synchronous_commit is off: a crash of the server loses what it has just said it committed"
     return Finding(check="durability", level="advice", text=text, change="synchronous_commit=on")

@@ -63,7 +63,7 @@ _NO_CONNECTION = ("08", "28", "3D", "53", "57")
 _EPILOG = """\
 The database is the one that --dsn names, else the environment variable DATABASE_URL, else PGHOST, PGPORT, PGUSER,
 PGDATABASE and PGPASSWORD. Exit status: 0 done; 1 the migration failed (or, of doctor, something needs to be changed);
-2 the command line or the configuration is wrong; 3 the database never came, or refused to let us in.
+2 the command line or the configuration is wrong; 3 the database was never available, or refused the login.
 """
 
 
@@ -74,34 +74,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line's arguments. Default: those of this process.
 
     Returns:
-        0 done, 1 the migration failed, 2 bad usage, 3 the database never came; 128 and the signal's number after a signal.
+        0 done, 1 the migration failed, 2 bad usage, 3 the database was never available; 128 and the signal's number after a signal.
     """
-    _settle_streams()
+    _configure_streams()
     try:
         return _main(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
-        _say(f"ended by {signal.SIGINT.name}")
+        _log(f"ended by {signal.SIGINT.name}")
         return 128 + signal.SIGINT
     finally:
-        _give_up_broken_streams()
+        _redirect_broken_streams()
 
 
 def _main(given: list[str]) -> int:
-    before, separator, command = _split(given)
+    before, separator, command = _split_command(given)
     options, extras = _parser(given).parse_known_args(before)
     stray = options.action == "migrate" and options.directory
     options.parser.refuse_unknown(
         extras, "a command stands behind --, as in migrate -- alembic upgrade head; " if stray else ""
     )
     if options.action == "migrate":
-        _settle(options, command if separator else None)
+        _resolve_migration(options, command if separator else None)
     elif separator:
         options.parser.error("only migrate takes a command behind --")
     _warn_of_password(options.dsn)
-    return _guarded(options)
+    return _run_safely(options)
 
 
-def _split(given: list[str]) -> tuple[list[str], bool, list[str]]:
+def _split_command(given: list[str]) -> tuple[list[str], bool, list[str]]:
     """Part the options from the command behind the first `--`."""
     if "--" not in given:
         return given, False, []
@@ -128,7 +128,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _add_migrate_options(migrate)
     wait = actions.add_parser("wait", parents=[common], epilog=_EPILOG, help="wait until the database answers")
     _add_seconds(wait, "--timeout", WAIT_SECONDS, "how long to wait")
-    doctor = actions.add_parser("doctor", parents=[common], epilog=_EPILOG, help="look at the database, and advise")
+    doctor = actions.add_parser("doctor", parents=[common], epilog=_EPILOG, help="check the database, and give advice")
     _add_seconds(doctor, "--timeout", WAIT_SECONDS, "how long to wait for the database")
     doctor.add_argument("--min-size", type=int, help="the application's min_size")
     doctor.add_argument(
@@ -173,7 +173,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _settle(options: argparse.Namespace, command: list[str] | None) -> None:
+def _resolve_migration(options: argparse.Namespace, command: list[str] | None) -> None:
     """Put what to run into `options.migration`."""
     refuse, directory = options.parser.error, options.directory
     if not directory and command is None:
@@ -194,15 +194,15 @@ def _settle(options: argparse.Namespace, command: list[str] | None) -> None:
 def _warn_of_password(dsn: str | None) -> None:
     if dsn is None:
         return
-    with contextlib.suppress(ConfigurationError):  # told later
+    with contextlib.suppress(ConfigurationError):  # reported later
         if scrub(dsn) != dsn:
-            _say(
-                "warning: everybody on this machine can read the password in --dsn in the process list; "
+            _log(
+                "warning: every user of this machine can read the password in --dsn in the process list; "
                 "put it into DATABASE_URL, PGPASSWORD or a password file"
             )
 
 
-def _guarded(options: argparse.Namespace) -> int:
+def _run_safely(options: argparse.Namespace) -> int:
     actions: Mapping[str, Callable[[argparse.Namespace], Coroutine[Any, Any, int]]]
     actions = {"migrate": _migrate, "wait": _wait, "doctor": _doctor}
     caught: list[int] = []
@@ -210,7 +210,7 @@ def _guarded(options: argparse.Namespace) -> int:
         return asyncio.run(_until_signalled(actions[options.action](options), caught))
     except (KeyboardInterrupt, asyncio.CancelledError):
         number = caught[0] if caught else signal.SIGINT
-        _say(f"ended by {signal.Signals(number).name}")
+        _log(f"ended by {signal.Signals(number).name}")
         return 128 + number
     except Exception as error:  # noqa: BLE001 - a person wants a sentence, not a traceback
         return _report(options, error)
@@ -235,19 +235,19 @@ async def _until_signalled(action: Coroutine[Any, Any, int], caught: list[int]) 
 
 
 def _report(options: argparse.Namespace, error: Exception) -> int:
-    """Tell an error, and return the exit status that it means."""
+    """Report an error, and return its exit status."""
     status, word = _meaning(error)
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-    text = scrub(f"{_told(error)}{notes}", _secrets(options))
+    text = scrub(f"{_describe(error)}{notes}", _secrets(options))
     if status == USAGE:
         text = without_arguments(text, [word for word in (options.dsn, *getattr(options, "directory", ())) if word])
-    _say(f"resilient-pool: {word}: {text}")
+    _log(f"resilient-pool: {word}: {text}")
     if options.json:
         facts: dict[str, object] = {"status": word, "exit_status": status, "error": text}
         if isinstance(error, MigrationFailedError):
             facts |= {"command_exit_status": error.exit_code, "attempts": error.attempts, "output": error.output}
             facts["waited"] = round(error.waited, 3)
-        _write(facts)
+        _print_json(facts)
     return status
 
 
@@ -262,7 +262,7 @@ def _meaning(error: Exception) -> tuple[int, str]:
     return FAILED, "it failed"
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     # The errors of the network and of the driver do not all say what they are.
     own = isinstance(error, ResilientPoolError | asyncpg.PostgresError)
     return str(error) if own and str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
@@ -295,12 +295,12 @@ async def _migrate(options: argparse.Namespace) -> int:
         timeout=options.connect_timeout,
         lock=options.lock,
         stop_within=options.stop_within,
-        on_line=_say if options.json else print_line,
-        observers=[_Narrator()],
+        on_line=_log if options.json else print_line,
+        observers=[_ProgressPrinter()],
     )
-    _say(f"done, after {count(result.attempts)} and {result.waited:.1f} s of waiting")
+    _log(f"done, after {count(result.attempts)} and {result.waited:.1f} s of waiting")
     if options.json:
-        _write({"status": "done", "exit_status": DONE, **asdict(result), "waited": round(result.waited, 3)})
+        _print_json({"status": "done", "exit_status": DONE, **asdict(result), "waited": round(result.waited, 3)})
     return DONE
 
 
@@ -310,9 +310,9 @@ async def _wait(options: argparse.Namespace) -> int:
     async with _waiting_pool(options) as pool:
         version = await pool.fetchval("SELECT pg_catalog.current_setting('server_version')")
     waited = clock.monotonic() - started
-    _say(f"the database answers, after {waited:.1f} s")
+    _log(f"the database answers, after {waited:.1f} s")
     if options.json:
-        _write({"status": "up", "exit_status": DONE, "waited": round(waited, 3), "server_version": version})
+        _print_json({"status": "up", "exit_status": DONE, "waited": round(waited, 3), "server_version": version})
     return DONE
 
 
@@ -327,14 +327,14 @@ async def _doctor(options: argparse.Namespace) -> int:
         sealed_dsn(options.dsn),
         deadline=options.timeout,
         backoff=WAIT_BACKOFF,
-        observers=[_Narrator()],
+        observers=[_ProgressPrinter()],
         arguments=arguments,
     )
     status = FAILED if any(finding.level == "problem" for finding in findings) else DONE
     if options.json:
-        _write({"exit_status": status, "findings": [asdict(finding) for finding in findings]})
+        _print_json({"exit_status": status, "findings": [asdict(finding) for finding in findings]})
     else:
-        _show(*(line for finding in findings for line in _lines(finding)))
+        _print_result(*(line for finding in findings for line in _lines(finding)))
     return status
 
 
@@ -351,62 +351,62 @@ def _waiting_pool(options: argparse.Namespace) -> ResilientPool:
         reconnect=WAIT_BACKOFF,
         deadline=options.timeout,
         timeout=min(CONNECT_TIMEOUT, max(options.timeout, 0.001)),
-        observers=[_Narrator()],
+        observers=[_ProgressPrinter()],
     )
 
 
-class _Narrator:
-    """Tells a person what is being waited for."""
+class _ProgressPrinter:
+    """Writes to standard error what is being waited for."""
 
     def __call__(self, event: Event, /) -> None:
-        """Tell `event`, if it means something to a person who watches."""
+        """Write a line for `event`, if it is about waiting."""
         if isinstance(event, RetryScheduled):
             state = f" ({event.sqlstate})" if event.sqlstate else ""
-            _say(
+            _log(
                 f"the database is {event.fault.value}{state}: attempt {event.attempt}, waited {event.elapsed:.1f} s, "
                 f"next try in {event.delay:.1f} s"
             )
         elif isinstance(event, MigrationStarted):
-            _say(f"running {event.migration} (attempt {event.attempt}, after {event.elapsed:.1f} s)")
+            _log(f"running {event.migration} (attempt {event.attempt}, after {event.elapsed:.1f} s)")
         elif isinstance(event, MigrationRepeated):
-            _say(f"it could not connect ({event.reason}); next try in {event.delay:.1f} s")
+            _log(f"it could not connect ({event.reason}); next try in {event.delay:.1f} s")
         elif isinstance(event, MigrationLockWaited):
-            _say(f"waiting for another migration to end: {event.holder}")
+            _log(f"waiting for another migration to end: {event.holder}")
         elif isinstance(event, MigrationLockLost):
-            _say("warning: the connection that holds the lock was lost; another migration may run beside this one")
+            _log("warning: the connection that holds the lock was lost; another migration may run beside this one")
 
 
 # Output: a success stays one though its report is not read
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
 
 
-def _write(facts: Mapping[str, object]) -> None:
-    _show(json.dumps(facts))
+def _print_json(facts: Mapping[str, object]) -> None:
+    _print_result(json.dumps(facts))
 
 
-def _show(*lines: str) -> None:
+def _print_result(*lines: str) -> None:
     """Write a result to standard output."""
     try:
         for line in lines:
             print_line(line)
     except OSError as error:
-        _say(f"warning: the result could not be written: {error.strerror}")
+        _log(f"warning: the result could not be written: {error.strerror}")
 
 
-def _settle_streams() -> None:
+def _configure_streams() -> None:
     """Let standard output and error take every character; what their terminal does not know is written with a backslash."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _give_up_broken_streams() -> None:
+def _redirect_broken_streams() -> None:
     """Turn away what cannot be written, or the interpreter would try again at its end, complain, and exit with 120."""
     for stream in (sys.stdout, sys.stderr):
         try:

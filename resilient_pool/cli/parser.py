@@ -54,13 +54,13 @@ def without_arguments(text: str, given: Iterable[str]) -> str:
     """Return a text without what may hold a password of the command line that it speaks of."""
     given = tuple(given)
     for argument in given:
-        for telling in _tellings_in(argument):
-            for form in (repr(telling)[1:-1], telling):
+        for secret in _possible_secrets_in(argument):
+            for form in (repr(secret)[1:-1], secret):
                 text = text.replace(form, MASK)
     return scrub(text, secrets_around(given))
 
 
-def _tellings_in(argument: str) -> Iterable[str]:
+def _possible_secrets_in(argument: str) -> Iterable[str]:
     """Yield an argument, or the value in it, if that may hold a password."""
     name, equals, value = argument.partition("=")
     if equals and _LONG_OPTION.fullmatch(name):

@@ -16,11 +16,11 @@ from resilient_pool.execution.connection import ResilientConnection
 from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.pool import ResilientPool
 
-_POLL = 0.5
-_TO_RELEASE = 5.0
-_LONGEST_NAME = 63
+_POLL_SECONDS = 0.5
+_RELEASE_TIMEOUT = 5.0
+_MAX_NAME_BYTES = 63
 
-_TRY = "SELECT pg_catalog.pg_try_advisory_xact_lock($1)"
+_TRY_LOCK = "SELECT pg_catalog.pg_try_advisory_xact_lock($1)"
 _HOLDER = """
     SELECT a.pid, a.application_name
     FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a USING (pid)
@@ -35,7 +35,7 @@ _SETTINGS = {
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
 }
-_SET = """
+_SET_CONFIG = """
     SELECT pg_catalog.set_config(new.name, new.value, true)
     FROM ROWS FROM (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) AS new(name, value)
     WHERE new.name IN (SELECT name FROM pg_catalog.pg_settings)
@@ -59,9 +59,9 @@ class MigrationLock:
 
     Args:
         pool: Lends the connection.
-        name: What the lock is called; the same for everybody who must not run together.
+        name: The lock's name; migrations that must not run together use the same one.
         clock: Waits.
-        dispatcher: Who is told whom it waits for, and that it was lost.
+        dispatcher: Emits which session holds the lock, and that it was lost.
 
     Attributes:
         losses: How often it was lost while it was held.
@@ -80,8 +80,8 @@ class MigrationLock:
     async def held(self, seconds: float | None) -> AsyncIterator[None]:
         """Hold the lock.
 
-        Should its connection be lost meanwhile, that is told, and the lock is taken again as soon as it can be; what runs
-        under it goes on, since to end a migration half-way would do more harm.
+        When its connection is lost meanwhile, an event says so, and the lock is acquired again as soon as possible. The
+        migration goes on, since to end it half-way would do more harm.
 
         Args:
             seconds: How long to wait for it; `None` for ever.
@@ -91,7 +91,7 @@ class MigrationLock:
         """
         watch: asyncio.Task[None] | None = None
         try:
-            await self._take(seconds)
+            await self._acquire(seconds)
             watch = asyncio.ensure_future(self._watch())
             yield
         finally:
@@ -100,9 +100,9 @@ class MigrationLock:
                 await asyncio.wait({watch})
             await self._release()
 
-    async def _take(self, seconds: float | None) -> None:
+    async def _acquire(self, seconds: float | None) -> None:
         started = self._clock.monotonic()
-        told: str | None = None
+        reported: str | None = None
         while True:
             left = None if seconds is None else max(0.001, started + seconds - self._clock.monotonic())
             holder = await self._try(left)
@@ -111,34 +111,34 @@ class MigrationLock:
             elapsed = self._clock.monotonic() - started
             if seconds is not None and elapsed >= seconds:
                 raise MigrationLockedError(self._name, holder, elapsed)
-            if holder != told:
+            if holder != reported:
                 self._dispatcher.emit(MigrationLockWaited(holder=holder, elapsed=elapsed))
-                told = holder
-            await self._clock.sleep(_POLL)
+                reported = holder
+            await self._clock.sleep(_POLL_SECONDS)
 
     async def _try(self, seconds: float | None) -> str | None:
-        """Try to take the lock; return who has it instead."""
+        """Try to acquire the lock; return a description of the holder if that fails, else `None`."""
         connection = await self._pool.acquire(timeout=seconds)
-        taken = False
+        acquired = False
         try:
             await connection.execute("BEGIN")
-            if await connection.fetchval(_TRY, self._key):
-                await self._settle_in(connection)
-                taken = True
+            if await connection.fetchval(_TRY_LOCK, self._key):
+                await self._hold_on(connection)
+                acquired = True
                 return None
             return await self._holder(connection)
         except Exception:
             if not connection.is_closed():
                 raise
-            return "nobody, as far as is known: the connection was lost while asking"
+            return "unknown: the connection was lost during the query"
         finally:
-            if not taken:
-                await self._give_back(connection)
+            if not acquired:
+                await self._release_connection(connection)
 
-    async def _settle_in(self, connection: ResilientConnection) -> None:
+    async def _hold_on(self, connection: ResilientConnection) -> None:
         name = f"resilient-pool migrate on {socket.gethostname()} (process {os.getpid()})"
-        settings = {**_SETTINGS, "application_name": name[:_LONGEST_NAME]}
-        await connection.fetch(_SET, list(settings), list(settings.values()))
+        settings = {**_SETTINGS, "application_name": name[:_MAX_NAME_BYTES]}
+        await connection.fetch(_SET_CONFIG, list(settings), list(settings.values()))
         # The driver leaves the portal of its last query open, and that has a snapshot for as long as the transaction
         # lasts; a query by the simple protocol takes its place, and leaves none.
         await connection.execute("SELECT 1")
@@ -152,29 +152,29 @@ class MigrationLock:
 
     async def _watch(self) -> None:
         while True:
-            await self._clock.sleep(_POLL)
+            await self._clock.sleep(_POLL_SECONDS)
             connection = self._connection
             if connection is not None and connection.is_closed():
                 self.losses += 1
                 self._connection = None
                 self._dispatcher.emit(MigrationLockLost(losses=self.losses))
-                await self._give_back(connection)
-                await self._take_again()
+                await self._release_connection(connection)
+                await self._reacquire()
 
-    async def _take_again(self) -> None:
+    async def _reacquire(self) -> None:
         while self._connection is None:
             try:
-                await self._take(None)
-            except Exception:  # noqa: BLE001 - the migration goes on without the lock, and tells its own trouble
-                await self._clock.sleep(_POLL)
+                await self._acquire(None)
+            except Exception:  # noqa: BLE001 - the migration goes on without the lock, and reports its own errors
+                await self._clock.sleep(_POLL_SECONDS)
 
     async def _release(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            await self._give_back(connection)
+            await self._release_connection(connection)
 
-    async def _give_back(self, connection: ResilientConnection) -> None:
+    async def _release_connection(self, connection: ResilientConnection) -> None:
         if not connection.is_closed():
             with contextlib.suppress(Exception):
-                await connection.execute("ROLLBACK", timeout=_TO_RELEASE)
+                await connection.execute("ROLLBACK", timeout=_RELEASE_TIMEOUT)
         await self._pool.release(connection)

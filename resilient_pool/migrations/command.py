@@ -1,4 +1,4 @@
-"""Runs a migration's command, and leaves no process of it behind."""
+"""Runs a command as a child process, which never outlives this process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from resilient_pool.config.secrets import Secret
-from resilient_pool.migrations.output import Lines
+from resilient_pool.migrations.output import OutputLines
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _CHUNK = 65536
@@ -20,22 +20,22 @@ _AFTER_THE_END = 1.0
 
 
 def request_to_run(command: Sequence[str], dsn: Secret | None) -> Secret:
-    """Return what the supervisor is told to run: neither a frame of ours nor the supervisor's own arguments show it.
+    """Return the request to the supervisor; no stack frame and no argument list shows its content.
 
     Args:
         command: The program and its arguments.
         dsn: What `DATABASE_URL` says to it; `None` leaves that as it is in this process.
     """
-    variables = {} if dsn is None else {"DATABASE_URL": _text(dsn.reveal())}
-    return Secret(json.dumps({"command": [_text(word) for word in command], "environment": variables}))
+    variables = {} if dsn is None else {"DATABASE_URL": _as_latin1(dsn.reveal())}
+    return Secret(json.dumps({"command": [_as_latin1(word) for word in command], "environment": variables}))
 
 
-def _text(word: str) -> str:
+def _as_latin1(word: str) -> str:
     # The bytes as they are passed on, one character each: JSON knows no others than those of texts.
     return os.fsencode(word).decode("latin-1")
 
 
-async def run_command(request: Secret, lines: Lines, *, stop_within: float) -> int:
+async def run_command(request: Secret, lines: OutputLines, *, stop_within: float) -> int:
     """Run a command to its end and return its exit status, 128 and the number for one that a signal ended.
 
     It has no standard input, and its error output is read together with its standard output. Cancelled, it interrupts
@@ -62,14 +62,14 @@ async def run_command(request: Secret, lines: Lines, *, stop_within: float) -> i
             raise
     finally:
         os.close(theirs)
-    following = asyncio.ensure_future(_follow(process, reader, pipe, lines))
+    collecting = asyncio.ensure_future(_collect(process, reader, pipe, lines))
     try:
-        await _tell(process, request)
-        return await asyncio.shield(following)
+        await _send_request(process, request)
+        return await asyncio.shield(collecting)
     finally:
         if process.stdin is not None:
             process.stdin.close()  # the supervisor's sign to end it, if it has not ended
-        await to_its_end(following)
+        await wait_until_done(collecting)
 
 
 async def _start(output: int, stop_within: float) -> asyncio.subprocess.Process:
@@ -83,7 +83,7 @@ async def _start(output: int, stop_within: float) -> asyncio.subprocess.Process:
     )
 
 
-async def _tell(process: asyncio.subprocess.Process, request: Secret) -> None:
+async def _send_request(process: asyncio.subprocess.Process, request: Secret) -> None:
     if process.stdin is None:
         return
     with contextlib.suppress(OSError):  # it has ended already: its status says so
@@ -91,8 +91,8 @@ async def _tell(process: asyncio.subprocess.Process, request: Secret) -> None:
         await process.stdin.drain()
 
 
-async def _follow(
-    process: asyncio.subprocess.Process, reader: asyncio.StreamReader, pipe: asyncio.ReadTransport, lines: Lines
+async def _collect(
+    process: asyncio.subprocess.Process, reader: asyncio.StreamReader, pipe: asyncio.ReadTransport, lines: OutputLines
 ) -> int:
     reading = asyncio.ensure_future(_read(reader, lines))
     try:
@@ -106,12 +106,12 @@ async def _follow(
     return status
 
 
-async def _read(reader: asyncio.StreamReader, lines: Lines) -> None:
+async def _read(reader: asyncio.StreamReader, lines: OutputLines) -> None:
     while data := await reader.read(_CHUNK):
         lines.feed(data)
 
 
-async def to_its_end(task: asyncio.Future[Any]) -> None:
+async def wait_until_done(task: asyncio.Future[Any]) -> None:
     """Wait for a task that ends by itself soon, also while being cancelled; the cancellation is passed on afterwards."""
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -121,8 +121,3 @@ async def to_its_end(task: asyncio.Future[Any]) -> None:
             cancelled = error
     if cancelled is not None:
         raise cancelled
-
-
-async def finish(clean_up: Coroutine[Any, Any, None]) -> None:
-    """Run a bounded clean-up to its end, also while being cancelled."""
-    await to_its_end(asyncio.ensure_future(clean_up))

@@ -1,9 +1,9 @@
-"""Recognises, in a command's output or in a function's error, the words for "could not connect": a table of symptoms as data.
+"""Recognises "could not connect" in a command's output or in a function's error: a table of patterns.
 
-Such words are one half of the evidence. They say why an attempt failed, never what it had done before: that half is
-`migrations/server_activity.py`. Words count only as the last thing that is said, in the form in which the tool itself says them
-while it connects, and not once a line says that a connection was made or something was begun. A text that another error
-merely quotes is a failure as any other.
+The output is one half of the evidence: it shows why an attempt failed, never what it had done before. The other half is
+`migrations/server_activity.py`. A message counts only as the last line, in the form in which the tool itself writes it
+while it connects, and only if no line says that a connection was made or work had started. A text that another error
+merely quotes does not count.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from types import TracebackType
 
 from resilient_pool.retry.verdict import Classifier, Failure, Fault, Phase
 
-_AWAY = (
+_UNAVAILABLE = (
     r"(?:the database system is (?:starting up|shutting down|in recovery mode|not (?:yet )?accepting connections)"
     r"|sorry, too many clients already|remaining connection slots are reserved)"
 )
-_FATAL = rf"FATAL: +{_AWAY}"
+_FATAL = rf"FATAL: +{_UNAVAILABLE}"
 # What libpq says of a socket stands behind "connection to server at ... failed: " while it connects (before libpq 14 behind
 # "could not connect to server: "). Without that it speaks of a connection that had been made. A FATAL of this kind is
 # sent before a session begins only.
@@ -40,11 +40,11 @@ _DRIVER_CONNECTS = re.compile(r'\s*[|+ ]*File ".*asyncpg[/\\]connect_utils\.py"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Symptom:
-    """One way in which a tool says that it could not connect.
+class ConnectFailurePattern:
+    """One form in which a tool reports that it could not connect.
 
     Attributes:
-        tool: Who says so.
+        tool: Which tools.
         line: A pattern for the whole line, from its beginning.
         connecting: Whether the traceback before it must show asyncpg's connecting, where the line alone is not certain.
     """
@@ -54,8 +54,8 @@ class Symptom:
     connecting: bool = False
 
 
-SYMPTOMS: tuple[Symptom, ...] = (
-    Symptom(
+CONNECT_FAILURE_PATTERNS: tuple[ConnectFailurePattern, ...] = (
+    ConnectFailurePattern(
         tool="asyncpg, also under alembic: a failure of the network while it connects",
         line=re.compile(
             r"(?:ConnectionRefusedError|ConnectionResetError|ConnectionAbortedError|OSError|socket\.gaierror"
@@ -64,19 +64,20 @@ SYMPTOMS: tuple[Symptom, ...] = (
         ),
         connecting=True,
     ),
-    Symptom(
+    ConnectFailurePattern(
         tool="asyncpg: the server's refusal",
         line=re.compile(
-            r"asyncpg\.exceptions\.(?:CannotConnectNowError|TooManyConnectionsError): " + _AWAY, re.IGNORECASE
+            r"asyncpg\.exceptions\.(?:CannotConnectNowError|TooManyConnectionsError): " + _UNAVAILABLE, re.IGNORECASE
         ),
     ),
-    Symptom(
+    ConnectFailurePattern(
         tool="asyncpg under SQLAlchemy: the server's refusal",
         line=re.compile(
-            r"sqlalchemy\.exc\.\w+: \(sqlalchemy\.dialects\.postgresql\.asyncpg\.\w+\) (?:<class '[\w.]+'>: )?" + _AWAY
+            r"sqlalchemy\.exc\.\w+: \(sqlalchemy\.dialects\.postgresql\.asyncpg\.\w+\) (?:<class '[\w.]+'>: )?"
+            + _UNAVAILABLE
         ),
     ),
-    Symptom(
+    ConnectFailurePattern(
         tool="psycopg and psycopg2, also under SQLAlchemy, yoyo and Django",
         line=re.compile(
             r"(?:sqlalchemy\.exc\.OperationalError: \()?(?:psycopg2?|django\.db\.utils)\.(?:errors\.)?"
@@ -84,50 +85,50 @@ SYMPTOMS: tuple[Symptom, ...] = (
             rf"(?:{_LIBPQ}|connection timeout expired|failed to resolve host|\[Errno -\d+\])"
         ),
     ),
-    Symptom(
+    ConnectFailurePattern(
         tool="pg8000",
         line=re.compile(
             r"(?:sqlalchemy\.exc\.\w+: \()?pg8000\.\w+\.(?:InterfaceError(?:\)|:) Can't create a connection to host "
             r"|DatabaseError(?:\)|:) \{'S': 'FATAL', (?:'V': 'FATAL', )?'C': '(?:57P03|53300)')"
         ),
     ),
-    Symptom(tool="psql, pg_dump and their kin", line=re.compile(rf"(?:psql|pg_\w+): error: {_LIBPQ}")),
-    Symptom(
+    ConnectFailurePattern(tool="psql, pg_dump and their kin", line=re.compile(rf"(?:psql|pg_\w+): error: {_LIBPQ}")),
+    ConnectFailurePattern(
         tool="Rails, and the gem pg",
         line=re.compile(
             rf"(?:ActiveRecord::(?:ConnectionNotEstablished|DatabaseConnectionError)|PG::ConnectionBad): {_LIBPQ}"
         ),
     ),
-    Symptom(
+    ConnectFailurePattern(
         tool="Prisma",
         line=re.compile(r"(?:Error: )?P1001\b|(?:Error: )?Can't reach database server at"),
     ),
-    Symptom(
+    ConnectFailurePattern(
         tool="knex and node-pg-migrate",
         line=re.compile(
             r"(?:could not connect to postgres|Acquire connection error): "
-            rf"(?:Error: (?:connect E[A-Z]+ |getaddrinfo |timeout expired)|error: {_AWAY})"
+            rf"(?:Error: (?:connect E[A-Z]+ |getaddrinfo |timeout expired)|error: {_UNAVAILABLE})"
         ),
     ),
-    Symptom(
+    ConnectFailurePattern(
         tool="Flyway and Liquibase, and pgjdbc under them",
         line=re.compile(
             rf"(?:ERROR: )?Unable to obtain connection from database(?: \(jdbc:postgresql:.{{0,500}}\) for user '.{{0,100}}')?: {_JDBC}"
             rf"|(?:Unexpected error running Liquibase: )?(?:liquibase\.exception\.\w+: )*org\.postgresql\.util\.PSQLException: {_JDBC}"
         ),
     ),
-    Symptom(
+    ConnectFailurePattern(
         tool="golang-migrate, goose and dbmate",
         line=re.compile(
             r"(?:\d{4}/\d\d/\d\d \d\d:\d\d:\d\d )?(?:[Ee]rror: |goose run: )(?:failed to open database: |unable to connect to database: )?"
-            rf"(?:{_DIAL}|pq: {_AWAY}"
+            rf"(?:{_DIAL}|pq: {_UNAVAILABLE}"
             rf"|failed to connect to `[^`]{{0,300}}`:? .{{0,200}}?(?:{_DIAL}|hostname resolving error|{_FATAL}))"
         ),
     ),
 )
 """What counts as "could not connect". The tests hold the output of each tool."""
 
-_EPILOGUE = re.compile(
+_TRAILING_LINE = re.compile(
     r"\s|$"  # blank lines, and indented ones: what libpq and tracebacks add
     r"|\(Background on this error at: "
     r"|Please make sure your database server is running at "
@@ -135,13 +136,13 @@ _EPILOGUE = re.compile(
     r"|Multiple connection attempts failed|- host: "
     r"|make(?:\[\d+\])?: \*\*\*|npm ERR!|npm error|error Command failed with exit code"
     r"| ?ELIFECYCLE| ?ERR_PNPM"
-    rf"|\}}$|Error: (?:connect E[A-Z]+|getaddrinfo) |error: {_AWAY}|Node\.js v\d"
+    rf"|\}}$|Error: (?:connect E[A-Z]+|getaddrinfo) |error: {_UNAVAILABLE}|Node\.js v\d"
     r"|-+$|SQL State +: 08|Error Code +: 0|Message +: |Caused by:|\.\.\. \d+ more"
     r"|Tasks: TOP => |\(See full trace by running task with --trace\)|\S+\.rb:\d+:in "
 )
-"""Lines that may follow a symptom."""
+"""Lines that may follow a message of that kind."""
 
-_BEGUN = re.compile(
+_WORK_STARTED = re.compile(
     r".*\[alembic\.runtime\.migration\] (?:Running |Context impl |Will assume )"
     r"|.*\bApplying "
     r"|psql:.+:\d+: "
@@ -152,46 +153,46 @@ _BEGUN = re.compile(
     r"|(?:BEGIN|START TRANSACTION|CREATE|ALTER|DROP|INSERT|UPDATE|DELETE|MERGE|COMMIT|ROLLBACK|DO|CALL|GRANT|REVOKE|TRUNCATE"
     r"|COPY|SET|SELECT|COMMENT|VACUUM|REINDEX|REFRESH|LOCK TABLE|PREPARE|NOTIFY)\b"
 )
-"""Lines by which a tool says that it had connected, or begun to apply something: alembic, yoyo, Prisma, Django, psql, Rails,
+"""Lines by which a tool says that it had connected, or had started to apply something: alembic, yoyo, Prisma, Django, psql, Rails,
 Flyway, Liquibase, golang-migrate, goose, knex, node-pg-migrate."""
 
 
-class Transcript:
-    """Judges a command's output line by line as it comes; what it keeps does not grow with it.
+class OutputScanner:
+    """Scans a command's output line by line, in constant memory.
 
     Attributes:
-        begun: The first line that says that something had been begun, or `None`.
+        work_started: The first line that says that work had started, or `None`.
     """
 
-    __slots__ = ("_driver_connects", "_symptom", "begun")
+    __slots__ = ("_connect_failure", "_driver_connects", "work_started")
 
     def __init__(self, lines: Iterable[str] = ()) -> None:
-        self.begun: str | None = None
-        self._symptom: str | None = None
+        self.work_started: str | None = None
+        self._connect_failure: str | None = None
         self._driver_connects = False
         for line in lines:
-            self.hear(line)
+            self.feed(line)
 
-    def hear(self, line: str) -> None:
+    def feed(self, line: str) -> None:
         """Take the next line, as it was written."""
-        if self.begun is None and _BEGUN.match(line):
-            self.begun = line
+        if self.work_started is None and _WORK_STARTED.match(line):
+            self.work_started = line
         if line.lstrip(" |+").startswith("Traceback (most recent call last)"):
             self._driver_connects = False
         elif "connect_utils.py" in line and _DRIVER_CONNECTS.match(line):
             self._driver_connects = True
-        if any(self._fits(symptom, line) for symptom in SYMPTOMS):
-            self._symptom = line
-        elif not _EPILOGUE.match(line):
-            self._symptom = None
+        if any(self._matches(pattern, line) for pattern in CONNECT_FAILURE_PATTERNS):
+            self._connect_failure = line
+        elif not _TRAILING_LINE.match(line):
+            self._connect_failure = None
 
     @property
-    def symptom(self) -> str | None:
-        """The line that said "could not connect", if that was the last thing said, whatever had been begun before."""
-        return self._symptom
+    def connect_failure(self) -> str | None:
+        """The line that said "could not connect", if that was the last message, whether work had started or not."""
+        return self._connect_failure
 
-    def _fits(self, symptom: Symptom, line: str) -> bool:
-        return symptom.line.match(line) is not None and (self._driver_connects or not symptom.connecting)
+    def _matches(self, pattern: ConnectFailurePattern, line: str) -> bool:
+        return pattern.line.match(line) is not None and (self._driver_connects or not pattern.connecting)
 
 
 def could_not_connect(lines: Iterable[str]) -> str | None:
@@ -200,26 +201,26 @@ def could_not_connect(lines: Iterable[str]) -> str | None:
     Args:
         lines: Its output from the beginning, as it was written.
     """
-    heard = Transcript(lines)
-    return None if heard.begun is not None else heard.symptom
+    scanner = OutputScanner(lines)
+    return None if scanner.work_started is not None else scanner.connect_failure
 
 
 def failed_to_connect(error: Exception, classifier: Classifier) -> str | None:
     """Return how a function said that it could not connect, or `None` if it did not for certain.
 
-    Certain is what asyncpg raised while it was connecting, as the traceback tells, if the classifier says of it that
-    the server is away or has no room; and what another driver says in the form of one of the symptoms. It must be the
+    Certain is what asyncpg raised while it was connecting, as the traceback shows, if the classifier says that
+    the server is away or has no room; and another driver's error whose text matches one of the patterns. It must be the
     error itself or its explicit cause: an error that was being handled when another one was raised says nothing.
 
     Args:
         error: What the function raised.
-        classifier: Tells what is known about a failure.
+        classifier: Classifies the error.
     """
     link: BaseException | None = error
     seen: set[int] = set()
     while isinstance(link, Exception) and id(link) not in seen:
         seen.add(id(link))
-        if _raised_by(link.__traceback__, "asyncpg.connect_utils"):
+        if _raised_in(link.__traceback__, "asyncpg.connect_utils"):
             verdict = classifier.classify(Failure(error=link, phase=Phase.CONNECT, sent=False))
             return _name(link) if verdict.fault in (Fault.UNREACHABLE, Fault.OVERLOADED) else None
         link = link.__cause__
@@ -227,7 +228,7 @@ def failed_to_connect(error: Exception, classifier: Classifier) -> str | None:
     return _name(error) if could_not_connect(said.splitlines()) is not None else None
 
 
-def _raised_by(traceback: TracebackType | None, module: str) -> bool:
+def _raised_in(traceback: TracebackType | None, module: str) -> bool:
     while traceback is not None:
         if traceback.tb_frame.f_globals.get("__name__") == module:
             return True

@@ -1,4 +1,4 @@
-"""Finds what statements that commit on their way leave behind when they fail: invalid indexes, partitions half detached."""
+"""Finds what statements that commit in between leave behind when they fail: invalid indexes, partitions half detached."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from resilient_pool.pool import ResilientPool
 from resilient_pool.sql.lexer import Kind, tokens
 
-_LONGEST_NAME = 63
+_MAX_NAME_BYTES = 63
 
 # The index of a partitioned table is invalid until all of its partitions have one, and rightly so.
 # `inhdetachpending` came with PostgreSQL 14.
-_FLAWED = """
+_INVALID = """
     SELECT 'index' AS kind, c.oid, c.oid::pg_catalog.regclass::text AS name, c.relname AS plain, t.relname AS owner
     FROM pg_catalog.pg_index i
     JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid JOIN pg_catalog.pg_class t ON t.oid = i.indrelid
@@ -27,8 +27,8 @@ _FLAWED = """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flaw:
-    """One thing that is not whole.
+class InvalidObject:
+    """An invalid index, or a partition that is half detached.
 
     Attributes:
         kind: `"index"`, an invalid one; or `"partition"`, whose detaching was begun and not ended.
@@ -45,38 +45,38 @@ class Flaw:
     owner: str
 
 
-class Remains(frozenset[Flaw]):
-    """What is not whole in a database at one moment."""
+class InvalidObjects(frozenset[InvalidObject]):
+    """The invalid objects of a database at one moment."""
 
     __slots__ = ()
 
-    def without(self, others: Iterable[Flaw]) -> Remains:
-        """Return what was not among the others."""
-        return Remains(self.difference(others))
+    def without(self, others: Iterable[InvalidObject]) -> InvalidObjects:
+        """Return those that are not among the others."""
+        return InvalidObjects(self.difference(others))
 
-    def named_in(self, sql: str) -> Remains:
-        """Return what a statement names, together with its table."""
-        names = {_cut(token.text) for token in tokens(sql) if token.kind in (Kind.WORD, Kind.QUOTED)}
-        return Remains(flaw for flaw in self if flaw.plain in names and flaw.owner in names)
+    def named_in(self, sql: str) -> InvalidObjects:
+        """Return those that a statement names together with their table."""
+        names = {_truncate(token.text) for token in tokens(sql) if token.kind in (Kind.WORD, Kind.QUOTED)}
+        return InvalidObjects(each for each in self if each.plain in names and each.owner in names)
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """Say what is there and what to do about it."""
-        return "; ".join(_described(flaw) for flaw in sorted(self, key=lambda flaw: flaw.name))
+        return "; ".join(_describe(each) for each in sorted(self, key=lambda each: each.name))
 
 
-async def look(pool: ResilientPool) -> Remains:
-    """Return what is not whole in the pool's database now."""
-    return Remains(Flaw(**dict(row)) for row in await pool.fetch(_FLAWED))
+async def find_invalid_objects(pool: ResilientPool) -> InvalidObjects:
+    """Return the invalid objects in the pool's database now."""
+    return InvalidObjects(InvalidObject(**dict(row)) for row in await pool.fetch(_INVALID))
 
 
-def _cut(name: str) -> str:
-    return name.encode()[:_LONGEST_NAME].decode(errors="ignore")
+def _truncate(name: str) -> str:
+    return name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
 
 
-def _described(flaw: Flaw) -> str:
-    if flaw.kind == "index":
-        return f"the index {flaw.name} is invalid; DROP INDEX CONCURRENTLY {flaw.name}, then migrate again"
+def _describe(each: InvalidObject) -> str:
+    if each.kind == "index":
+        return f"the index {each.name} is invalid; DROP INDEX CONCURRENTLY {each.name}, then migrate again"
     return (
-        f"the partition {flaw.name} of {flaw.owner} is not detached to the end; "
-        f"ALTER TABLE {flaw.owner} DETACH PARTITION {flaw.name} FINALIZE"
+        f"the partition {each.name} of {each.owner} is not detached to the end; "
+        f"ALTER TABLE {each.owner} DETACH PARTITION {each.name} FINALIZE"
     )

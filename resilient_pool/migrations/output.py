@@ -1,4 +1,4 @@
-"""Reads what a command writes: whole lines, without secrets, the last of them kept."""
+"""A command's output: whole lines, without secrets, of which the last are kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
 from resilient_pool.config.secrets import Secret, scrub
-from resilient_pool.migrations.connect_failures import Transcript
+from resilient_pool.migrations.connect_failures import OutputScanner
 
 LineSink = Callable[[str], object]
 """Is given each line, scrubbed and without its end."""
@@ -25,7 +25,7 @@ _PASSWORD_IN_URL = re.compile(r"://[^\s:/?#@]*:([^\s@]+)@")
 _PASSWORD_IN_PAIRS = re.compile(r"\bpassword\s*=\s*(?:'((?:[^'\\]|\\.)*)'|([^\s&;'\"]+))", re.IGNORECASE)
 _NAME_OF_PASSWORD = re.compile(r"(?:PASSWORD|PASSWD|PASSPHRASE|(?:^|_)(?:PASS|PW|PWD))\Z", re.IGNORECASE)
 # A URL, also one that lost a slash or its scheme, or words such as `password=...`.
-_TELLING = re.compile(r"[a-z]:/|@|(?:pass|pwd|secret|token)\w*['\"]?\s*[=:]", re.IGNORECASE)
+_LOOKS_SECRET = re.compile(r"[a-z]:/|@|(?:pass|pwd|secret|token)\w*['\"]?\s*[=:]", re.IGNORECASE)
 _DIRECTORIES = frozenset({"PWD", "OLDPWD"})
 
 
@@ -40,11 +40,11 @@ def print_line(line: str) -> None:
         sys.stdout.flush()
 
 
-def guarded(sink: LineSink) -> LineSink:
-    """Return a sink that never fails: once the given one has, that is logged, and it is told nothing more."""
+def never_failing(sink: LineSink) -> LineSink:
+    """Return a sink that never raises: after the given one has raised, that is logged, and it gets no more lines."""
     listens = True
 
-    def tell(line: str) -> None:
+    def emit(line: str) -> None:
         nonlocal listens
         if not listens:
             return
@@ -53,9 +53,9 @@ def guarded(sink: LineSink) -> LineSink:
         except Exception as error:
             listens = False
             unusual = None if isinstance(error, OSError) else error
-            _LOGGER.warning("the output of the migration cannot be told any more: %r", error, exc_info=unusual)
+            _LOGGER.warning("the output of the migration can no longer be written: %r", error, exc_info=unusual)
 
-    return tell
+    return emit
 
 
 def secrets_around(texts: Iterable[str], environment: Mapping[str, str] = os.environ) -> Iterator[Secret]:
@@ -73,7 +73,7 @@ def secrets_around(texts: Iterable[str], environment: Mapping[str, str] = os.env
 
 def may_hold_a_password(text: str) -> bool:
     """Whether an argument looks like a DSN, or like a part of one, so that no error may quote it."""
-    return _TELLING.search(text) is not None
+    return _LOOKS_SECRET.search(text) is not None
 
 
 def _passwords_in(text: str) -> Iterator[str]:
@@ -86,49 +86,49 @@ def _passwords_in(text: str) -> Iterator[str]:
             yield unquote(plain)
 
 
-class Lines:
+class OutputLines:
     """Makes lines of a command's output.
 
-    A secret may be cut in two between two reads, but not between two lines, so that nothing is told before its line has
+    A secret may be cut in two between two reads, but not between two lines, so that nothing is emitted before its line has
     ended. A line of more than 65536 bytes is cut short.
 
     Args:
         secrets: What is known to be secret.
-        sink: Is given each line. It must not raise; see `guarded`.
+        sink: Is given each line. It must not raise; see `never_failing`.
 
     Attributes:
-        heard: What the lines say about connecting, judged as they were written.
-        told: The last lines as they were told.
+        scanner: What the lines say about connecting; it gets them as they were written.
+        emitted: The last lines, without secrets.
     """
 
-    __slots__ = ("_rest", "_secrets", "_sink", "heard", "told")
+    __slots__ = ("_rest", "_secrets", "_sink", "emitted", "scanner")
 
     def __init__(self, secrets: Iterable[Secret], sink: LineSink) -> None:
         self._secrets = tuple(secrets)
         self._sink = sink
         self._rest = b""
-        self.heard = Transcript()
-        self.told: deque[str] = deque(maxlen=_KEPT_FOR_THE_RESULT)
+        self.scanner = OutputScanner()
+        self.emitted: deque[str] = deque(maxlen=_KEPT_FOR_THE_RESULT)
 
     def feed(self, data: bytes) -> None:
         """Take what was read."""
         *lines, rest = (self._rest + data).split(b"\n")
         self._rest = rest[:_LONGEST_LINE]
         for line in lines:
-            self._hear(line)
+            self._finish_line(line)
 
     def end(self) -> None:
-        """Tell a last line that has no end."""
+        """Emit a last line that has no end."""
         if self._rest:
-            self._hear(self._rest)
+            self._finish_line(self._rest)
             self._rest = b""
 
-    def _hear(self, line: bytes) -> None:
+    def _finish_line(self, line: bytes) -> None:
         text = line[:_LONGEST_LINE].decode(errors="replace").rstrip("\r")
-        self.heard.hear(text)
+        self.scanner.feed(text)
         shown = scrub(text, self._secrets)
         if len(line) >= _LONGEST_LINE:
             # Where it was cut a secret may have been cut too, which `scrub` cannot recognise.
             shown = shown[:-_CUT_OFF] + " (the line goes on)"
-        self.told.append(shown)
+        self.emitted.append(shown)
         self._sink(shown)

@@ -26,10 +26,17 @@ from resilient_pool.config.secrets import Secret, scrub
 from resilient_pool.errors import ConfigurationError, MigrationFailedError
 from resilient_pool.events import MigrationRepeated, MigrationStarted, Observer
 from resilient_pool.migrations.advisory_lock import MigrationLock
-from resilient_pool.migrations.command import request_to_run, run_command, to_its_end
+from resilient_pool.migrations.command import request_to_run, run_command, wait_until_done
 from resilient_pool.migrations.connect_failures import failed_to_connect
-from resilient_pool.migrations.output import Lines, LineSink, guarded, may_hold_a_password, print_line, secrets_around
-from resilient_pool.migrations.server_activity import Evidence, ask, doubt
+from resilient_pool.migrations.output import (
+    LineSink,
+    OutputLines,
+    may_hold_a_password,
+    never_failing,
+    print_line,
+    secrets_around,
+)
+from resilient_pool.migrations.server_activity import ServerActivity, read_activity, reason_for_doubt
 from resilient_pool.migrations.sql_directory import SqlDirectory, read_directory
 from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.pool import ResilientPool
@@ -99,7 +106,7 @@ async def run_migration(
     """Wait for the database, then run a migration: one at a time, and once.
 
     Only a migration that certainly changed nothing is run again, under the same policy; any other failure is final.
-    Certain means that its last words were its tool's for "could not connect", that nothing it said before speaks of a
+    Certain means that the last line was its tool's message for "could not connect", that no line before it speaks of a
     connection, and that the server, asked before and after, neither counted another session nor saw anything written
     meanwhile. Where that is not certain the error has a note that says why it was not run again.
 
@@ -119,8 +126,8 @@ async def run_migration(
         lock: Name of the advisory lock under which it runs; `None` for none. Locks of different databases are different.
         stop_within: Seconds for a cancelled command to end by itself, before it is terminated and 3 s later killed.
         on_line: Is given each line of output, without secrets. Default: standard output. Should it raise, that is logged,
-            and it is told no more.
-        observers: Are told the pool's events while waiting, and the migration's.
+            and it gets no more lines.
+        observers: Get the pool's events while waiting, and the migration's.
 
     Returns:
         How it ended; only if it ended well.
@@ -130,13 +137,13 @@ async def run_migration(
         MigrationLockedError: Another migration held the lock until the deadline.
         ConfigurationError: An argument is wrong, or there is no such command or directory.
         TypeError: There is no such argument.
-        Exception: The driver's own error, if the database never came; what a function raised.
+        Exception: The driver's own error, if the database was never available; what a function raised.
     """
     # Nothing is raised here while the DSN, or the migration, which may hold one, is in a local variable.
     sealed = sealed_dsn(dsn)
     explicit = Secret(dsn) if isinstance(dsn, str) else None
     del dsn
-    task = _task(migration, explicit, guarded(on_line), stop_within)
+    task = _make_task(migration, explicit, never_failing(on_line), stop_within)
     del migration
     if isinstance(task, str):
         raise ConfigurationError(task)
@@ -144,18 +151,18 @@ async def run_migration(
     if lock is not None and not lock:
         raise ConfigurationError("lock must be a name; None is for no lock")
     await task.prepare(PoolConfig.from_arguments(sealed))
-    told = tuple(observers)
+    watching = tuple(observers)
     pool = ResilientPool(
         sealed,
         max_size=_CONNECTIONS,
         reconnect=backoff,
         deadline=deadline,
         timeout=timeout,
-        observers=told,
+        observers=watching,
         session_reset="background",  # whatever a file has set: its text goes past what the pool knows of the session
     )
     async with pool:
-        return await _Run(task, pool, backoff, deadline, Dispatcher(told)).run(lock)
+        return await _Run(task, pool, backoff, deadline, Dispatcher(watching)).run(lock)
 
 
 def sealed_dsn(dsn: str | None) -> SealedDsn:
@@ -168,11 +175,11 @@ def count(attempts: int) -> str:
     return f"{attempts} attempt" if attempts == 1 else f"{attempts} attempts"
 
 
-class _CouldNotConnect(Exception):  # noqa: N818 - it never leaves this module
-    """An attempt whose words say that it could not connect, and was not seen to have begun anything.
+class _ConnectFailed(Exception):  # noqa: N818 - it never leaves this module
+    """An attempt whose output says that it could not connect, and not that work had started.
 
     Attributes:
-        reason: What it said, without secrets.
+        reason: The message, without secrets.
         final: What to raise if it is not run again.
     """
 
@@ -186,8 +193,8 @@ class _Task(Protocol):
     """What is run.
 
     Attributes:
-        name: What it is called when it is told of.
-        may_be_repeated: Whether `attempt` may raise `_CouldNotConnect`.
+        name: Its name in events and errors.
+        may_be_repeated: Whether `attempt` may raise `_ConnectFailed`.
     """
 
     name: str
@@ -201,11 +208,11 @@ class _Task(Protocol):
         """
         ...
 
-    async def attempt(self, pool: ResilientPool, done: _Progress) -> MigrationResult:
+    async def attempt(self, pool: ResilientPool, progress: _Progress) -> MigrationResult:
         """Run it.
 
         Raises:
-            _CouldNotConnect: It may be run again, if the server confirms that it did nothing.
+            _ConnectFailed: It may be run again, if the server confirms that it did nothing.
             Exception: It failed.
         """
         ...
@@ -220,8 +227,8 @@ class _Progress:
     waited: float = 0.0
 
 
-def _task(migration: object, dsn: Secret | None, on_line: LineSink, stop_within: float) -> _Task | str:
-    """Return what to run, or what is wrong with it, for others to raise: this frame knows what may hold a secret."""
+def _make_task(migration: object, dsn: Secret | None, on_line: LineSink, stop_within: float) -> _Task | str:
+    """Return the task, or what is wrong with it, for the caller to raise: variables of this frame may hold a secret."""
     if isinstance(migration, Path):
         if _URL.match(str(migration)):
             return "the migration is a URL, not a directory of SQL files; the database is what dsn= names"
@@ -237,11 +244,11 @@ def _task(migration: object, dsn: Secret | None, on_line: LineSink, stop_within:
         return (
             "a quotation in the command has no end" if isinstance(error, ValueError) else "a command's words are texts"
         )
-    problem = _problem_of(command)
+    problem = _command_problem(command)
     return _Command(command, dsn, on_line, stop_within) if problem is None else problem
 
 
-def _problem_of(command: list[str]) -> str | None:
+def _command_problem(command: list[str]) -> str | None:
     if not command:
         return "the command is empty"
     if any("\0" in word for word in command):
@@ -271,27 +278,29 @@ class _Command:
         self._secrets = (*config.secrets(), *self._secrets)
         self.name = scrub(self.name, self._secrets)
 
-    async def attempt(self, _pool: ResilientPool, done: _Progress) -> MigrationResult:
-        lines = Lines(self._secrets, self._on_line)
+    async def attempt(self, _pool: ResilientPool, progress: _Progress) -> MigrationResult:
+        lines = OutputLines(self._secrets, self._on_line)
         code = await run_command(self._request, lines, stop_within=self._stop_within)
-        told = tuple(lines.told)
+        emitted = tuple(lines.emitted)
         if not code:
-            return MigrationResult(attempts=done.attempts, waited=done.waited, exit_code=code, output=told)
+            return MigrationResult(attempts=progress.attempts, waited=progress.waited, exit_code=code, output=emitted)
         failed = MigrationFailedError(
             f"{self.name} failed with exit status {code}{_signal_in(code)}",
             exit_code=code,
-            output=told,
-            attempts=done.attempts,
-            waited=done.waited,
+            output=emitted,
+            attempts=progress.attempts,
+            waited=progress.waited,
         )
-        symptom, begun = lines.heard.symptom, lines.heard.begun
-        if symptom is None:
+        connect_failure, work_started = lines.scanner.connect_failure, lines.scanner.work_started
+        if connect_failure is None:
             raise failed
-        if begun is not None:
-            begun = scrub(begun, self._secrets)
-            failed.add_note(f"resilient_pool: it could not connect, but was not run again: it had begun ({begun!r})")
+        if work_started is not None:
+            work_started = scrub(work_started, self._secrets)
+            failed.add_note(
+                f"resilient_pool: it could not connect, but was not run again: it had begun ({work_started!r})"
+            )
             raise failed
-        raise _CouldNotConnect(scrub(symptom, self._secrets), failed)
+        raise _ConnectFailed(scrub(connect_failure, self._secrets), failed)
 
 
 def _signal_in(code: int) -> str:
@@ -317,13 +326,13 @@ class _Directory:
         files = await asyncio.to_thread(read_directory, self._directory)
         self._files = SqlDirectory(files, self._on_line, SystemClock())
 
-    async def attempt(self, pool: ResilientPool, done: _Progress) -> MigrationResult:
+    async def attempt(self, pool: ResilientPool, progress: _Progress) -> MigrationResult:
         try:
             applied = await self._files.apply(pool)
         except MigrationFailedError as error:
-            error.attempts, error.waited = done.attempts, done.waited
+            error.attempts, error.waited = progress.attempts, progress.waited
             raise
-        return MigrationResult(attempts=done.attempts, waited=done.waited, applied=applied)
+        return MigrationResult(attempts=progress.attempts, waited=progress.waited, applied=applied)
 
 
 class _Function:
@@ -341,15 +350,15 @@ class _Function:
         self._classifier = config.classifier
         self._secrets = tuple(config.secrets())
 
-    async def attempt(self, _pool: ResilientPool, done: _Progress) -> MigrationResult:
+    async def attempt(self, _pool: ResilientPool, progress: _Progress) -> MigrationResult:
         try:
             await self._call()
         except Exception as error:
             reason = failed_to_connect(error, self._classifier)
             if reason is None:
                 raise
-            raise _CouldNotConnect(scrub(reason, self._secrets), error) from error
-        return MigrationResult(attempts=done.attempts, waited=done.waited)
+            raise _ConnectFailed(scrub(reason, self._secrets), error) from error
+        return MigrationResult(attempts=progress.attempts, waited=progress.waited)
 
     async def _call(self) -> None:
         if inspect.iscoroutinefunction(getattr(self._function, "func", self._function)):
@@ -374,7 +383,7 @@ class _Function:
                     "lock is held until then",
                     self.name,
                 )
-            await to_its_end(running)
+            await wait_until_done(running)
             if not running.cancelled():
                 error = running.exception()
                 ended = "well" if error is None else f"with {type(error).__name__}"
@@ -395,43 +404,45 @@ class _Run:
         self._started = self._clock.monotonic()
         self._ends = None if deadline is None else self._started + deadline
         self._state = RetryState(reconnect=policy, started=self._started)
-        self._done = _Progress()
+        self._progress = _Progress()
 
     async def run(self, lock: str | None) -> MigrationResult:
-        await self._wake()
+        await self._wait_for_database()
         if lock is None:
             return await self._run(lambda: 0)
         guard = MigrationLock(self._pool, lock, self._clock, self._dispatcher)
-        async with guard.held(self._left()):
+        async with guard.held(self._remaining()):
             return await self._run(lambda: guard.losses)
 
     async def _run(self, losses: Callable[[], int]) -> MigrationResult:
         while True:
-            before = await ask(self._pool, self._left()) if self._task.may_be_repeated else None
+            before = await read_activity(self._pool, self._remaining()) if self._task.may_be_repeated else None
             try:
                 result = await self._attempt()
-            except _CouldNotConnect as failure:
-                delay = await self._delay(failure, before)
+            except _ConnectFailed as failure:
+                delay = await self._delay_until_next(failure, before)
             else:
                 return replace(result, lock_losses=losses())
             await self._clock.sleep(delay)
-            await self._wake()
+            await self._wait_for_database()
 
-    async def _wake(self) -> None:
-        await self._pool.fetchval("SELECT 1", deadline=self._left())
+    async def _wait_for_database(self) -> None:
+        await self._pool.fetchval("SELECT 1", deadline=self._remaining())
 
     async def _attempt(self) -> MigrationResult:
         began = self._clock.monotonic()
         elapsed = began - self._started
-        self._done.attempts += 1
-        self._done.waited = elapsed - self._done.running
-        self._dispatcher.emit(MigrationStarted(migration=self._task.name, attempt=self._done.attempts, elapsed=elapsed))
+        self._progress.attempts += 1
+        self._progress.waited = elapsed - self._progress.running
+        self._dispatcher.emit(
+            MigrationStarted(migration=self._task.name, attempt=self._progress.attempts, elapsed=elapsed)
+        )
         try:
-            return await self._task.attempt(self._pool, self._done)
+            return await self._task.attempt(self._pool, self._progress)
         finally:
-            self._done.running += self._clock.monotonic() - began
+            self._progress.running += self._clock.monotonic() - began
 
-    async def _delay(self, failure: _CouldNotConnect, before: Evidence | None) -> float:
+    async def _delay_until_next(self, failure: _ConnectFailed, before: ServerActivity | None) -> float:
         """Return how long to wait until the next attempt; raise what is final if there is none."""
         verdict = Verdict(fault=Fault.UNREACHABLE, outcome=Outcome.NOT_EXECUTED)
         decision = decide(
@@ -444,9 +455,9 @@ class _Run:
             budget=None,
         )
         if not isinstance(decision, Retry):
-            failure.final.add_note(f"resilient_pool: it could not connect in {count(self._done.attempts)}")
+            failure.final.add_note(f"resilient_pool: it could not connect in {count(self._progress.attempts)}")
             raise failure.final
-        why_not = doubt(before, await ask(self._pool, self._left()))
+        why_not = reason_for_doubt(before, await read_activity(self._pool, self._remaining()))
         if why_not is not None:
             failure.final.add_note(
                 f"resilient_pool: its last words are that it could not connect, but it was not run again: {why_not}"
@@ -455,12 +466,12 @@ class _Run:
         self._dispatcher.emit(
             MigrationRepeated(
                 reason=failure.reason,
-                attempt=self._done.attempts,
+                attempt=self._progress.attempts,
                 delay=decision.delay,
                 elapsed=self._clock.monotonic() - self._started,
             )
         )
         return decision.delay
 
-    def _left(self) -> float | None:
+    def _remaining(self) -> float | None:
         return None if self._ends is None else max(0.001, self._ends - self._clock.monotonic())

@@ -1,4 +1,4 @@
-"""Asks the server whether anything can have happened while a migration ran: the half of the evidence that words cannot give."""
+"""Queries the server for sessions and writes while a migration ran: the half of the evidence that its output cannot give."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _COUNTED = """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What a server says at one moment.
+class ServerActivity:
+    """Counters of a server at one moment.
 
     Attributes:
-        server: What another server, or this one after a crash or a reset of its statistics, would not say alike.
+        server: An identity that differs for another server, and after a crash or a reset of the statistics.
         connected: The process ids of the sessions that are there.
         sessions: How many sessions there have been.
         xid: A transaction id, taken for this question.
@@ -39,35 +39,35 @@ class Evidence:
     opened: int
 
 
-async def ask(pool: ResilientPool, deadline: float | None) -> Evidence | None:
-    """Return what the server says now; `None` if it cannot be told: an older server, a standby, or no answer.
+async def read_activity(pool: ResilientPool, deadline: float | None) -> ServerActivity | None:
+    """Return the server's counters; `None` if it has none (an older server, a standby) or does not answer.
 
     Args:
-        pool: Where to ask.
+        pool: The pool to query with.
         deadline: Seconds that may be spent waiting for the server; `None` is no limit.
     """
     try:
         connected = await pool.fetchval(_CONNECTED, deadline=deadline)
-        told = await pool.fetchrow(_COUNTED, deadline=deadline)
-    except Exception:  # noqa: BLE001 - whatever it is, there is no evidence; the migration itself does not depend on it
+        counted = await pool.fetchrow(_COUNTED, deadline=deadline)
+    except Exception:  # noqa: BLE001 - without an answer there is no evidence; the migration itself does not depend on it
         return None
-    if told is None or told["sessions"] is None or told["xid"] is None:
+    if counted is None or counted["sessions"] is None or counted["xid"] is None:
         return None
-    return Evidence(
-        server=(told["since"], tuple(told["resets"] or ())),
+    return ServerActivity(
+        server=(counted["since"], tuple(counted["resets"] or ())),
         connected=frozenset(connected or ()),
-        sessions=told["sessions"],
-        xid=told["xid"],
+        sessions=counted["sessions"],
+        xid=counted["xid"],
         opened=pool.stats().opened,
     )
 
 
-def doubt(before: Evidence | None, after: Evidence | None) -> str | None:
+def reason_for_doubt(before: ServerActivity | None, after: ServerActivity | None) -> str | None:
     """Say why something may have happened in between, or `None`: then no one but this process began a session or wrote.
 
     Args:
-        before: What the server said before the migration began.
-        after: What it says after it ended.
+        before: The counters before the migration began.
+        after: The counters after it ended.
     """
     if before is None or after is None:
         return "the server could not be asked (that takes PostgreSQL 14 or newer, and no standby)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ import asyncpg
 from resilient_pool.clock import Clock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError, OutcomeUnknownError
 from resilient_pool.execution.connection import ResilientConnection
-from resilient_pool.migrations.invalid_objects import Remains, look
+from resilient_pool.migrations.invalid_objects import InvalidObjects, find_invalid_objects
 from resilient_pool.migrations.output import LineSink
 from resilient_pool.pool import ResilientPool
 from resilient_pool.retry.backoff import BackoffPolicy
@@ -27,23 +26,24 @@ TABLE = "resilient_pool_migrations"
 NO_TRANSACTION = "-- resilient-pool: no transaction"
 """The first line of a file whose one statement cannot run in a transaction, such as CREATE INDEX CONCURRENTLY."""
 
-_CREATE = f"""
+_CREATE_TABLE = f"""
     CREATE TABLE IF NOT EXISTS {TABLE} (
         name text PRIMARY KEY, checksum text NOT NULL, started_at timestamptz NOT NULL DEFAULT now(),
         finished_at timestamptz)
 """
-_EXISTS = f"SELECT pg_catalog.to_regclass('{TABLE}') IS NOT NULL"
-_RECORDED = f"SELECT name, checksum, finished_at IS NOT NULL AS finished FROM {TABLE}"  # noqa: S608
+_TABLE_EXISTS = f"SELECT pg_catalog.to_regclass('{TABLE}') IS NOT NULL"
+_SELECT_RECORDS = f"SELECT name, checksum, finished_at IS NOT NULL AS finished FROM {TABLE}"  # noqa: S608
 # A second transaction that inserts the same name waits for the first one's end, so that even without the lock, and even
 # if it is not known what became of the first, no file is applied twice.
-_RECORD = f"""
+_INSERT_RECORD = f"""
     INSERT INTO {TABLE} (name, checksum, finished_at) VALUES ($1, $2, CASE WHEN $3 THEN clock_timestamp() END)
     ON CONFLICT (name) DO NOTHING RETURNING true
 """  # noqa: S608
-_FINISH = f"UPDATE {TABLE} SET finished_at = clock_timestamp() WHERE name = $1 AND checksum = $2"  # noqa: S608
-_FORGET = f"DELETE FROM {TABLE} WHERE name = $1 AND checksum = $2 AND finished_at IS NULL"  # noqa: S608
-# Two that create it at the same moment may get in each other's way in spite of IF NOT EXISTS.
-_MADE_BY_ANOTHER = (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError)
+_MARK_FINISHED = f"UPDATE {TABLE} SET finished_at = clock_timestamp() WHERE name = $1 AND checksum = $2"  # noqa: S608
+_DELETE_RECORD = f"DELETE FROM {TABLE} WHERE name = $1 AND checksum = $2 AND finished_at IS NULL"  # noqa: S608
+# What CREATE TABLE IF NOT EXISTS raises when another session commits the same one while it runs: the first of its own
+# checks that sees the other's table, its row type or an entry of a catalog's unique index.
+_CREATED_CONCURRENTLY = (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError)
 _NUMBER = re.compile(r"(\d+)")
 _COMMAND_OF_PSQL = re.compile(r"^[ \t]*\\[A-Za-z!?]", re.MULTILINE)
 _ATTEMPTS = 5
@@ -104,10 +104,10 @@ def read_directory(directory: Path) -> tuple[SqlFile, ...]:
     found = [path for path in directory.glob("*.sql") if not path.name.startswith(".") and not path.is_dir()]
     if not found:
         raise ConfigurationError(f"the directory {str(directory)!r} holds no file whose name ends in .sql")
-    return tuple(_read(path) for path in sorted(found, key=lambda path: _order(path.name)))
+    return tuple(_read(path) for path in sorted(found, key=lambda path: _sort_key(path.name)))
 
 
-def _order(name: str) -> tuple[tuple[object, ...], str]:
+def _sort_key(name: str) -> tuple[tuple[object, ...], str]:
     parts = _NUMBER.split(name)
     return tuple(int(part) if position % 2 else part for position, part in enumerate(parts)), name
 
@@ -213,13 +213,13 @@ class SqlDirectory:
 
     Args:
         files: What is in it, as `read_directory` returns it.
-        tell: Is given one line for each file applied.
+        emit: Is given one line for each file applied.
         clock: Waits between the attempts of a file.
     """
 
-    def __init__(self, files: Sequence[SqlFile], tell: LineSink, clock: Clock) -> None:
+    def __init__(self, files: Sequence[SqlFile], emit: LineSink, clock: Clock) -> None:
         self._files = tuple(files)
-        self._tell = tell
+        self._emit = emit
         self._clock = clock
 
     async def apply(self, pool: ResilientPool) -> tuple[str, ...]:
@@ -232,11 +232,11 @@ class SqlDirectory:
         """
         recorded = await _recorded(pool)
         unfinished = any(not row["finished"] for row in recorded.values())
-        _check(self._files, recorded, await look(pool) if unfinished else Remains())
+        _check(self._files, recorded, await find_invalid_objects(pool) if unfinished else InvalidObjects())
         applied = []
         for file in self._files:
             if file.name not in recorded and await self._apply(pool, file):
-                self._tell(f"applied {file.name}")
+                self._emit(f"applied {file.name}")
                 applied.append(file.name)
         return tuple(applied)
 
@@ -250,17 +250,20 @@ class SqlDirectory:
         except OutcomeUnknownError as error:
             raise _unknown(file) from error
         except Exception as error:
-            # Whatever it is: the database was there when it began, so this is not "the database never came".
+            # The database was there when the file began, so this is no failure to connect.
             raise _failed(file, error) from error
 
 
 async def _recorded(pool: ResilientPool) -> dict[str, asyncpg.Record]:
     """Return what is recorded, by name; make the table first if there is none."""
     try:
-        if not await pool.fetchval(_EXISTS):
-            with contextlib.suppress(*_MADE_BY_ANOTHER):
-                await pool.execute(_CREATE, idempotent=True)
-        return {row["name"]: row for row in await pool.fetch(_RECORDED)}
+        if not await pool.fetchval(_TABLE_EXISTS):
+            try:
+                await pool.execute(_CREATE_TABLE, idempotent=True)
+            except _CREATED_CONCURRENTLY:
+                if not await pool.fetchval(_TABLE_EXISTS):
+                    raise
+        return {row["name"]: row for row in await pool.fetch(_SELECT_RECORDS)}
     except asyncpg.InsufficientPrivilegeError as error:
         raise MigrationFailedError(
             f"our role may not keep the table {TABLE}, where applied files are recorded, in the first schema of its search "
@@ -268,12 +271,12 @@ async def _recorded(pool: ResilientPool) -> dict[str, asyncpg.Record]:
         ) from error
 
 
-def _check(files: Iterable[SqlFile], recorded: Mapping[str, asyncpg.Record], remains: Remains) -> None:
+def _check(files: Iterable[SqlFile], recorded: Mapping[str, asyncpg.Record], invalid: InvalidObjects) -> None:
     present = {file.name for file in files}
     gone = {row["checksum"]: name for name, row in recorded.items() if name not in present}
     for file in files:
         if file.name in recorded:
-            _check_recorded(file, recorded[file.name], remains)
+            _check_recorded(file, recorded[file.name], invalid)
         elif file.statements.any and file.checksum in gone:
             before = gone[file.checksum]
             raise MigrationFailedError(
@@ -291,13 +294,13 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _check_recorded(file: SqlFile, recorded: asyncpg.Record, remains: Remains) -> None:
+def _check_recorded(file: SqlFile, recorded: asyncpg.Record, invalid: InvalidObjects) -> None:
     if not recorded["finished"]:
-        left = remains.named_in(file.sql)
+        left = invalid.named_in(file.sql)
         raise MigrationFailedError(
             f"{file.name}, which runs outside a transaction, was begun before and its end is not known: see whether its "
             f"statement has taken effect. If it has, set finished_at in its row of the table {TABLE}; if it has not, delete "
-            f"that row{'. ' if left else ''}{left.described()}"
+            f"that row{'. ' if left else ''}{left.describe()}"
         )
     if recorded["checksum"] != file.checksum:
         raise MigrationFailedError(
@@ -313,29 +316,29 @@ async def _in_transaction(pool: ResilientPool, file: SqlFile, clock: Clock) -> b
         try:
             return await pool.run_in_transaction(attempts.record_and_run)
         except OutcomeUnknownError:
-            # The server could not tell what became of the COMMIT, but the record is part of that transaction: it is
+            # The outcome of the COMMIT could not be resolved, but the record is part of that transaction: it is
             # there if, and only if, the file took effect.
             if await _is_recorded(pool, file):
                 return True
-            if attempts.are_spent:
+            if attempts.is_exhausted:
                 raise
         except asyncpg.LockNotAvailableError:
             # Undone as a whole. A lock_timeout is set so that others need not wait behind this: it is tried again later.
-            if attempts.are_spent:
+            if attempts.is_exhausted:
                 raise
             await clock.sleep(next(delays))
 
 
 class _Attempts:
-    """One file's transaction, as often as it is repeated: after a lost connection, a conflict, or a lock not to be had."""
+    """The attempts of one file's transaction: repeated after a lost connection, a conflict, or a lock time-out."""
 
     def __init__(self, file: SqlFile) -> None:
         self._file = file
         self._begun = 0
 
     @property
-    def are_spent(self) -> bool:
-        """Whether no further one may begin."""
+    def is_exhausted(self) -> bool:
+        """Whether no further attempt is allowed."""
         return self._begun >= _ATTEMPTS
 
     async def record_and_run(self, connection: ResilientConnection) -> bool:
@@ -343,12 +346,12 @@ class _Attempts:
         self._begun += 1
         try:
             # First the record: afterwards the file may have changed the search path.
-            if not await connection.fetchval(_RECORD, self._file.name, self._file.checksum, True):
+            if not await connection.fetchval(_INSERT_RECORD, self._file.name, self._file.checksum, True):
                 return False
             if self._file.statements.any:
                 await _execute(connection, self._file.sql)
         except Exception as error:
-            if self.are_spent:
+            if self.is_exhausted:
                 raise _failed(self._file, error, f" (in each of {_ATTEMPTS} attempts)") from error
             raise
         return True
@@ -364,27 +367,27 @@ async def _execute(connection: ResilientConnection, sql: str) -> None:
 
 
 async def _outside_transaction(pool: ResilientPool, file: SqlFile) -> bool:
-    before = await look(pool)
-    if not await pool.fetchval(_RECORD, file.name, file.checksum, False, exactly_once=True):
+    before = await find_invalid_objects(pool)
+    if not await pool.fetchval(_INSERT_RECORD, file.name, file.checksum, False, exactly_once=True):
         return False
     failure = await _run_alone(pool, file)
     try:
-        after = await look(pool)
+        after = await find_invalid_objects(pool)
     except Exception as error:  # noqa: BLE001 - what failed before it says more
         raise _failed(file, failure or error, "\nWhat it left behind could not be asked for") from (failure or error)
-    flawed = after.named_in(file.sql)
-    if failure is None and not flawed:
-        await pool.execute(_FINISH, file.name, file.checksum, idempotent=True)
+    invalid = after.named_in(file.sql)
+    if failure is None and not invalid:
+        await pool.execute(_MARK_FINISHED, file.name, file.checksum, idempotent=True)
         return True
     # The server has answered, so that it is no longer under way. A CALL or a DO may have committed something before.
     if file.statements.first not in _RUN_CODE:
-        await pool.execute(_FORGET, file.name, file.checksum, idempotent=True)
+        await pool.execute(_DELETE_RECORD, file.name, file.checksum, idempotent=True)
     if failure is None:
         raise MigrationFailedError(
-            f"{file.name}: the statement was skipped, or did not do all of its work: {flawed.described()}"
+            f"{file.name}: the statement was skipped, or did not do all of its work: {invalid.describe()}"
         )
-    left = after.without(before) or flawed
-    raise _failed(file, failure, f"\nSomething is left behind: {left.described()}" if left else "") from failure
+    left = after.without(before) or invalid
+    raise _failed(file, failure, f"\nSomething is left behind: {left.describe()}" if left else "") from failure
 
 
 async def _run_alone(pool: ResilientPool, file: SqlFile) -> asyncpg.PostgresError | None:
@@ -408,7 +411,7 @@ async def _run_alone(pool: ResilientPool, file: SqlFile) -> asyncpg.PostgresErro
 
 
 async def _is_recorded(pool: ResilientPool, file: SqlFile) -> bool:
-    found: Sequence[asyncpg.Record] = await pool.fetch(_RECORDED)
+    found: Sequence[asyncpg.Record] = await pool.fetch(_SELECT_RECORDS)
     return any(row["name"] == file.name and row["checksum"] == file.checksum for row in found)
 
 
@@ -420,10 +423,10 @@ def _failed(file: SqlFile, error: Exception, more: str = "") -> MigrationFailedE
     said = str(error) if isinstance(error, asyncpg.PostgresError) else f"{type(error).__name__}: {error}".rstrip(": ")
     if getattr(error, "server_source_function", None) == "PreventInTransactionBlock":
         more += f"\nPut it alone into a file that begins with {NO_TRANSACTION!r}"
-    return MigrationFailedError(f"{file.name}{_place(file, error)}: {said}{more}")
+    return MigrationFailedError(f"{file.name}{_line_of(file, error)}: {said}{more}")
 
 
-def _place(file: SqlFile, error: Exception) -> str:
+def _line_of(file: SqlFile, error: Exception) -> str:
     position = getattr(error, "position", None)
     if not isinstance(position, str) or not position.isdigit():
         return ""

@@ -1,9 +1,10 @@
-"""The only program that runs beside this package's own process: it starts one command, and ends it when it is told to or left alone.
+"""Starts one command, and ends it when its own parent asks for that or dies.
 
-It is run as `python supervisor.py SECONDS`. The first line of its standard input says in JSON what to run, since arguments
-can be read by others. Nothing comes after it: when the input ends, because the process at the other end closed it or died,
-however suddenly, the command's whole process group is interrupted as by Ctrl-C; after SECONDS it is terminated, and then killed. It ends as the command did, with 128 and the signal's number for one
-that a signal ended. It uses the standard library only, so that it starts at once.
+It is run as `python supervisor.py SECONDS`. The first line of its standard input is the command as JSON, since arguments
+are visible to other users. At the end of its input, because the parent has closed its end of the pipe or died, it
+interrupts the command's whole process group as Ctrl-C does, terminates it after SECONDS, and then kills it. Its exit
+status is the command's, or 128 and the number of the signal that ended it. It imports the standard library only, so
+that it starts fast.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 
-_TO_TERMINATE = 3.0
+_TERMINATE_SECONDS = 3.0
 _POLL = 0.02
 _NOT_RUN = 127
 
@@ -27,7 +28,7 @@ def main() -> int:
     # Functions, unlike SIG_IGN, are not handed down to the command.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    command = _told()
+    command = _read_request()
     if command is None:
         return _NOT_RUN
     try:
@@ -36,37 +37,37 @@ def main() -> int:
         sys.stderr.write(f"cannot run {os.fsdecode(command[0])!r}: {error.strerror}\n")
         return _NOT_RUN
     ending = threading.Lock()
-    threading.Thread(target=_when_left_alone, args=(process.pid, seconds, ending), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(process.pid, seconds, ending), daemon=True).start()
     status = process.wait()
     with ending:  # nothing that the command has started outlives it
-        _end(process.pid, 0.0)
+        _stop_group(process.pid, 0.0)
     return status if status >= 0 else 128 - status
 
 
-def _told() -> list[bytes] | None:
-    """Read what to run and set its environment; `None` if we were left alone before that was said."""
-    said = b""
-    while not said.endswith(b"\n"):
+def _read_request() -> list[bytes] | None:
+    """Read what to run and set its environment; `None` at end of file before that."""
+    received = b""
+    while not received.endswith(b"\n"):
         more = os.read(sys.stdin.fileno(), 65536)
         if not more:
             return None
-        said += more
-    request = json.loads(said)
+        received += more
+    request = json.loads(received)
     for name, value in request["environment"].items():
         os.environb[name.encode("latin-1")] = value.encode("latin-1")
     return [word.encode("latin-1") for word in request["command"]]
 
 
-def _when_left_alone(group: int, seconds: float, ending: threading.Lock) -> None:
+def _watch_parent(group: int, seconds: float, ending: threading.Lock) -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
     with ending:
-        _end(group, seconds)
+        _stop_group(group, seconds)
 
 
-def _end(group: int, seconds: float) -> None:
+def _stop_group(group: int, seconds: float) -> None:
     steps = ((signal.SIGINT, seconds),) if seconds else ()
-    for number, patience in (*steps, (signal.SIGTERM, _TO_TERMINATE), (signal.SIGKILL, _TO_TERMINATE)):
+    for number, patience in (*steps, (signal.SIGTERM, _TERMINATE_SECONDS), (signal.SIGKILL, _TERMINATE_SECONDS)):
         if not _signal(group, number):
             return
         until = time.monotonic() + patience

@@ -46,7 +46,7 @@ AWAY = ("hang", "refuse", "reset", "57P03", "28000")
 
 
 def ignore(_line: str) -> None:
-    """Do not tell."""
+    """Ignore a line of output."""
 
 
 def of(kind: type, events: list) -> list:
@@ -163,7 +163,7 @@ async def test_a_command_that_never_can_connect_ends_with_its_own_last_words(pos
 
 
 async def test_a_database_that_never_comes_ends_with_the_drivers_error_and_status_3(tmp_path):
-    """Nothing was run; a person is told each attempt, and a machine what it came to."""
+    """Nothing was run; standard error has each attempt, and the JSON the result."""
     status, output, errors = await run(
         *("migrate", "--json", "--deadline", "0.5", "--dsn", "postgresql://postgres@127.0.0.1:1/postgres"),
         *("--", *program("print('ran')")),
@@ -177,7 +177,7 @@ async def test_a_database_that_never_comes_ends_with_the_drivers_error_and_statu
 
 
 async def test_output_comes_line_by_line_and_not_only_in_the_end(postgres):
-    """A line is told while the command still runs."""
+    """A line is emitted while the command still runs."""
     process = await start(
         *("migrate", "--no-lock", "--", *program("print('first', flush=True); import time; time.sleep(60)")),
         dsn=postgres.dsn(),
@@ -267,7 +267,7 @@ async def test_an_index_can_be_built_concurrently_while_another_deployment_waits
         await asyncio.gather(first, run_migration(nothing, dsn=dsn, observers=[observe]))
 
 
-async def test_a_lost_lock_is_told_and_taken_again(postgres):
+async def test_a_lost_lock_is_reported_and_acquired_again(postgres):
     """The migration goes on; the result says that it was not alone for certain."""
     events = []
     async with databases(postgres, f"lost_{uuid.uuid4().hex}") as (dsn,):
@@ -372,7 +372,7 @@ async def test_what_a_command_leaves_behind_ends_with_it(postgres):
 
 
 async def test_a_process_in_a_session_of_its_own_does_not_keep_the_migration_waiting(postgres, tmp_path):
-    """It is left alone though it holds the output; what was written is told, also a last line without an end."""
+    """It is not ended though it holds the output; what was written is emitted, also a last line without an end."""
     pid, lines = tmp_path / "pid", []
     source = (
         "import subprocess; left = subprocess.Popen(['sleep', '60'], start_new_session=True);"
@@ -434,7 +434,7 @@ async def test_a_password_in_the_dsn_option_works_and_earns_a_warning(postgres):
         "migrate", "--no-lock", "--dsn", dsn, "--", *program(source), dsn="postgresql://nowhere:1/"
     )
     assert status == 0, errors
-    assert "warning: everybody on this machine can read the password in --dsn" in errors
+    assert "warning: every user of this machine can read the password in --dsn" in errors
     assert CANARY not in output + errors
     assert quote(CANARY, safe="") not in output + errors
 
@@ -512,7 +512,7 @@ async def test_wait_ends_well_when_the_database_answers(postgres):
 
 
 async def test_wait_has_an_end(postgres):
-    """Its `--timeout` is kept, and the status says that the database never came."""
+    """Its `--timeout` is kept, and the status says that the database was never available."""
     status, output, errors = await run(
         "wait", "--timeout", "0.5", "--dsn", "postgresql://postgres@127.0.0.1:1/postgres", dsn=None
     )
@@ -548,8 +548,8 @@ async def shell(line: str, dsn: str, **more: str) -> tuple[int, str, str]:
         "ours migrate --no-lock --json -- echo one >&- 2>&-",
     ],
 )
-async def test_a_success_stays_one_though_nobody_can_read_of_it(postgres, line):
-    """Standard output or error is closed, full, or read by nobody; no traceback is shown."""
+async def test_a_success_stays_one_when_its_output_cannot_be_written(postgres, line):
+    """Standard output or error is closed, full, or without a reader; no traceback is shown."""
     status, _, errors = await shell(line, postgres.dsn())
     assert status == 0, errors
     assert "Traceback" not in errors
@@ -630,8 +630,8 @@ async def test_a_missing_command_is_found_before_the_database_is_woken():
         await run_migration("nowhere --at all", dsn="postgresql://postgres@127.0.0.1:1/postgres")
 
 
-async def test_waiting_is_told_to_observers(postgres, proxy):
-    """Each attempt to connect that failed, as the pool tells it."""
+async def test_waiting_is_emitted_to_observers(postgres, proxy):
+    """Each attempt to connect that failed, as the pool emits it."""
     events = []
 
     def observe(event) -> None:

@@ -14,7 +14,7 @@ from migration_tools import QUICK, databases, run, through
 from resilient_pool import ConfigurationError, MigrationFailedError, MigrationResult, run_migration
 from resilient_pool.events import MigrationStarted, OutcomeResolved
 from resilient_pool.migrations.sql_directory import NO_TRANSACTION
-from resilient_pool.testing import EmbeddedPostgres, FaultProxy
+from resilient_pool.testing import EmbeddedPostgres, End, FaultProxy, Point, Refusal, ScriptedServer
 
 APPLIED = "SELECT name FROM resilient_pool_migrations WHERE finished_at IS NOT NULL ORDER BY name"
 
@@ -93,6 +93,42 @@ async def test_two_deployments_apply_each_file_once(dsn, tmp_path, lock):
     assert await ask(dsn, "SELECT id FROM t") == [1]
 
 
+@pytest.mark.parametrize(
+    ("sqlstate", "message"),
+    [
+        ("23505", 'duplicate key value violates unique constraint "pg_type_typname_nsp_index"'),
+        ("42P07", 'relation "resilient_pool_migrations" already exists'),
+        ("42710", 'type "resilient_pool_migrations" already exists'),
+    ],
+)
+async def test_a_table_that_another_deployment_creates_at_the_same_moment_is_used(
+    postgres, dsn, tmp_path, sqlstate, message
+):
+    """Whichever of the server's checks sees it first."""
+    write(tmp_path, _1="CREATE TABLE t (id int)")
+    line = Refusal(
+        at=Point.QUERY,
+        severity="ERROR",
+        sqlstate=sqlstate,
+        message=message,
+        then=End.READY,
+        executed=True,
+        matching="CREATE TABLE IF NOT EXISTS resilient_pool_migrations",
+    )
+    with ScriptedServer(line, host=postgres.host, port=postgres.port) as server:
+        result = await migrate(through(dsn, server.port), tmp_path)
+        assert server.sent == (line,)
+    assert result.applied == ("1.sql",)
+
+
+async def test_a_type_with_the_name_of_the_table_is_an_error_that_names_it(dsn, tmp_path):
+    """It is not taken for a table that another deployment has just created."""
+    await ask(dsn, "CREATE TYPE resilient_pool_migrations AS ENUM ('one')")
+    write(tmp_path, _1="CREATE TABLE t (id int)")
+    with pytest.raises(asyncpg.DuplicateObjectError, match='type "resilient_pool_migrations" already exists'):
+        await migrate(dsn, tmp_path)
+
+
 async def test_a_commit_whose_answer_was_lost_is_resolved(postgres, dsn, tmp_path):
     """The file took effect, so it counts as applied, and it is not applied again."""
     write(tmp_path, _1="CREATE TABLE t (id int)", _2="INSERT INTO t VALUES (1)")
@@ -137,7 +173,7 @@ async def test_a_marked_file_that_was_refused_may_be_mended(dsn, tmp_path):
     assert (await migrate(dsn, tmp_path)).applied == ("1.sql",)
 
 
-async def test_a_marked_file_whose_end_is_not_known_is_refused_until_somebody_has_looked(postgres, dsn, tmp_path):
+async def test_a_marked_file_whose_end_is_not_known_is_refused_until_its_record_is_changed(postgres, dsn, tmp_path):
     """It is not guessed: the connection was lost while it ran."""
     write(tmp_path, _1=f"{NO_TRANSACTION}\nVACUUM pg_class")
     with FaultProxy(postgres.host, postgres.port) as proxy:
@@ -163,7 +199,7 @@ async def test_a_marked_file_whose_end_is_not_known_says_so_also_when_it_has_cha
 
 @pytest.mark.parametrize("sql", ["VACUUM pg_class; VACUUM pg_type", "VACUUM pg_class; -- and\nVACUUM", "-- nothing"])
 async def test_a_marked_file_that_is_not_one_statement_is_refused_before_the_database_is_asked(tmp_path, sql):
-    """The server would refuse it, or somebody would have to find out how far it came."""
+    """The server would refuse it, or its progress would have to be found out by hand."""
     with pytest.raises(ConfigurationError, match=r"1\.sql is marked .* but is not one statement"):
         await migrate("postgresql://postgres@127.0.0.1:1/postgres", write(tmp_path, _1=f"{NO_TRANSACTION}\n{sql}"))
 
@@ -202,7 +238,7 @@ async def test_whatever_a_file_raises_is_its_own_failure_and_has_an_end(dsn, tmp
     assert made == calls if calls else made <= 5
 
 
-async def test_a_role_that_may_not_create_is_told_the_table_and_the_grant(postgres, dsn, tmp_path):
+async def test_the_error_of_a_role_that_may_not_create_names_the_table_and_the_grant(postgres, dsn, tmp_path):
     """The failure is the migration's, and nothing was applied."""
     name = f"modest_{uuid.uuid4().hex}"
     await postgres.create_role(name, "secret")
@@ -242,8 +278,8 @@ async def test_the_command_line_applies_a_directory(dsn, tmp_path):
     assert "syntax error at end of input" in errors
 
 
-async def test_a_directory_is_applied_though_nobody_listens(dsn, tmp_path):
-    """What is told of the files is not part of applying them."""
+async def test_a_directory_is_applied_when_its_output_cannot_be_written(dsn, tmp_path):
+    """The output about the files is not part of applying them."""
     write(tmp_path, _1="CREATE TABLE a ()", _2="CREATE TABLE b ()")
     calls = []
 

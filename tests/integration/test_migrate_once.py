@@ -15,14 +15,14 @@ from migration_tools import PSQL, QUICK, databases, program, through, until
 
 from resilient_pool import MigrationFailedError, ResilientPool, run_migration
 from resilient_pool.events import MigrationRepeated
-from resilient_pool.migrations.server_activity import ask, doubt
+from resilient_pool.migrations.server_activity import read_activity, reason_for_doubt
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 NOWHERE = "postgresql://postgres@127.0.0.1:1/postgres"
 
 
 def ignore(_line: str) -> None:
-    """Do not tell."""
+    """Ignore a line of output."""
 
 
 @pytest.fixture
@@ -191,21 +191,23 @@ async def test_the_server_knows_whether_anything_happened_in_between(dsn):
     """A write through a session that was there before, as a pooler's is, shows too; a read through it does not."""
     other = await asyncpg.connect(dsn)
     async with ResilientPool(dsn, max_size=2) as pool:
-        before = await ask(pool, 5.0)
+        before = await read_activity(pool, 5.0)
         await other.fetchval("SELECT count(*) FROM applied")
-        assert doubt(before, await ask(pool, 5.0)) is None
+        assert reason_for_doubt(before, await read_activity(pool, 5.0)) is None
 
-        before = await ask(pool, 5.0)
+        before = await read_activity(pool, 5.0)
         await other.execute("INSERT INTO applied VALUES (1)")
-        assert "something was written on the server meanwhile" in str(doubt(before, await ask(pool, 5.0)))
+        assert "something was written on the server meanwhile" in str(
+            reason_for_doubt(before, await read_activity(pool, 5.0))
+        )
 
-        before = await ask(pool, 5.0)
+        before = await read_activity(pool, 5.0)
         await pool.expire_connections()
-        assert doubt(before, await ask(pool, 5.0)) is None, "our own sessions do not count"
+        assert reason_for_doubt(before, await read_activity(pool, 5.0)) is None, "our own sessions do not count"
 
-        before = await ask(pool, 5.0)
+        before = await read_activity(pool, 5.0)
         await other.execute("SELECT pg_stat_reset()")
-        assert "its statistics were reset" in str(doubt(before, await ask(pool, 5.0)))
+        assert "its statistics were reset" in str(reason_for_doubt(before, await read_activity(pool, 5.0)))
     await other.close()
 
 
@@ -214,10 +216,10 @@ async def test_a_role_without_privileges_sees_it_as_well(postgres, dsn):
     name = f"plain_{uuid.uuid4().hex[:8]}"
     await postgres.create_role(name, "secret")
     async with ResilientPool(postgres.dsn(dsn.rpartition("/")[2], name, "secret"), max_size=2) as pool:
-        before = await ask(pool, 5.0)
+        before = await read_activity(pool, 5.0)
         other = await asyncpg.connect(dsn)
         assert before is not None
-        assert "1 other session(s)" in str(doubt(before, await ask(pool, 5.0)))
+        assert "1 other session(s)" in str(reason_for_doubt(before, await read_activity(pool, 5.0)))
         await other.close()
     async with postgres.admin() as admin:
         await admin.execute(f"DROP ROLE {name}")
@@ -226,21 +228,21 @@ async def test_a_role_without_privileges_sees_it_as_well(postgres, dsn):
 async def test_a_clean_restart_keeps_the_count_and_a_crash_ends_it():
     """After a crash there is no evidence, so that nothing is run again."""
     async with EmbeddedPostgres() as server, ResilientPool(server.dsn(), max_size=2, deadline=20.0) as pool:
-        before = await ask(pool, 20.0)
+        before = await read_activity(pool, 20.0)
         await server.restart()
-        after = await ask(pool, 20.0)
+        after = await read_activity(pool, 20.0)
         assert before is not None
         assert after is not None
         assert after.server == before.server
         await server.restart("immediate")
-        assert "the server crashed" in str(doubt(before, await ask(pool, 20.0)))
+        assert "the server crashed" in str(reason_for_doubt(before, await read_activity(pool, 20.0)))
 
 
 async def test_without_evidence_nothing_is_run_again(postgres, dsn):
-    """A standby cannot tell; the error says so."""
+    """A standby has no such counters; the error says so."""
     async with await postgres.standby(f"blind_{uuid.uuid4().hex[:8]}") as replica, ResilientPool(replica.dsn()) as pool:
-        assert await ask(pool, 5.0) is None
-    assert "the server could not be asked" in str(doubt(None, None))
+        assert await read_activity(pool, 5.0) is None
+    assert "the server could not be asked" in str(reason_for_doubt(None, None))
 
 
 # A function in a thread

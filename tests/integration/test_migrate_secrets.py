@@ -25,7 +25,7 @@ QUOTED = quote(CANARY, safe="")
 
 
 def ignore(_line: str) -> None:
-    """Do not tell."""
+    """Ignore a line of output."""
 
 
 def report(error: BaseException) -> str:
@@ -80,8 +80,13 @@ async def test_a_command_that_was_cancelled_tells_no_secret(dsn, delay):
 
 
 async def test_a_command_is_seen_with_its_arguments_once_in_the_process_list(dsn, tmp_path):
-    """The program that watches over it is told of it by a pipe."""
-    own = "import pathlib; print('\\n'.join(p.read_text() for p in pathlib.Path('/proc').glob('[0-9]*/cmdline')))"
+    """The supervisor gets it through a pipe."""
+    own = (
+        "import contextlib, pathlib\n"
+        "for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):\n"
+        "    with contextlib.suppress(OSError):  # the process has just ended\n"
+        "        print(path.read_text())"
+    )
     mark = uuid.uuid4().hex
     lines: list[str] = []
     await run_migration([*program(own), mark], dsn=dsn, on_line=lines.append)

@@ -13,7 +13,7 @@ HEALTHY = Facts(
     version=180001,
     standby=False,
     idle=None,
-    commits="on",
+    synchronous_commit="on",
     tls=True,
     tls_version="TLSv1.3",
     remote=True,
@@ -67,14 +67,14 @@ def test_of_a_healthy_database_all_is_well():
         ("pooler", {"pooler": True}, {"statement_cache_size": 100}, "problem", "another query's result", "=0"),
         ("encryption", {"tls": False}, {}, "advice", "over a network", "sslmode=verify-full"),
         ("encryption", {"tls": False, "remote": False}, {}, "ok", "same machine", ""),
-        ("durability", {"commits": "off"}, {}, "advice", "loses", "synchronous_commit=on"),
+        ("durability", {"synchronous_commit": "off"}, {}, "advice", "loses", "synchronous_commit=on"),
         ("permissions", {"may_terminate": False}, {}, "ok", "GRANT pg_signal_backend TO shop", ""),
         ("clock", {"skew": -7.2}, {}, "advice", "7.2 s", "NTP"),
         ("role", {"standby": True}, {}, "problem", "no writes", "target_session_attrs=primary"),
         ("role", {"standby": True}, {"target_session_attrs": "standby"}, "ok", "a standby", ""),
     ],
 )
-def test_what_is_found_is_told_with_the_setting_to_change(check, facts, config, level, text, change):
+def test_each_finding_names_the_setting_to_change(check, facts, config, level, text, change):
     """In plain words, of the one thing that is not as it should be."""
     found = findings(config, **facts)[check]
     assert found[0] == level

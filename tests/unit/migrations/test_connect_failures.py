@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import PostgresClassifier
-from resilient_pool.migrations.connect_failures import Transcript, could_not_connect, failed_to_connect
+from resilient_pool.migrations.connect_failures import OutputScanner, could_not_connect, failed_to_connect
 
 # Recorded from alembic 1.20 with SQLAlchemy 2.1 and asyncpg 0.32; the tracebacks' middles are left out.
 ALEMBIC = """\
@@ -237,11 +237,14 @@ def test_a_traceback_counts_only_for_the_error_that_ends_it():
 
 def test_what_was_begun_is_remembered_however_much_is_said_afterwards():
     """Each line is judged as it comes; what is kept does not grow."""
-    heard = Transcript(["Applying 0001"])
+    scanner = OutputScanner(["Applying 0001"])
     for _ in range(5000):
-        heard.hear("something")
-    heard.hear(f"psql: error: {SERVER}Connection refused")
-    assert (heard.begun, heard.symptom) == ("Applying 0001", f"psql: error: {SERVER}Connection refused")
+        scanner.feed("something")
+    scanner.feed(f"psql: error: {SERVER}Connection refused")
+    assert (scanner.work_started, scanner.connect_failure) == (
+        "Applying 0001",
+        f"psql: error: {SERVER}Connection refused",
+    )
 
 
 async def test_an_error_raised_while_another_was_handled_is_not_a_failure_to_connect():

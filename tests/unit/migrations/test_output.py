@@ -5,48 +5,48 @@ from __future__ import annotations
 import pytest
 
 from resilient_pool.config.secrets import Secret
-from resilient_pool.migrations.output import Lines, guarded, secrets_around
+from resilient_pool.migrations.output import OutputLines, never_failing, secrets_around
 
 CANARY = "c@n/a:r%y-7391"
 
 
-def heard(data: bytes, size: int, secrets=()) -> list[str]:
-    told = []
-    lines = Lines(secrets, told.append)
+def scanner(data: bytes, size: int, secrets=()) -> list[str]:
+    emitted = []
+    lines = OutputLines(secrets, emitted.append)
     for start in range(0, len(data), size):
         lines.feed(data[start : start + size])
     lines.end()
-    assert list(lines.told) == told
-    return told
+    assert list(lines.emitted) == emitted
+    return emitted
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
-def test_lines_are_told_whole_and_without_secrets_however_they_are_cut(size):
-    """Also a letter of several bytes is put together, and a last line without an end is told."""
+def test_lines_are_emitted_whole_and_without_secrets_however_they_are_cut(size):
+    """Also a letter of several bytes is put together, and a last line without an end is emitted."""
     data = f"one\r\n\nthe password is {CANARY}!\nfür".encode()
-    assert heard(data, size, [Secret(CANARY)]) == ["one", "", "the password is ****!", "für"]
+    assert scanner(data, size, [Secret(CANARY)]) == ["one", "", "the password is ****!", "für"]
 
 
-def test_nothing_is_told_before_its_line_has_ended():
+def test_nothing_is_emitted_before_its_line_has_ended():
     """The rest of a secret might still come."""
-    told = []
-    lines = Lines([Secret(CANARY)], told.append)
+    emitted = []
+    lines = OutputLines([Secret(CANARY)], emitted.append)
     lines.feed(CANARY[:7].encode())
-    assert told == []
+    assert emitted == []
     lines.feed(CANARY[7:].encode() + b"\n")
-    assert told == ["****"]
+    assert emitted == ["****"]
 
 
 @pytest.mark.parametrize("before", range(65536 - 20, 65536, 6))
 def test_an_endless_line_is_cut_short_and_tells_no_part_of_a_secret(before):
-    """Wherever in the secret the limit falls; the line after it is told again."""
-    (line, after) = heard(b"x" * before + CANARY.encode() * 10 + b"\nafter", 5000, [Secret(CANARY)])
+    """Wherever in the secret the limit falls; the line after it is emitted again."""
+    (line, after) = scanner(b"x" * before + CANARY.encode() * 10 + b"\nafter", 5000, [Secret(CANARY)])
     assert line.endswith("x (the line goes on)")
     assert not any(CANARY[start : start + 4] in line for start in range(len(CANARY) - 3))
     assert after == "after"
 
 
-def test_a_listener_that_fails_is_not_told_any_more(caplog):
+def test_a_sink_that_fails_gets_no_more_lines(caplog):
     """The migration goes on, and its last lines are kept; of a broken pipe no traceback is shown."""
     calls = []
 
@@ -54,11 +54,11 @@ def test_a_listener_that_fails_is_not_told_any_more(caplog):
         calls.append(line)
         raise BrokenPipeError
 
-    lines = Lines((), guarded(broken))
+    lines = OutputLines((), never_failing(broken))
     lines.feed(b"one\ntwo\n")
     assert calls == ["one"]
-    assert list(lines.told) == ["one", "two"]
-    assert "cannot be told any more: BrokenPipeError()" in caplog.text
+    assert list(lines.emitted) == ["one", "two"]
+    assert "can no longer be written: BrokenPipeError()" in caplog.text
     assert "Traceback" not in caplog.text
 
 
