@@ -10,7 +10,7 @@ import threading
 import asyncpg
 import pytest
 
-from resilient_pool import ResilientConnection, ResilientPool
+from resilient_pool import ResilientPool
 
 FORGETFUL = """
 import asyncio, sys
@@ -26,6 +26,20 @@ async def main():
         await asyncio.sleep(0.01)
 
 asyncio.run(main())
+"""
+
+LATE = """
+import asyncio, atexit, sys
+from resilient_pool import ResilientPool
+
+async def main():
+    global pool, lease
+    pool = await ResilientPool(sys.argv[1])
+    lease = await pool.acquire()
+
+asyncio.run(main())
+atexit.register(lambda: print(lease.is_closed()))
+atexit.register(lambda: lease.terminate())
 """
 
 
@@ -63,18 +77,9 @@ async def test_a_lease_terminated_in_another_threads_loop_leaves_a_pool_that_wor
 
 def test_a_lease_can_be_terminated_when_its_loop_is_closed(dsn):
     """As a finalizer does at the end of a program."""
-    loop = asyncio.new_event_loop()
-    pool = ResilientPool(dsn, max_size=1)
-    loop.run_until_complete(pool._open())
-
-    async def acquire() -> ResilientConnection:
-        return await pool.acquire()
-
-    lease = loop.run_until_complete(acquire())
-    loop.close()
-    lease.terminate()
-    assert lease.is_closed()
-    pool.terminate()
+    command = [sys.executable, "-c", LATE, dsn]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
 def test_a_program_that_ends_with_connections_on_loan_says_nothing(dsn):
