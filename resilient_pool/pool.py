@@ -162,8 +162,8 @@ class ResilientPool(Queries):
             try:
                 entry = self._acquirer.try_acquire()
                 if entry is None:
-                    until, hastily = self._leases.deadline_for(started, deadline, fail_fast)
-                    entry = await self._acquirer.acquire(until, fail_fast=hastily)
+                    ends, fails_fast = self._leases.deadline_for(started, deadline, fail_fast)
+                    entry = await self._acquirer.acquire(ends, fail_fast=fails_fast)
                 driver = entry.resource
                 return await self._use(entry, sql, execute)
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
@@ -399,7 +399,7 @@ class ResilientPool(Queries):
                 self._state = _State.OPEN
             else:
                 self._state = _State.CLOSED
-                self._hang_up()
+                self._terminate_all()
         if not opened:
             raise self._refusal()
         if self._resources.is_connection_needed:
@@ -457,7 +457,7 @@ class ResilientPool(Queries):
         finally:
             warning.cancel()
             if not closed:
-                self._hang_up()
+                self._terminate_all()
             self._state = _State.CLOSED
 
     def terminate(self) -> None:
@@ -472,9 +472,9 @@ class ResilientPool(Queries):
             self._maintenance.cut_off()  # what waited in that loop cannot be told any more
             return
         self._resources.fail_waiters(self._refusal)
-        self._hang_up()
+        self._terminate_all()
 
-    def _hang_up(self) -> None:
+    def _terminate_all(self) -> None:
         self._circuit_breaker.stop()
         self._maintenance.terminate()
 

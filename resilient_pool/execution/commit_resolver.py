@@ -215,8 +215,8 @@ class CommitResolver:
         logs = known.log and not readonly
         if not (logs or known.ids):
             return CommitToken()
-        doubtful = may_change_session and (logs or not known.epoch_for_all)
-        if capabilities is None or self._uses_savepoints or doubtful:
+        may_differ = may_change_session and (logs or not known.epoch_for_all)
+        if capabilities is None or self._uses_savepoints or may_differ:
             return await self._prepare_in_savepoint(driver, known, logs=logs)
         try:
             return await self._fetch_token(driver, known, logs=logs)
@@ -402,7 +402,7 @@ class CommitResolver:
         return interpret_token(token, fenced=row["fenced"], log=row["log"], now=row["now"])
 
     async def acquire(self, entry: PoolEntry[DriverConnection] | None, deadline: float) -> PoolEntry[DriverConnection]:
-        """Return an entry with a healthy connection: this one if it can be mended."""
+        """Return an entry with a healthy connection: this one if its connection is healthy or can be replaced."""
         return await self._leases.ensure_healthy(entry, deadline)
 
     @property
@@ -481,7 +481,7 @@ class _StatusQuery:
             await clock.sleep(min(next(delays), left))
 
     async def _query_status(self, *, insist: bool, patient: bool) -> CommitStatus:
-        entry, self._entry = self._entry, None  # while it is mended it may be lost
+        entry, self._entry = self._entry, None  # while it is checked or replaced it may be lost
         try:
             self._entry = entry = await self._commit_resolver.acquire(entry, self._ends)
             if entry.resource is None:

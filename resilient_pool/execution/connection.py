@@ -401,7 +401,7 @@ class ResilientConnection(Queries, ConnectionProxy):
 
     async def _attempt(self, execution: Execution[T]) -> T:
         self._require_active(execution.operation.name)
-        entry, self._entry = self._entry, None  # while it is mended it may be lost
+        entry, self._entry = self._entry, None  # while it is checked or replaced it may be lost
         self._entry = await self._leases.ensure_healthy(
             entry, execution.operation.deadline, fail_fast=execution.operation.fail_fast
         )
@@ -790,7 +790,7 @@ class LeaseManager:
         """Begin an operation. Its deadline is `deadline` seconds after it `started`, by default the pool's, and now."""
         if started is None:
             started = self._clock.monotonic()
-        ends, hastily = self.deadline_for(started, deadline, fail_fast)
+        ends, fails_fast = self.deadline_for(started, deadline, fail_fast)
         return Execution(
             Operation(
                 name=name,
@@ -798,7 +798,7 @@ class LeaseManager:
                 execute=execute,
                 idempotent=idempotent,
                 replayable=replayable,
-                fail_fast=hastily,
+                fail_fast=fails_fast,
                 exactly_once=exactly_once,
                 readonly=readonly,
                 started=started,
@@ -854,7 +854,7 @@ class LeaseManager:
     async def ensure_healthy(
         self, entry: PoolEntry[DriverConnection] | None, deadline: float | None, *, fail_fast: bool = False
     ) -> PoolEntry[DriverConnection]:
-        """Return an entry with a healthy connection: this one if it can be mended, else another."""
+        """Return an entry with a healthy connection: this one if its connection is healthy or can be replaced, else another."""
         if entry is not None and await self._acquirer.ensure_healthy(entry, deadline):
             return entry
         return await self._acquirer.acquire(deadline, fail_fast=fail_fast)

@@ -15,7 +15,7 @@ from resilient_pool.pooling.maintenance import Maintenance
 
 # What is kept back of the time: for cancelling a statement that still runs, and for resetting its connection.
 _KEPT_BACK, _LONGEST_KEPT_BACK = 0.1, 1.0
-# So much earlier than the block itself end those who only wait: their own error tells more than that time is up.
+# So much earlier than the block itself end those who only wait: their own error says more than that time is up.
 _EARLIER = 0.1
 
 

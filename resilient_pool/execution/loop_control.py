@@ -67,7 +67,7 @@ def leads_to(code: CodeType, await_offset: int, goal: int, *, swallowing: bool) 
         code: Both are in it.
         await_offset: Where the await stands.
         goal: What must come next.
-        swallowing: Whether the value awaited tells to swallow an exception, and does.
+        swallowing: Whether the awaited value is true, so that an exception is swallowed.
     """
     steps = _steps(code)
     step = _step_at(steps, await_offset)

@@ -28,7 +28,7 @@ class Operation(Generic[T]):
         idempotent: Whether the caller said that it may run twice.
         replayable: Whether its arguments can be read twice. Those of a COPY from a file cannot.
         fail_fast: Whether not to wait for a server that is known to be away.
-        exactly_once: Whether an unknown outcome is no reason to repeat it, whatever the pool was told of its statements.
+        exactly_once: Whether an unknown outcome is no reason to repeat it, also where the pool repeats unknown outcomes.
         readonly: Whether the caller asked for a read-only transaction.
         started: When it began, on the line of `Clock.monotonic()`.
         deadline: Until when attempts may begin, on the same line; `None` for ever.

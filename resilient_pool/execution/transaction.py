@@ -182,11 +182,11 @@ class RetriedTransaction:
         """What was sent in attempts whose outcome is unknown."""
         return self._reads
 
-    def is_certain_to_go_on(self, place: FramePosition, *, swallowing: bool) -> bool:
-        """Whether the loop asks for the next attempt next, if `__aexit__`, awaited at `place`, ends without an error."""
+    def is_certain_to_go_on(self, position: FramePosition, *, swallowing: bool) -> bool:
+        """Whether the loop asks for the next attempt next, if `__aexit__`, awaited at `position`, ends without an error."""
         if self._always_goes_on:
             return True
-        return self._head is not None and place.leads_to(self._head, swallowing=swallowing)
+        return self._head is not None and position.leads_to(self._head, swallowing=swallowing)
 
 
 class Attempt:
@@ -271,7 +271,7 @@ class Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         # Noted before anything else: a frame that is resumed by an error stands elsewhere.
-        place = FramePosition.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
+        position = FramePosition.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
         swallow = False
         try:
             failure = None
@@ -279,22 +279,22 @@ class Attempt:
                 self._require_error(error)
             else:
                 failure = await (self._commit() if error is None else self._roll_back(error))
-            swallow = failure is not None and self._decide_retry(failure, error, place)
+            swallow = failure is not None and self._decide_retry(failure, error, position)
         finally:
             if not swallow:
                 self._loop.finish()
             await self._release()
         return swallow
 
-    def _decide_retry(self, failure: Exception, error: BaseException | None, place: FramePosition) -> bool:
+    def _decide_retry(self, failure: Exception, error: BaseException | None, position: FramePosition) -> bool:
         """Decide whether another attempt follows `failure`; what was raised in the block, `error`, is then swallowed."""
-        goes_on = self._loop.is_certain_to_go_on(place, swallowing=error is not None)
+        goes_on = self._loop.is_certain_to_go_on(position, swallowing=error is not None)
         try:
             # What failed for the pool's own question alone is run again with a question that cannot fail so.
             is_free = self._failed_for_the_token and goes_on
             delay = 0.0 if is_free else self._loop.next_delay(failure, hindrance=None if goes_on else _UNCERTAIN)
-        except Exception as farewell:
-            if farewell is not error:
+        except Exception as raised:
+            if raised is not error:
                 raise
             return False
         self._loop.schedule_retry(delay)
@@ -466,7 +466,7 @@ async def run(
         function: What to call.
         args: What to call it with, after the connection.
         options: What `pool.transaction()` takes.
-        exactly_once: Whether an unknown outcome is never a reason to repeat, whatever the pool was told of its statements.
+        exactly_once: Whether an unknown outcome is never a reason to repeat, also where the pool repeats unknown outcomes.
     """
     loop = RetriedTransaction(shared, options, always_goes_on=True, exactly_once=exactly_once)
     while True:

@@ -90,7 +90,7 @@ class Acquirer:
         return self._resources.take()
 
     def try_acquire(self) -> PoolEntry[DriverConnection] | None:
-        """Take the entry that was used last if it is idle and its connection needs neither mending nor setting up."""
+        """Take the entry that was used last if it is idle and its connection needs neither a check nor the application's setup."""
         entry = self._resources.last_used
         if entry is None or self._maintenance.returning == 1 or self._sets_up or not self._is_ready(entry):
             return None
@@ -124,7 +124,7 @@ class Acquirer:
         started = self._clock.monotonic()
         self._counters.waits += 1
         try:
-            return await self._resources.wait(None if deadline is None else deadline - started, impatient=fail_fast)
+            return await self._resources.wait(None if deadline is None else deadline - started, fail_fast=fail_fast)
         except AcquireTimeoutError as timeout:
             failure = self._circuit_breaker.error_for_timeout(timeout)
         finally:

@@ -36,7 +36,7 @@ _ABOUT_ONE_MORE_CONNECTION = _ABOUT_SETTING_UP | {Fault.OVERLOADED}
 
 
 class CircuitBreaker:
-    """Keeps a crowd from a server that is not known to be up.
+    """Lets one task probe a server that is not known to be up, while all other callers wait.
 
     The first connection of a pool, and the first one after an attempt has failed or after the last connection was closed,
     is opened by one prober, under the `reconnect` policy. Everybody else waits for an entry, each under its own deadline,
@@ -100,16 +100,16 @@ class CircuitBreaker:
     # For those who want a connection
 
     def half_open(self) -> None:
-        """Take the server for one that is not known to be up."""
+        """Let no caller open a connection until the prober has opened one."""
         self._resources.set_connect_limit(0)
 
     def half_open_if_unconnected(self) -> None:
-        """Doubt, if there is no connection left that has worked."""
+        """Do that if no connection is left."""
         if self._resources.connect_limit and not self._resources.has_resources:
             self.half_open()
 
     def ensure_prober(self) -> None:
-        """Let the prober open what no caller may: while the server is not known to be up, or to keep `min_size`."""
+        """Start the prober if it is needed: while the server is not known to be up, or to keep `min_size`."""
         needed = (
             not self._resources.connect_limit
             or self._resources.size < self._config.min_size
@@ -119,16 +119,16 @@ class CircuitBreaker:
             return
         # A connection may be terminated elsewhere, or while no loop runs: the next caller sees to the rest then.
         if self._maintenance.is_in_own_loop:
-            self._maintenance.forsaken = False
+            self._maintenance.loop_is_ending = False
             self._prober = begin(self._probe())
 
     def maintain(self) -> None:
-        """Let the prober open what is missing, but not for an idle pool that was refused for good, or whose loop ends."""
-        if self._resources.is_awaited or not (self._is_final or self._maintenance.forsaken):
+        """Let the prober open what is missing, but not for an idle pool whose last refusal was final, or whose event loop ends."""
+        if self._resources.is_awaited or not (self._is_final or self._maintenance.loop_is_ending):
             self.ensure_prober()
 
     def stop_prober_if_unused(self) -> None:
-        """Stop the prober, if the caller that leaves was the last one waiting."""
+        """Stop the prober, if no caller waits any more."""
         if self._prober is not None and not self._resources.is_connection_needed:
             self.stop()
 
@@ -143,7 +143,7 @@ class CircuitBreaker:
         return {*self._attempts, *([] if self._prober is None else [self._prober])}
 
     async def wait_until_stopped(self) -> None:
-        """Stop the prober and wait for its end, unless a caller waits for what it does."""
+        """Stop the prober and wait for its end, unless a caller waits for a connection."""
         if self._resources.waiting:
             return
         working = self._tasks()
@@ -152,7 +152,7 @@ class CircuitBreaker:
             await asyncio.wait(working)
 
     def restart(self) -> None:
-        """Forget what is known of the server: another one is meant from now on."""
+        """Forget what is known of the server: connections go to another one from now on."""
         self.stop()
         self.half_open()
         self._outage = None
@@ -213,7 +213,7 @@ class CircuitBreaker:
             await self._maintenance.open_into(entry, None if deadline is None else deadline - began)
         except Exception as error:
             if deadline is not None and self._clock.monotonic() >= deadline:
-                self.half_open()  # an attempt that was cut short tells nothing
+                self.half_open()  # an attempt that was cut short says nothing of the server
                 if isinstance(error, TimeoutError):
                     raise self._unanswered_since(began) from error
                 raise
@@ -257,15 +257,15 @@ class CircuitBreaker:
             await asyncio.sleep(0)  # opening may fail, or succeed, without ever waiting for anything
 
     def _may_attempt_at_once(self) -> bool:
-        """Whether nothing speaks for a distance: the last attempt was a success, or final and a new caller asks."""
+        """Whether no delay is needed: the last attempt was a success, or final and a new caller asks."""
         served = self._last_opened is not None and self._last_opened.has_served
         if self._capped is not None:
-            # Without a connection that works the refusal is final, and those who wait are told at once.
+            # Without a connection that works the refusal is final, and those who wait see it at once.
             return self._capped.is_final and self._resources.waiting > 0 and not self._maintenance.connections()
         return self._resources.connect_limit > 0 or served or (self._is_final and self._resources.waiting > 0)
 
     def _begin_attempt(self) -> bool:
-        """Begin an attempt, unless there is no place for it or enough are under way; say whether it was begun."""
+        """Begin an attempt, unless the pool is full or enough are under way; say whether it was begun."""
         entry = self._resources.reserve() if len(self._attempts) < _AT_ONCE else None
         if entry is None:
             return False
@@ -276,7 +276,7 @@ class CircuitBreaker:
         # Not in the attempt itself: one that is cancelled before its first step would never give its entry back.
         if attempt in self._attempts:
             self._attempts.discard(attempt)
-            self._maintenance.forsaken = self._maintenance.forsaken or attempt.cancelled()
+            self._maintenance.loop_is_ending = self._maintenance.loop_is_ending or attempt.cancelled()
         broken = None if attempt.cancelled() else attempt.exception()
         if attempt.cancelled() or broken is not None or not attempt.result():
             self._maintenance.release(entry)
@@ -297,14 +297,14 @@ class CircuitBreaker:
         self._unanswered = self._clock.call_later(UNANSWERED, self._start_second_attempt)
 
     async def _attempt(self, entry: PoolEntry[DriverConnection]) -> bool:
-        """Open a connection into an entry and hand it on, and say whether that was done; otherwise the entry is still ours."""
+        """Open a connection into an entry and hand it on, and return whether that was done; if not, the entry is still the attempt's."""
         self._attempt_began = self._clock.monotonic()
         # For the case that it is given up because no caller waits, and one comes right after; or that what it opens is of
         # no use.
         self._not_before = self._attempt_began + self._config.reconnect.base
         try:
             await self._maintenance.open_into(entry, None)
-        except Exception as error:  # noqa: BLE001 - it is classified, and told to those who wait
+        except Exception as error:  # noqa: BLE001 - it is classified, and raised for those who wait
             final = self._failed(error, is_news=True)
             if final is not None:
                 self._refuse(error, final)
@@ -354,7 +354,7 @@ class CircuitBreaker:
         self._resources.restrict(None)
 
     def _refuse(self, error: Exception, final: Callable[[], Exception]) -> None:
-        """Tell those who wait that the prober was refused for good; if there are none, write it to the log."""
+        """Raise a final refusal for those who wait; if there are none, write it to the log."""
         if not self._resources.is_awaited and not self._is_reported:
             self._report(error, "the database server refuses connections: min_size is not kept until one is asked for")
         self._resources.fail_waiters(final)
@@ -372,7 +372,7 @@ class CircuitBreaker:
 
         Args:
             error: How it failed.
-            is_news: Whether it counts. Of several callers that fail at once only the first tells anything.
+            is_news: Whether it counts. Of several callers that fail at once only the first says anything new.
 
         Returns:
             `None` if the server is waited for: no caller may open any more then. Otherwise what makes the error of each
@@ -421,7 +421,7 @@ class CircuitBreaker:
         return None
 
     def _cap(self, error: Exception, failure: Failure, verdict: Verdict, now: float) -> None:
-        """Serve everybody with the connections there are: the server does not let in another one."""
+        """Serve all callers with the connections that are open: the server does not let in another one."""
         self._end_outage()
         is_known = self._capped is not None and self._capped.is_final
         self._capped = self._capped or _Outage(now)
@@ -483,7 +483,7 @@ class _Outage:
         extended_by_wake_window: Whether one of them would have been the last, had the server not possibly been waking up.
     """
 
-    __slots__ = ("_error", "_fault", "_is_given", "_twin", "attempts", "began", "extended_by_wake_window")
+    __slots__ = ("_copier", "_error", "_fault", "_is_given", "attempts", "began", "extended_by_wake_window")
 
     def __init__(self, now: float) -> None:
         self.began = now
@@ -496,7 +496,7 @@ class _Outage:
         self._error = error
         self._fault = fault
         # Before any caller raises it: what that caller was handling, and is told, is no other caller's business.
-        self._twin = _ExceptionCopier(error)
+        self._copier = _ExceptionCopier(error)
         self._is_given = False
 
     @property
@@ -505,8 +505,8 @@ class _Outage:
         return self._fault is Fault.PERMANENT
 
     def error_for_caller(self, now: float) -> Exception:
-        """Return an exception for one caller, with what was tried in its notes: the last error, or its twin."""
-        refusal = self._twin.make() if self._is_given else self._error
+        """Return an exception for one caller, with what was tried in its notes: the last error, or a copy of it."""
+        refusal = self._copier.make() if self._is_given else self._error
         self._is_given = True
         for note in self._notes(now):
             if note not in getattr(refusal, "__notes__", ()):
@@ -516,7 +516,7 @@ class _Outage:
     def explain(self, text: str) -> AcquireTimeoutError:
         """Return an error of our own for one caller, with the last error behind it."""
         explained = AcquireTimeoutError(text)
-        explained.__cause__ = self._twin.make()
+        explained.__cause__ = self._copier.make()
         return explained
 
     def _notes(self, now: float) -> Iterator[str]:
@@ -549,7 +549,7 @@ class _WakeWindow:
         return now - self._since < WAKE_WINDOW
 
     def close(self) -> None:
-        """Take note that the server is awake."""
+        """Note that the server is awake."""
         self._since = None
 
 
@@ -566,11 +566,11 @@ class _ExceptionCopier:
     def make(self) -> Exception:
         """Return a copy as the error was; an application's own that cannot be copied is shared."""
         try:
-            twin = copy.copy(self._error)
+            copied = copy.copy(self._error)
         except Exception:  # noqa: BLE001 - whatever its constructor says
             return self._error
-        if type(twin) is not type(self._error):
+        if type(copied) is not type(self._error):
             return self._error
-        twin.__cause__, twin.__context__, twin.__suppress_context__ = self._behind
-        twin.__notes__ = list(self._notes)
-        return twin
+        copied.__cause__, copied.__context__, copied.__suppress_context__ = self._behind
+        copied.__notes__ = list(self._notes)
+        return copied

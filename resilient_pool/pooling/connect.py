@@ -25,7 +25,7 @@ from resilient_pool.pooling.driver import (
     draw_statement_names,
     forget_locals,
 )
-from resilient_pool.pooling.hosts import Candidate, PinnedLoop, Race, Silence, candidates
+from resilient_pool.pooling.hosts import Candidate, PinnedLoop, Race, UnansweredHosts, candidates
 from resilient_pool.retry.classifier import refuses_credentials, refuses_user
 from resilient_pool.retry.verdict import Failure, Fault, Phase
 
@@ -52,7 +52,7 @@ class Connector:
         self._config = self._target = context.config
         self._credentials = Credentials(context.config)
         self._clock = context.clock
-        self._silence = Silence(context.clock)
+        self._unanswered = UnansweredHosts(context.clock)
         self.server_info: ServerInfo | None = None
         self.read_only: ReadOnly | None = None
 
@@ -187,13 +187,13 @@ class Connector:
             return await self._dial(target, login, ends, where)
 
         share = min(self._left(ends), self._config.deadline or math.inf)
-        race = Race(hosts, dial, self._leaves_hope, self._silence, self._clock, share, suffices)
+        race = Race(hosts, dial, self._may_try_next_host, self._unanswered, share, suffices)
         connection = await race.run()
         if connection is None:
-            raise self._most_telling(race.errors)
+            raise self._most_informative(race.errors)
         return connection
 
-    def _leaves_hope(self, error: Exception) -> bool:
+    def _may_try_next_host(self, error: Exception) -> bool:
         """Whether another host may let us in: after what the network says, and what waiting cures."""
         return isinstance(error, OSError) or self._fault(error) is Fault.UNREACHABLE
 
@@ -201,15 +201,15 @@ class Connector:
         failure = Failure(error=error, phase=Phase.CONNECT, sent=False, waking=False, writable=self.expects_writes)
         return self._context.classify(failure).fault
 
-    def _most_telling(self, errors: Mapping[Candidate, Exception]) -> Exception:
+    def _most_informative(self, errors: Mapping[Candidate, Exception]) -> Exception:
         """Choose from how each host failed: what waiting cures, since that host may be back."""
         mismatched = asyncpg.TargetServerAttributeNotMatched
         curable = [error for error in errors.values() if self._fault(error) is Fault.UNREACHABLE]
-        told = next((error for error in curable if isinstance(error, mismatched)), [*errors.values(), *curable][-1])
+        chosen = next((error for error in curable if isinstance(error, mismatched)), [*errors.values(), *curable][-1])
         if len(errors) > 1:
             each = ", ".join(f"{candidate} ({type(error).__name__})" for candidate, error in errors.items())
-            told.add_note(f"resilient_pool: tried {each}")
-        return told
+            chosen.add_note(f"resilient_pool: tried {each}")
+        return chosen
 
     async def _dial(self, target: PoolConfig, login: Login, ends: float, where: dict[str, object]) -> AnyConnection:
         arguments = {**target.connect_arguments(), **self._classes(), **where, "timeout": self._left(ends)}
@@ -225,13 +225,13 @@ class Connector:
     async def _prepare(self, target: PoolConfig, driver: DriverConnection, ends: float) -> None:
         driver.set_socket_options(keepalive=self._config.tcp_keepalive, user_timeout=self._config.tcp_user_timeout)
         # Several first connections may have been dialled before the first of them had its answer.
-        facts = (
+        info = (
             self.server_info
             if target is self._target and self.server_info is not None
             else await self._fetch_server_info(target, driver, ends)
         )
-        driver.is_pooled = facts.has_pooler
-        if facts.has_pooler and target.statement_cache_size is None:
+        driver.is_pooled = info.has_pooler
+        if info.has_pooler and target.statement_cache_size is None:
             driver.disable_statement_cache()
         if self._config.init is not None:
             try:
@@ -243,20 +243,20 @@ class Connector:
             await driver.keep_roles()
 
     async def _fetch_server_info(self, target: PoolConfig, driver: DriverConnection, ends: float) -> ServerInfo:
-        facts = await driver.fetch_server_info(None)
+        info = await driver.fetch_server_info(None)
         seen = None
-        if facts.has_proxy and target.statement_cache_size is None:
-            seen = await self._sees_sharing(target, driver, facts, ends)
-            facts = replace(facts, keeps_session=seen is None)
+        if info.has_proxy and target.statement_cache_size is None:
+            seen = await self._find_session_sharing(target, driver, info, ends)
+            info = replace(info, keeps_session=seen is None)
         if self.server_info is None and target is self._target:
-            self.server_info = facts
-            self._context.counters.pooler = facts.has_pooler
-            if facts.has_pooler:
-                self._emit_pooler_detected(target, facts, seen)
-        return facts
+            self.server_info = info
+            self._context.counters.pooler = info.has_pooler
+            if info.has_pooler:
+                self._emit_pooler_detected(target, info, seen)
+        return info
 
-    async def _sees_sharing(
-        self, target: PoolConfig, driver: DriverConnection, facts: ServerInfo, ends: float
+    async def _find_session_sharing(
+        self, target: PoolConfig, driver: DriverConnection, info: ServerInfo, ends: float
     ) -> str | None:
         """Return why what made the handshake in the server's place may share its sessions; `None` if it keeps one for each.
 
@@ -280,15 +280,15 @@ class Connector:
             second.terminate()
         if other is None or same is None or second.pid in (driver.pid, other[0]):
             return "what stands there cannot be asked"
-        if other[0] == facts.backend_pid or same[0] != facts.backend_pid:
+        if other[0] == info.backend_pid or same[0] != info.backend_pid:
             return "another client was given the same session"
         return None if other[1] < took else "another client was given a session that was there before it"
 
-    def _emit_pooler_detected(self, target: PoolConfig, facts: ServerInfo, seen: str | None) -> None:
+    def _emit_pooler_detected(self, target: PoolConfig, info: ServerInfo, seen: str | None) -> None:
         self._context.events.emit(
             PoolerDetected(
-                handshake_pid=facts.handshake_pid,
-                backend_pid=facts.backend_pid,
+                handshake_pid=info.handshake_pid,
+                backend_pid=info.backend_pid,
                 statement_cache_size=target.statement_cache_size or 0,
             )
         )

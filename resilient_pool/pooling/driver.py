@@ -50,7 +50,7 @@ _WAITS_WITHIN_A_LIMIT = tuple(map(int, asyncpg.__version__.split(".")[:2])) >= (
 _RESET_ROLES = "RESET SESSION AUTHORIZATION;\nRESET ROLE;"
 _ROLES = "SELECT session_user::text, pg_catalog.current_setting('role')"
 
-_FACTS = """
+_SERVER_INFO = """
     SELECT pg_catalog.pg_backend_pid(),
            pg_catalog.pg_is_in_recovery(),
            EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8,
@@ -122,7 +122,7 @@ class ServerInfo:
         return self.has_proxy and not self.keeps_session
 
 
-class Borrower(Protocol):
+class LeaseProxy(Protocol):
     """What stands between an application and the connection that is lent to it."""
 
     def _release_on_close(self) -> None: ...
@@ -163,9 +163,9 @@ class DriverConnection:
 
     __slots__ = (
         "__weakref__",
-        "_borrower",
         "_poll",
         "_protocol",
+        "_proxy",
         "_reset_roles",
         "capabilities",
         "connection",
@@ -193,7 +193,7 @@ class DriverConnection:
         # Of a connection that is closed, too: the driver lets go of it.
         self._protocol: Any = connection._protocol  # type: ignore[attr-defined] # noqa: SLF001
         self._poll = self._watch()
-        self._borrower: Borrower | None = None
+        self._proxy: LeaseProxy | None = None
         inside: Any = connection
         if hasattr(connection, "_pool_holder"):
             # From asyncpg 0.32 on a connection that is closed reports it here; before, to what holds its proxy.
@@ -392,7 +392,7 @@ class DriverConnection:
         """Ask, in one query that is safe behind any pooler and within `seconds`, what stands at the other end."""
         try:
             with self._uncached():
-                row = await asyncpg.Connection.fetchrow(self.connection, _FACTS, timeout=seconds)
+                row = await asyncpg.Connection.fetchrow(self.connection, _SERVER_INFO, timeout=seconds)
         except asyncpg.PostgresError:
             # Databases that only speak PostgreSQL's protocol lack some of these functions.
             if self.connection.is_closed():
@@ -477,21 +477,21 @@ class DriverConnection:
         """Forget what is known of types."""
         self.connection._drop_local_type_cache()  # type: ignore[attr-defined] # noqa: SLF001
 
-    def attach_proxy(self, borrower: Borrower) -> None:
-        """Make `borrower` the face of this connection, for its listeners and caches, and for the news that it is closed."""
-        self.connection._set_proxy(borrower)  # type: ignore[attr-defined] # noqa: SLF001
-        self._borrower = borrower
+    def attach_proxy(self, proxy: LeaseProxy) -> None:
+        """Make `proxy` the face of this connection, for its listeners and caches, and for the news that it is closed."""
+        self.connection._set_proxy(proxy)  # type: ignore[attr-defined] # noqa: SLF001
+        self._proxy = proxy
 
-    def detach_proxy(self, borrower: Borrower) -> None:
+    def detach_proxy(self, proxy: LeaseProxy) -> None:
         """End a lease: what was made in it becomes invalid, listeners left behind are warned of. Nothing, if it has ended."""
-        if self._borrower is borrower:
-            self.drop_proxy(borrower)
+        if self._proxy is proxy:
+            self.drop_proxy(proxy)
             self.connection._on_release()  # type: ignore[attr-defined] # noqa: SLF001
 
-    def drop_proxy(self, borrower: Borrower) -> None:
+    def drop_proxy(self, proxy: LeaseProxy) -> None:
         """End a lease of a connection that is closed. Nothing, if it has ended."""
-        if self._borrower is borrower:
-            self._borrower = None
+        if self._proxy is proxy:
+            self._proxy = None
             self.connection._set_proxy(None)  # type: ignore[attr-defined] # noqa: SLF001
 
     @property
@@ -499,8 +499,8 @@ class DriverConnection:
         return self.connection
 
     def _release_on_close(self) -> None:
-        if self._borrower is not None:
-            self._borrower._release_on_close()  # noqa: SLF001
+        if self._proxy is not None:
+            self._proxy._release_on_close()  # noqa: SLF001
 
     def add_query_logger(self, callback: Any) -> bool:
         """Log queries to `callback`, and say whether they were not logged to it already."""
@@ -702,7 +702,7 @@ def nothing_sent(error: BaseException, driver: DriverConnection) -> bool:
 
 
 def is_of_another_connection(error: BaseException, driver: DriverConnection) -> bool:
-    """Whether `error` tells of a lost connection while this one is open: one that a COPY's source reads from, say.
+    """Whether `error` means a lost connection while this one is open: one that a COPY's source reads from, say.
 
     Args:
         error: What was raised while this connection was in use, unwrapped.

@@ -47,18 +47,25 @@ Dial: TypeAlias = Callable[[Candidate], Coroutine[Any, Any, AnyConnection]]
 """Opens a connection to one candidate."""
 
 
-class Silence:
-    """Remembers which candidates did not answer."""
+class UnansweredHosts:
+    """Which candidates did not answer.
+
+    Args:
+        clock: Measures for how long that counts.
+
+    Attributes:
+        clock: The same.
+    """
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+        self.clock = clock
         self._since: dict[Candidate, float] = {}
 
     def note(self, candidate: Candidate, *, answered: bool) -> None:
         """Note whether a candidate answered, with whatever."""
         self._since.pop(candidate, None)
         if not answered:
-            now = self._clock.monotonic()
+            now = self.clock.monotonic()
             self._since = {silent: since for silent, since in self._since.items() if now - since < _SILENCE_IS_KEPT}
             self._since[candidate] = now
 
@@ -68,7 +75,7 @@ class Silence:
     def is_recent(self, candidate: Candidate) -> bool:
         """Whether it did not answer a short time ago."""
         since = self._since.get(candidate)
-        return since is not None and self._clock.monotonic() - since < _SILENCE_COUNTS
+        return since is not None and self.clock.monotonic() - since < _SILENCE_COUNTS
 
 
 def candidates(hosts: Iterable[str], ports: Iterable[int]) -> list[Candidate]:
@@ -95,11 +102,10 @@ class Race:
     Args:
         configured: What to try.
         dial: Opens a connection to one of them.
-        moves_on: Says whether an error leaves hope for the other candidates; else it ends the race.
-        silence: Which of them did not answer the last time, and is told of it.
-        clock: Counts the time.
+        moves_on: Whether the other candidates are tried after an error; if not, it ends the race.
+        unanswered: Which of them did not answer the last time; updated with each attempt.
         share: How many seconds all of them have together, to be shared out.
-        suffices: Says whether an error of one candidate is reason enough not to wait for those that do not answer.
+        suffices: Whether an error of one candidate is reason enough not to wait for those that do not answer.
 
     Attributes:
         errors: How each candidate failed at last.
@@ -110,8 +116,7 @@ class Race:
         configured: Sequence[Candidate],
         dial: Dial,
         moves_on: Callable[[Exception], bool],
-        silence: Silence,
-        clock: Clock,
+        unanswered: UnansweredHosts,
         share: float,
         suffices: Callable[[Exception], bool] = lambda _: False,
     ) -> None:
@@ -119,10 +124,10 @@ class Race:
         self._configured = configured
         self._dial = dial
         self._moves_on = moves_on
-        self._silence = silence
-        self._clock = clock
+        self._unanswered = unanswered
+        self._clock = unanswered.clock
         self._share = share
-        self._queue = deque(sorted(configured, key=silence.is_recent))
+        self._queue = deque(sorted(configured, key=unanswered.is_recent))
         self._running: dict[asyncio.Task[AnyConnection | list[Candidate]], Candidate] = {}
         self._latest: asyncio.Task[AnyConnection | list[Candidate]] | None = None
         self._next_at = 0.0
@@ -132,7 +137,7 @@ class Race:
         """Return the first connection, or `None` if every candidate has failed.
 
         Raises:
-            Exception: The first error after which there is no hope for the others.
+            Exception: The first error after which no other candidate is tried.
         """
         winner = None
         try:
@@ -140,40 +145,40 @@ class Race:
                 if self._queue and (self._latest not in self._running or self._clock.monotonic() >= self._next_at):
                     self._begin(self._queue.popleft())
                     continue
-                if not self._queue and self._latest not in self._running and self._is_content:
+                if not self._queue and self._latest not in self._running and self._has_sufficient_error:
                     break
                 left = max(self._next_at - self._clock.monotonic(), 0.0)
                 done, _ = await asyncio.wait(self._running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    winner = winner or self._settle(task)
+                    winner = winner or self._end_attempt(task)
                 if not done:
                     self._note_silence()
         finally:
             for task in self._running:
                 task.cancel()
-                task.add_done_callback(_hang_up)
+                task.add_done_callback(_close_if_connected)
         return winner
 
     @property
-    def _is_content(self) -> bool:
+    def _has_sufficient_error(self) -> bool:
         return any(map(self._suffices, self.errors.values()))
 
     def _begin(self, candidate: Candidate) -> None:
         share = min(HEAD_START, self._share / (len(self._queue) + 1))
         self._next_at = self._clock.monotonic() + (
-            min(share, SHORT_HEAD_START) if candidate in self._silence else share
+            min(share, SHORT_HEAD_START) if candidate in self._unanswered else share
         )
         work = _addresses(candidate) if candidate.address is None else self._dial(candidate)
         self._latest = asyncio.ensure_future(work)
         self._running[self._latest] = candidate
 
-    def _settle(self, task: asyncio.Task[AnyConnection | list[Candidate]]) -> AnyConnection | None:
-        """Take note of how an attempt ended, and return its connection if it has one."""
+    def _end_attempt(self, task: asyncio.Task[AnyConnection | list[Candidate]]) -> AnyConnection | None:
+        """Note how an attempt ended, and return its connection if it has one."""
         candidate = self._running.pop(task)
         if task.cancelled():
             raise asyncio.CancelledError
         error = task.exception()
-        self._silence.note(candidate, answered=not isinstance(error, TimeoutError))
+        self._unanswered.note(candidate, answered=not isinstance(error, TimeoutError))
         if error is None:
             found = task.result()
             if isinstance(found, list):
@@ -188,15 +193,15 @@ class Race:
     def _enqueue(self, found: Iterable[Candidate]) -> None:
         """Put the addresses of a name that was resolved in front, those that are known to be silent at the end."""
         new = [candidate for candidate in found if candidate not in self._running.values()]
-        self._queue.extend(filter(self._silence.is_recent, new))
-        self._queue.extendleft(reversed([candidate for candidate in new if not self._silence.is_recent(candidate)]))
+        self._queue.extend(filter(self._unanswered.is_recent, new))
+        self._queue.extendleft(reversed([candidate for candidate in new if not self._unanswered.is_recent(candidate)]))
 
     def _note_silence(self) -> None:
         """The latest candidate has had its time; if it was the last, begin again with those that have failed."""
         if self._latest in self._running:
-            self._silence.note(self._running[self._latest], answered=False)
+            self._unanswered.note(self._running[self._latest], answered=False)
             self._latest = None
-        if not self._queue and not self._is_content:
+        if not self._queue and not self._has_sufficient_error:
             self._share = math.inf  # from now on at a distance that a recovering server can bear
             self._queue.extend(candidate for candidate in self._configured if candidate not in self._running.values())
             self._next_at = self._clock.monotonic() + (0.0 if self._queue else HEAD_START)
@@ -215,7 +220,7 @@ def _address(sockaddr: tuple[Any, ...]) -> str:
     return f"{sockaddr[0]}%{sockaddr[3]}" if scoped else str(sockaddr[0])
 
 
-def _hang_up(task: asyncio.Task[AnyConnection | list[Candidate]]) -> None:
+def _close_if_connected(task: asyncio.Task[AnyConnection | list[Candidate]]) -> None:
     """Close what an attempt that lost the race has opened all the same; its error interests no more."""
     if not task.cancelled() and task.exception() is None and not isinstance(task.result(), list):
         task.result().terminate()  # type: ignore[union-attr]

@@ -32,7 +32,7 @@ _LIFETIME_JITTER = 0.1
 # 50 s where the server closes idle sessions after 60 s.
 _SHARE_OF_THE_SERVERS_PATIENCE = 5 / 6
 # These connections are beyond a goodbye: it could only hang.
-_HANG_UP = frozenset(
+_WITHOUT_GOODBYE = frozenset(
     {
         DiscardReason.STALE,
         DiscardReason.PING_FAILED,
@@ -55,7 +55,7 @@ class Maintenance:
         loop: The pool's event loop, once it is opened.
         closing: Whether connections are no longer kept.
         returning: How many of them are expected back within a round trip: those that have nothing to cancel before.
-        forsaken: Whether a task of ours was cancelled, though not by us: the event loop is about to end.
+        loop_is_ending: Whether a task of ours was cancelled, though not by us: the event loop is about to end.
     """
 
     def __init__(self, context: PoolContext, resources: ResourcePool[DriverConnection], connector: Connector) -> None:
@@ -79,7 +79,7 @@ class Maintenance:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.closing = False
         self.returning = 0
-        self.forsaken = False
+        self.loop_is_ending = False
         resources.on_return = self.release
 
     # Opening
@@ -190,7 +190,9 @@ class Maintenance:
         watched = seconds is None and self._config.session_reset != "on_release"
         limit = self._config.reset_timeout if seconds is None else seconds
         # The entry is not given back by the task itself: one that is cancelled before its first step would never do it.
-        task = begin(self._reset(entry, limit, watched=watched), lambda task: self._settle(entry, task, prompt=prompt))
+        task = begin(
+            self._reset(entry, limit, watched=watched), lambda task: self._end_reset(entry, task, prompt=prompt)
+        )
         self._resets[entry] = task
         self._background.add(task)
         if watched:
@@ -204,11 +206,11 @@ class Maintenance:
             self._context.counters.resets += 1
             await driver.restore(self._config.reset, seconds, watched=watched)
 
-    def _settle(self, entry: PoolEntry[DriverConnection], task: asyncio.Task[None], *, prompt: bool) -> None:
+    def _end_reset(self, entry: PoolEntry[DriverConnection], task: asyncio.Task[None], *, prompt: bool) -> None:
         self._background.discard(task)
         self._watched.waiting.pop(task, None)
         if task.cancelled() and task not in self._cut:
-            self.forsaken = True
+            self.loop_is_ending = True
         self._cut.discard(task)
         del self._resets[entry]
         self.returning -= prompt
@@ -290,7 +292,7 @@ class Maintenance:
                     reason=reason, age=self._clock.now() - entry.opened_at, server_pid=driver.pid, error=error
                 )
             )
-        if reason in _HANG_UP or driver.connection.is_closed():
+        if reason in _WITHOUT_GOODBYE or driver.connection.is_closed():
             driver.terminate()
         else:
             self._background.add(begin(driver.close(_CLOSE_LIMIT), lambda task: self._closed(driver, task)))
@@ -316,8 +318,8 @@ class Maintenance:
     @property
     def _idle_limit(self) -> float:
         """How long a connection may be idle, in seconds: less than the server's own patience, if it has one; 0 for ever."""
-        own, facts = self._config.max_inactive_connection_lifetime, self._connector.server_info
-        servers = 0.0 if facts is None else (facts.idle_session_timeout or 0.0) * _SHARE_OF_THE_SERVERS_PATIENCE
+        own, info = self._config.max_inactive_connection_lifetime, self._connector.server_info
+        servers = 0.0 if info is None else (info.idle_session_timeout or 0.0) * _SHARE_OF_THE_SERVERS_PATIENCE
         return min(own, servers) if own and servers else own or servers
 
     def close_if_idle_too_long(self, entry: PoolEntry[DriverConnection]) -> None:

@@ -98,8 +98,8 @@ class ResourcePool(Generic[R]):
         "_all",
         "_ceiling",
         "_drained",
+        "_fail_fast",
         "_idle",
-        "_impatient",
         "_limits",
         "_max_size",
         "_min_size",
@@ -115,9 +115,9 @@ class ResourcePool(Generic[R]):
         self._idle: list[PoolEntry[R]] = []
         self._limits: TimeoutQueue[asyncio.Future[PoolEntry[R]]] = TimeoutQueue(clock, self._time_is_up)
         self._waiters = self._limits.waiting
-        self._impatient: set[asyncio.Future[PoolEntry[R]]] = set()
+        self._fail_fast: set[asyncio.Future[PoolEntry[R]]] = set()
         self._drained = asyncio.Event()
-        self.on_connection_needed: Callable[[], None] = _nothing
+        self.on_connection_needed: Callable[[], None] = _ignore
         self.on_return: Callable[[PoolEntry[R]], None] = self.put
 
     def __repr__(self) -> str:
@@ -227,32 +227,32 @@ class ResourcePool(Generic[R]):
             self.put(entry)
         return entry is not None
 
-    async def wait(self, seconds: float | None, *, impatient: bool = False) -> PoolEntry[R]:
+    async def wait(self, seconds: float | None, *, fail_fast: bool = False) -> PoolEntry[R]:
         """Wait for an entry, behind everybody who waits already.
 
         Args:
             seconds: For how long at most; `None` for ever. The end may be noticed late, by a fiftieth of that time and
                 never by more than 0.05 s.
-            impatient: Whether `dismiss_impatient` ends it.
+            fail_fast: Whether `fail_fast_waiters` ends it.
 
         Raises:
             AcquireTimeoutError: None became free in time.
         """
         ticket: asyncio.Future[PoolEntry[R]] = asyncio.get_running_loop().create_future()
         self._limits.begin(ticket, seconds)
-        if impatient:
-            self._impatient.add(ticket)
-            ticket.add_done_callback(self._impatient.discard)
+        if fail_fast:
+            self._fail_fast.add(ticket)
+            ticket.add_done_callback(self._fail_fast.discard)
         served = False
         try:
             entry = await ticket
             served = True
         finally:
             if not served:
-                self._leave(ticket)
+                self._give_up(ticket)
         return entry
 
-    def _leave(self, ticket: asyncio.Future[PoolEntry[R]]) -> None:
+    def _give_up(self, ticket: asyncio.Future[PoolEntry[R]]) -> None:
         self._waiters.pop(ticket, None)
         # The entry may have been handed over in the same turn of the loop as a cancellation. The pool may be closing since.
         if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
@@ -297,8 +297,8 @@ class ResourcePool(Generic[R]):
                 ticket.set_exception(error())
 
     def fail_fast_waiters(self, error: Callable[[], Exception]) -> None:
-        """Let those who wait impatiently fail, each with an error of its own."""
-        for ticket in tuple(self._impatient):
+        """Let those fail who wait with `fail_fast`, each with an error of its own."""
+        for ticket in tuple(self._fail_fast):
             self._waiters.pop(ticket, None)
             if not ticket.done():
                 ticket.set_exception(error())
@@ -316,7 +316,7 @@ class ResourcePool(Generic[R]):
         self._forget(entry)
 
     async def drained(self) -> None:
-        """Wait until no entry is left, or until waiting for it has no more sense: see `abandon`."""
+        """Wait until no entry is left, or until waiting for it has no more sense: see `stop_draining`."""
         if self._all:
             self._drained.clear()
             await self._drained.wait()
@@ -333,5 +333,5 @@ class ResourcePool(Generic[R]):
             self.on_connection_needed()
 
 
-def _nothing() -> None:
+def _ignore() -> None:
     """Ignore what is wanted."""

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from resilient_pool.pooling.hosts import Candidate, PinnedLoop, Race, Silence, candidates
+from resilient_pool.pooling.hosts import Candidate, PinnedLoop, Race, UnansweredHosts, candidates
 from resilient_pool.testing import ScriptedClock
 
 
@@ -22,9 +22,9 @@ class Connection:
         self.is_open = False
 
 
-def race(hosts, dial, *, silence=None, share=1.0):
+def race(hosts, dial, *, unanswered=None, share=1.0):
     clock = ScriptedClock()
-    return Race(hosts, dial, lambda error: isinstance(error, OSError), silence or Silence(clock), clock, share)
+    return Race(hosts, dial, lambda error: isinstance(error, OSError), unanswered or UnansweredHosts(clock), share)
 
 
 A, B = (Candidate(address, 5432, address) for address in ("10.0.0.1", "10.0.0.2"))
@@ -93,10 +93,10 @@ async def test_two_that_answer_in_the_same_moment_leave_one_connection():
         opened.append(Connection(candidate))
         return opened[-1]
 
-    silence = Silence(ScriptedClock())
-    silence.note(A, answered=False)
-    silence.note(B, answered=False)
-    winner = await race([A, B], dial, silence=silence, share=0.0).run()
+    unanswered = UnansweredHosts(ScriptedClock())
+    unanswered.note(A, answered=False)
+    unanswered.note(B, answered=False)
+    winner = await race([A, B], dial, unanswered=unanswered, share=0.0).run()
     await asyncio.sleep(0)
     assert [connection.is_open for connection in opened if connection is winner] == [True]
     assert [connection.is_open for connection in opened if connection is not winner] == [False]
@@ -126,20 +126,20 @@ async def test_a_race_that_is_cancelled_takes_its_attempts_along():
 async def test_one_that_did_not_answer_the_last_time_comes_last_for_a_minute():
     """Then it is in its place again, but is waited for shortly only."""
     clock = ScriptedClock()
-    silence = Silence(clock)
-    silence.note(A, answered=False)
-    assert silence.is_recent(A)
+    unanswered = UnansweredHosts(clock)
+    unanswered.note(A, answered=False)
+    assert unanswered.is_recent(A)
     asked = []
 
     async def dial(candidate):
         asked.append(candidate)
         return Connection(candidate)
 
-    await Race([A, B], dial, lambda _: True, silence, clock, 10.0).run()
+    await Race([A, B], dial, lambda _: True, unanswered, 10.0).run()
     clock.advance(60.0)
-    await Race([A, B], dial, lambda _: True, silence, clock, 10.0).run()
+    await Race([A, B], dial, lambda _: True, unanswered, 10.0).run()
     assert asked == [B, A]
-    assert A not in silence
+    assert A not in unanswered
 
 
 async def test_a_pinned_loop_connects_to_the_address_and_asks_for_the_host():
