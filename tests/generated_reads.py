@@ -29,6 +29,13 @@ CALLS = (
     "length(clock_timestamp()::text)",
     "1 + {0}",
     "length(pg_input_is_valid('5', 'positive')::text)",
+    "length(array_in('{{5}}', 'positive'::regtype, -1)::text)",
+    "length((NOT ({0} ===! 5))::text)",
+    "length((3 >># {0})::text)",
+    "length(('[1,5)'::telling_span)::text)",
+    "length((SELECT count(DISTINCT p) FROM paired)::text)",
+    "length((SELECT count(DISTINCT s) FROM spotted)::text)",
+    "length((SELECT count(*) FROM hash_parted WHERE a = {0})::text)",
 )
 OPERATORS = (
     *(

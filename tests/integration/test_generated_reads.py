@@ -27,8 +27,9 @@ EXAMPLES = int(os.environ.get("GENERATED_READS", "300"))
 """How many statements are written; `make test` takes a few hundred."""
 
 # What a plain read may hide, as its documentation says: overloads of PostgreSQL's own names, operators, casts, domains, views,
-# computed fields of tables.
-HIDDEN = ("log", "age", "@+@", "<->", "positive", "wrapped", "touch", "telling", "ing ", "sequenced", "plain")
+# computed fields of tables, operator classes.
+HIDDEN = ("log", "age", "@+@", "<->", "positive", "wrapped", "touch", "telling", "ing ", "sequenced", "plain", "===!", ">>#")
+HIDDEN += ("paired", "hash_parted")
 STATE = """
 SELECT (SELECT last_value + is_called::int FROM numbers), (SELECT count(*) FROM journal),
        (SELECT count(*) FROM pg_largeobject_metadata), (SELECT count(*) FROM pg_replication_slots),
