@@ -314,7 +314,7 @@ class CommitResolver:
         """
 
         async def query_status(driver: DriverConnection, _insist: bool, _patient: bool) -> CommitStatus:
-            if not await self._leases.read_check.allows(driver, texts):
+            if not await self._leases.read_check.allows(driver, texts, timeout=_QUERY_TIMEOUT):
                 return CommitStatus.UNKNOWN
             refuses = decides
             if refuses is None:

@@ -154,13 +154,13 @@ class RetryLoop:
 
     async def _run_guarded(self, execution: Execution[T], sql: str, driver: DriverConnection) -> T:
         execution.attempt.phase = Phase.CHECKOUT  # what comes before the statement is part of getting the connection
-        if not await self.read_check.allows(driver, (sql,), timeout=self._limit(execution)):
+        if not await self.read_check.allows(driver, (sql,), timeout=self.time_limit(execution)):
             raise RepeatRefusedError
         execution.is_harmless = True
         self._emit_scheduled(execution)
         ended = False
         try:
-            await driver.execute(_BEGIN_GUARD, timeout=self._limit(execution))
+            await driver.execute(_BEGIN_GUARD, timeout=self.time_limit(execution))
             execution.attempt.phase = Phase.EXECUTE
             try:
                 result = await execution.operation.execute(driver.connection)
@@ -175,7 +175,7 @@ class RetryLoop:
     async def _end_guard(self, execution: Execution[T], driver: DriverConnection) -> bool:
         """Commit what only read, and say whether the connection can be used again."""
         try:
-            await driver.execute("COMMIT", timeout=self._limit(execution))
+            await driver.execute("COMMIT", timeout=self.time_limit(execution))
         except Exception as error:
             # A refusal says that a serializable transaction must not have read this. Without an answer, the result stands.
             if isinstance(error, asyncpg.PostgresError) and not driver.connection.is_closed():
@@ -183,7 +183,8 @@ class RetryLoop:
             return False
         return True
 
-    def _limit(self, execution: Execution[T]) -> float | None:
+    def time_limit(self, execution: Execution[T]) -> float | None:
+        """Return how many seconds a statement of the pool's own may take."""
         deadline = execution.operation.deadline
         return None if deadline is None else max(deadline - self._clock.monotonic(), _SHORTEST_LIMIT)
 

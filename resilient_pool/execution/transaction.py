@@ -248,10 +248,12 @@ class Attempt:
         return lease
 
     async def _begin_on(self, driver: DriverConnection) -> None:
-        options = self._options
+        options, leases = self._options, self._shared.leases
         await self._shared.commit_resolver.detect_capabilities(driver)
-        if self._loop.is_guarded and not await self._shared.leases.read_check.allows(driver, self._loop.reads):
-            raise RepeatRefusedError
+        if self._loop.is_guarded:
+            limit = leases.retry_loop.time_limit(self._execution)
+            if not await leases.read_check.allows(driver, self._loop.reads, timeout=limit):
+                raise RepeatRefusedError
         self._execution.attempt.execute_on(driver)
         await driver.begin(
             isolation=options.get("isolation"),

@@ -376,3 +376,17 @@ async def test_a_server_that_cannot_be_asked_in_time_is_asked_again_later(scene)
         scene.arrange("swallowed")
         await pool.run_in_transaction(lambda connection: connection.execute("INSERT INTO journal VALUES ('b')"))
     assert await scene.effects("rows") == 1
+
+
+async def test_a_catalog_that_does_not_answer_is_not_waited_for_beyond_the_deadline(scene):
+    """Neither before a block of reads is run again, nor when it is."""
+
+    async def work(connection):
+        await connection.fetch("SELECT id FROM item")
+
+    async with opened(scene, deadline=3.0) as pool:
+        scene.arrange("swallowed")
+        scene.proxy.swallow_next_answer("hang", matching=b"WITH RECURSIVE", times=10)
+        async with asyncio.timeout(12):
+            with pytest.raises(OutcomeUnknownError):
+                await pool.run_in_transaction(work)
