@@ -381,7 +381,7 @@ class Maintenance:
                 await self._resources.drained()
         except TimeoutError:
             _LOGGER.warning(
-                "closing the pool: %d connections were not released within %g s, and are cut off",
+                "closing the pool: %d connection(s) not released within %g s are cut off",
                 self._resources.size,
                 seconds,
             )
@@ -417,7 +417,7 @@ class Maintenance:
     def report_long_close(self, seconds: float) -> None:
         """Warn that connections have not come back, and say how many."""
         _LOGGER.warning(
-            "closing the pool takes over %g s: %d connections have not been released", seconds, self._resources.size
+            "closing the pool takes over %g s: %d connection(s) not released yet", seconds, self._resources.size
         )
 
     def cut_off(self) -> None:

@@ -25,7 +25,7 @@ def texts() -> Iterator[tuple[str, str]]:
     for name in listed.stdout.splitlines():
         path = ROOT / name
         if path.is_file():
-            yield name, path.read_text(encoding="utf-8")
+            yield name, path.read_text(encoding="utf-8", errors="replace")
 
 
 def lines_with(pattern: re.Pattern[str], under: str = "") -> list[str]:

@@ -36,7 +36,7 @@ async def test_closing_waits_for_a_lease_at_most_as_long_as_it_was_told(make_poo
     with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
         await running
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "1 connections were not released within 0.2 s" in caplog.text
+    assert "1 connection(s) not released within 0.2 s" in caplog.text
     await pool.release(held)
 
 
