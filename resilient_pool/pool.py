@@ -317,7 +317,7 @@ class ResilientPool(Queries):
         self._require_open()
         return Invocation(self._circuit_breaker, self._maintenance, self._clock, deadline)
 
-    # Lending
+    # Leasing
 
     @names_nearest
     def acquire(self, *, timeout: float | None = None, fail_fast: bool | None = None) -> Acquisition:

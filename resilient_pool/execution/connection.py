@@ -230,7 +230,7 @@ class ResilientConnection(Queries, ConnectionProxy):
 
     @property
     def _left_session_alone(self) -> bool:
-        """Whether the session is as it was when it was lent, as far as can be seen, and nothing is under way in it."""
+        """Whether the session is as it was when it was leased, as far as can be seen, and nothing is under way in it."""
         driver = self._driver
         return self._keeps_session and self._attached is None and driver is not None and driver.is_at_rest
 
@@ -239,14 +239,14 @@ class ResilientConnection(Queries, ConnectionProxy):
         self._tracker = sent
 
     def _end_lease(self) -> PoolEntry[DriverConnection] | None:
-        """End the lease and return what was lent; `None` if that came back before. The connection is still to be left."""
+        """End the lease and return its entry; `None` if that came back before. The driver is still to be detached."""
         entry, self._entry = self._entry, None
         if self._state is not _CLOSED:
             self._state = _RELEASED
         return entry
 
     def _detach_driver(self) -> None:
-        """Be the face of no connection any more. Raises the driver's warning of listeners where warnings are errors."""
+        """Be the proxy of no connection any more. Raises the driver's warning of listeners where warnings are errors."""
         driver, self._driver = self._driver, None
         if driver is not None:
             if self._attached is not None:
@@ -413,7 +413,7 @@ class ResilientConnection(Queries, ConnectionProxy):
         return await self._leases.retry_loop.run_on(execution, driver)
 
     async def _attach(self, execution: Execution[T]) -> DriverConnection:
-        """Become the face of the connection in this lease's entry, set it up if it is new here, and return it."""
+        """Become the proxy of the connection in this lease's entry, set it up if it is new here, and return it."""
         driver = None if self._entry is None else self._entry.resource
         if driver is None:
             raise asyncpg.ConnectionDoesNotExistError("connection was closed while it was being set up")
@@ -729,7 +729,7 @@ def _remove(callbacks: list[Callback], callback: Callback) -> None:
 
 
 class LeaseManager:
-    """Lends connections and takes them back.
+    """Leases connections and takes them back.
 
     Attributes:
         reset_timeout: How many seconds a rollback may take.
@@ -814,7 +814,7 @@ class LeaseManager:
 
     @property
     def is_closing(self) -> bool:
-        """Whether nothing is lent any more."""
+        """Whether nothing is leased any more."""
         return self._maintenance.closing
 
     def run_in_background(self, work: Coroutine[object, object, None]) -> None:
@@ -826,28 +826,28 @@ class LeaseManager:
         self._maintenance.reset_and_release_anywhere(entry)
 
     async def lease(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection:
-        """Lend a healthy connection within `seconds`."""
+        """Lease a healthy connection within `seconds`."""
         execution: Execution[ResilientConnection] = self.new_execution(
             "acquire", idempotent=True, deadline=seconds, fail_fast=fail_fast
         )
         return await self.retry_loop.run(execution, self.lease_for)
 
     async def lease_for(self, execution: Execution[Any]) -> ResilientConnection:
-        """Lend a connection for one attempt of an operation."""
+        """Lease a connection for one attempt of an operation."""
         return await self.lease_entry(
             await self._acquirer.acquire(execution.operation.deadline, fail_fast=execution.operation.fail_fast),
             execution,
         )
 
     async def lease_entry(self, entry: PoolEntry[DriverConnection], execution: Execution[T]) -> ResilientConnection:
-        """Lend the connection of an entry, set up for the application. If that fails the connection is closed."""
+        """Lease the connection of an entry, set up for the application. If that fails the connection is closed."""
         lease = self._lease_class(self, entry)
-        lent = False
+        leased = False
         try:
             await lease._attach(execution)  # noqa: SLF001
-            lent = True
+            leased = True
         finally:
-            if not lent:
+            if not leased:
                 self.release(lease)
         return lease
 
@@ -860,7 +860,7 @@ class LeaseManager:
         return await self._acquirer.acquire(deadline, fail_fast=fail_fast)
 
     async def attach(self, lease: ResilientConnection, execution: Execution[T]) -> DriverConnection:
-        """Return the connection of a lease that was just lent."""
+        """Return the connection of a new lease."""
         return await lease._attach(execution)  # noqa: SLF001
 
     async def set_up(self, lease: ResilientConnection, deadline: float | None) -> None:
@@ -901,7 +901,7 @@ class LeaseManager:
         )
 
     def owns(self, lease: ResilientConnection) -> bool:
-        """Whether a connection was lent here."""
+        """Whether a connection was leased here."""
         return lease._leases is self  # noqa: SLF001
 
     def pin(self, lease: ResilientConnection, sent: Callable[[str | None], None]) -> None:

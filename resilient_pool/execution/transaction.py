@@ -62,7 +62,7 @@ class Transactions:
 
     Args:
         context: The pool's.
-        leases: Lends their connections.
+        leases: Leases their connections.
         commit_resolver: Asks what became of them.
         require_open: Raises if the pool cannot be used.
     """

@@ -123,7 +123,7 @@ class ServerInfo:
 
 
 class LeaseProxy(Protocol):
-    """What stands between an application and the connection that is lent to it."""
+    """The proxy that an application holds in place of a leased connection."""
 
     def _release_on_close(self) -> None: ...
 
@@ -478,7 +478,7 @@ class DriverConnection:
         self.connection._drop_local_type_cache()  # type: ignore[attr-defined] # noqa: SLF001
 
     def attach_proxy(self, proxy: LeaseProxy) -> None:
-        """Make `proxy` the face of this connection, for its listeners and caches, and for the news that it is closed."""
+        """Make `proxy` this connection's: listeners are called with it, and it is notified when the connection is closed."""
         self.connection._set_proxy(proxy)  # type: ignore[attr-defined] # noqa: SLF001
         self._proxy = proxy
 
