@@ -1,4 +1,4 @@
-"""The only module of the benchmarks that knows how each contestant is opened and called."""
+"""The contestants: how each is opened and called."""
 
 from __future__ import annotations
 

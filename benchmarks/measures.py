@@ -139,7 +139,7 @@ async def hire(stack: contextlib.AsyncExitStack, dsn: str, *, write: bool) -> di
 
 
 async def run_crew(crew: Sequence[Call], seconds: float, start: int) -> tuple[list[int], float]:
-    """Let every worker call until the time is up; tell how often each did, and how long it took in all."""
+    """Let every worker call until the time is up; return the number of calls of each, and the seconds in all."""
     running = True
     counts = [0] * len(crew)
 

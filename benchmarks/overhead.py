@@ -90,7 +90,7 @@ async def compare(loops: Sequence[str] | None, *, quick: bool) -> str:
 
 
 def share_processors() -> tuple[set[int], set[int]]:
-    """Tell which processors the server gets and which the client; both sets are empty where that cannot be chosen."""
+    """Return the processors of the server and of the client; both sets are empty where they cannot be chosen."""
     if not hasattr(os, "sched_setaffinity"):
         return set(), set()
     *server, client = sorted(os.sched_getaffinity(0))

@@ -1,9 +1,9 @@
-"""What happens when a database that sleeps is woken, left alone, waited for in vain, or fails while it is up.
+"""Recovery: a paused database is resumed, stays idle, does not come back, or fails while it is up.
 
     python benchmarks/recovery.py            # some minutes; writes results/recovery.md
     python benchmarks/recovery.py --quick    # half a minute; only prints
 
-It starts a PostgreSQL of its own, and stands a `PausingServer` before it for each scene.
+It starts a PostgreSQL of its own, and a `PausingServer` in front of it for each case.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import patience
-from crowd import EXPO, FIXED, NEITHER, NO_ADMISSION, NO_JITTER, OURS
-from patience import Ending, Idleness, Load
+import waiting
+from caller_process import EXPO, FIXED, NEITHER, NO_ADMISSION, NO_JITTER, OURS
 from report import Aim, table
-from sleepers import Scene, Waking, wake
+from resumes import ResumeCase, ResumeResult, run_case
+from waiting import Ending, Idleness, Load
 
 from resilient_pool import RetryBudget
 from resilient_pool.testing import EmbeddedPostgres
@@ -33,10 +33,10 @@ LIBRARIES = ("asyncpg", "backoff")
 SETTINGS = {"max_connections": 250, "fsync": False}
 
 WAYS: tuple[Away, ...] = ("hang", "refuse", "reset", "57P03", "28000")
-SCENES: Mapping[str, Sequence[Away]] = {**{way: (way,) for way in WAYS}, "a mix": WAYS}
-WAKERS = (OURS, FIXED, EXPO)
+CASES: Mapping[str, Sequence[Away]] = {**{way: (way,) for way in WAYS}, "a mix": WAYS}
+CONTESTANTS = (OURS, FIXED, EXPO)
 FLEETS = (OURS, NO_JITTER, NO_ADMISSION, NEITHER, FIXED, EXPO)
-FLEET = Scene(
+FLEET = ResumeCase(
     contestant=OURS,
     away=("57P03",),
     resume=5.0,
@@ -65,25 +65,25 @@ LOAD_AIM = Aim(what="up and failing: retries / calls, beyond the first 10", boun
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much of it is done: rounds of each scene, seconds, calls."""
+    """How much of it is done: rounds of each case, seconds, calls."""
 
     rounds: int
-    scenes: Sequence[str]
+    cases: Sequence[str]
     idle_lifetime: float
     watch: float
     calls: int
 
 
-QUICK = Effort(rounds=1, scenes=("a mix",), idle_lifetime=1.0, watch=2.0, calls=100)
-FULL = Effort(rounds=3, scenes=tuple(SCENES), idle_lifetime=5.0, watch=10.0, calls=1000)
+QUICK = Effort(rounds=1, cases=("a mix",), idle_lifetime=1.0, watch=2.0, calls=100)
+FULL = Effort(rounds=3, cases=tuple(CASES), idle_lifetime=5.0, watch=10.0, calls=1000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """All that was measured; the keys are the tables' first columns."""
 
-    crowds: Mapping[tuple[str, str], Sequence[Waking]]
-    fleets: Mapping[str, Sequence[Waking]]
+    crowds: Mapping[tuple[str, str], Sequence[ResumeResult]]
+    fleets: Mapping[str, Sequence[ResumeResult]]
     idle: Mapping[str, Idleness]
     deadlines: Mapping[str, Ending]
     at_once: Mapping[str, Ending]
@@ -106,13 +106,13 @@ def main() -> None:
 async def measure(effort: Effort) -> Figures:
     async with EmbeddedPostgres(settings=SETTINGS) as postgres:
         async with postgres.admin() as administrator:
-            for definition in (patience.COUNTER, patience.OVERLOADED):
+            for definition in (waiting.COUNTER, waiting.OVERLOADED):
                 await administrator.execute(definition)
         return Figures(
             deadlines={
-                way: await patience.meet_deadline(postgres, way, deadline=DEADLINE, resume=RESUME) for way in WAYS
+                way: await waiting.meet_deadline(postgres, way, deadline=DEADLINE, resume=RESUME) for way in WAYS
             },
-            at_once={way: await patience.fail_at_once(postgres, way, resume=RESUME) for way in WAYS if way != "hang"},
+            at_once={way: await waiting.fail_at_once(postgres, way, resume=RESUME) for way in WAYS if way != "hang"},
             idle=await idleness(postgres, effort),
             loads=await loads(postgres, effort),
             crowds=await crowds(postgres, effort),
@@ -120,33 +120,38 @@ async def measure(effort: Effort) -> Figures:
         )
 
 
-async def crowds(postgres: EmbeddedPostgres, effort: Effort) -> dict[tuple[str, str], list[Waking]]:
-    """Let the contestants wake their databases at the same time; each has a process and a database of its own."""
-    taken: dict[tuple[str, str], list[Waking]] = {(name, waker): [] for name in effort.scenes for waker in WAKERS}
+async def crowds(postgres: EmbeddedPostgres, effort: Effort) -> dict[tuple[str, str], list[ResumeResult]]:
+    """Run the contestants at the same time; each has a process and a database of its own."""
+    taken: dict[tuple[str, str], list[ResumeResult]] = {
+        (name, contestant): [] for name in effort.cases for contestant in CONTESTANTS
+    }
     for seed in range(effort.rounds):
-        for name in effort.scenes:
-            scenes = [Scene(contestant=waker, away=SCENES[name], resume=RESUME, seed=seed) for waker in WAKERS]
-            for scene, waking in zip(
-                scenes, await asyncio.gather(*(wake(postgres, each) for each in scenes)), strict=True
+        for name in effort.cases:
+            cases = [
+                ResumeCase(contestant=contestant, away=CASES[name], resume=RESUME, seed=seed)
+                for contestant in CONTESTANTS
+            ]
+            for case, result in zip(
+                cases, await asyncio.gather(*(run_case(postgres, each) for each in cases)), strict=True
             ):
-                taken[name, scene.contestant].append(waking)
+                taken[name, case.contestant].append(result)
     return taken
 
 
-async def fleets(postgres: EmbeddedPostgres, effort: Effort) -> dict[str, list[Waking]]:
-    taken: dict[str, list[Waking]] = {name: [] for name in FLEETS}
+async def fleets(postgres: EmbeddedPostgres, effort: Effort) -> dict[str, list[ResumeResult]]:
+    taken: dict[str, list[ResumeResult]] = {name: [] for name in FLEETS}
     for seed in range(effort.rounds):
         for name in FLEETS:
-            taken[name].append(await wake(postgres, replace(FLEET, contestant=name, seed=seed)))
+            taken[name].append(await run_case(postgres, replace(FLEET, contestant=name, seed=seed)))
     return taken
 
 
 async def idleness(postgres: EmbeddedPostgres, effort: Effort) -> dict[str, Idleness]:
     lifetime, watch = effort.idle_lifetime, effort.watch
     ours, awake, theirs = await asyncio.gather(
-        patience.idle_ours(postgres, lifetime=lifetime, watch=watch, pauses=True),
-        patience.idle_ours(postgres, lifetime=lifetime, watch=watch, pauses=False),
-        patience.idle_theirs(postgres, limit=lifetime + patience.SPARE, watch=watch),
+        waiting.idle_ours(postgres, lifetime=lifetime, watch=watch, pauses=True),
+        waiting.idle_ours(postgres, lifetime=lifetime, watch=watch, pauses=False),
+        waiting.idle_theirs(postgres, limit=lifetime + waiting.SPARE, watch=watch),
     )
     return {
         f"resilient_pool, idle lifetime {lifetime:g} s": ours,
@@ -156,9 +161,9 @@ async def idleness(postgres: EmbeddedPostgres, effort: Effort) -> dict[str, Idle
 
 
 async def loads(postgres: EmbeddedPostgres, effort: Effort) -> dict[tuple[str, str], Load]:
-    failing = {"every call answered with 53400": patience.overload, "every answer lost": patience.lose_answers}
+    failing = {"every call answered with 53400": waiting.overload, "every answer lost": waiting.lose_answers}
     return {
-        (what, budget): await fail(postgres, RetryBudget() if budget == BUDGET else patience.endless(), effort.calls)
+        (what, budget): await fail(postgres, RetryBudget() if budget == BUDGET else waiting.endless(), effort.calls)
         for what, fail in failing.items()
         for budget in (BUDGET, NO_LIMIT)
     }
@@ -206,15 +211,15 @@ def conditions(effort: Effort) -> str:
 
 
 def aims(figures: Figures, effort: Effort) -> list[list[str]]:
-    ours = [waking for (_, waker), runs in figures.crowds.items() if waker == OURS for waking in runs]
+    ours = [result for (_, contestant), runs in figures.crowds.items() if contestant == OURS for result in runs]
     idle = [each for name, each in figures.idle.items() if "asyncpg" not in name]
     empty = [float("inf") if each.empty_after is None else each.empty_after for each in idle]
     limited = [load for (_, budget), load in figures.loads.items() if budget == BUDGET]
     worst = {
-        FAILED_AIM: max(waking.failed for waking in ours),
-        LAST_AIM: max(waking.last for waking in ours),
-        ATTEMPTS_AIM: max(waking.attempts for waking in ours),
-        ADMITTED_AIM: max(waking.at_once / waking.served for waking in ours),
+        FAILED_AIM: max(result.failed for result in ours),
+        LAST_AIM: max(result.last for result in ours),
+        ATTEMPTS_AIM: max(result.attempts for result in ours),
+        ADMITTED_AIM: max(result.at_once / result.served for result in ours),
         EMPTY_AIM: max(empty) - effort.idle_lifetime,
         SENT_AIM: max(each.sent for each in idle),
         DEADLINE_AIM: max(abs(at - DEADLINE) for each in figures.deadlines.values() for at in (each.first, each.last)),
@@ -237,7 +242,7 @@ def crowd_notes() -> str:
     )
 
 
-def crowd_rows(crowds: Mapping[tuple[str, str], Sequence[Waking]]) -> tuple[list[str], list[list[str]]]:
+def crowd_rows(crowds: Mapping[tuple[str, str], Sequence[ResumeResult]]) -> tuple[list[str], list[list[str]]]:
     header = [
         "it meets them with",
         "",
@@ -247,14 +252,14 @@ def crowd_rows(crowds: Mapping[tuple[str, str], Sequence[Waking]]) -> tuple[list
         "most in flight after",
     ]
     rows = []
-    for (name, waker), runs in crowds.items():
+    for (name, contestant), runs in crowds.items():
         figures = [
             spread([run.failed for run in runs]),
             spread([run.last for run in runs], 2),
             spread([run.attempts for run in runs]),
             spread([run.at_once for run in runs]),
         ]
-        rows.append([name if waker == WAKERS[0] else "", waker, *figures])
+        rows.append([name if contestant == CONTESTANTS[0] else "", contestant, *figures])
     return header, rows
 
 
@@ -268,7 +273,7 @@ def fleet_notes() -> str:
     )
 
 
-def fleet_rows(fleets: Mapping[str, Sequence[Waking]]) -> tuple[list[str], list[list[str]]]:
+def fleet_rows(fleets: Mapping[str, Sequence[ResumeResult]]) -> tuple[list[str], list[list[str]]]:
     header = ["", "failed", "last answer after the resume, s", "attempts in the outage", "most within 0.1 s*"]
     header += ["attempts after it", "refused with 53300"]
     rows = [
@@ -288,7 +293,7 @@ def fleet_rows(fleets: Mapping[str, Sequence[Waking]]) -> tuple[list[str], list[
 
 def idle_notes(effort: Effort) -> str:
     return (
-        f"After a burst of {patience.BURST} calls. Bytes are counted from the last connection's end, or from the end of the time in "
+        f"After a burst of {waiting.BURST} calls. Bytes are counted from the last connection's end, or from the end of the time in "
         f"which it should have come, for {effort.watch:g} s. asyncpg.Pool keeps its 10 connections open, and so the database awake."
     )
 
@@ -310,7 +315,7 @@ def idle_rows(idle: Mapping[str, Idleness]) -> tuple[list[str], list[list[str]]]
 
 def deadline_notes() -> str:
     return (
-        f"{patience.CALLERS} callers each. With `fail_fast=True` they call one after the other once an attempt has failed; an attempt "
+        f"{waiting.CALLERS} callers each. With `fail_fast=True` they call one after the other once an attempt has failed; an attempt "
         "that hangs has not failed, so there is nothing to fail fast with."
     )
 
@@ -329,7 +334,7 @@ def deadline_rows(figures: Figures) -> tuple[list[str], list[list[str]]]:
 
 def load_notes() -> str:
     return (
-        f"{patience.WORKERS} workers call a statement that may be repeated and never succeeds; the server counts how often it is executed. "
+        f"{waiting.WORKERS} workers call a statement that may be repeated and never succeeds; the server counts how often it is executed. "
         "Callers beyond the budget get the error of their first attempt, at once: what that takes is a call's usual time."
     )
 

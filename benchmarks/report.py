@@ -46,7 +46,7 @@ class Aim:
         return "met" if met else "**not met**"
 
     def row(self, figures: Sequence[Spread]) -> list[str]:
-        """Tell one row of a table: the aim, then figure and verdict per loop."""
+        """Return one row of a table: the aim, then figure and verdict per loop."""
         cells = [f"{figure.text(self.digits)}, {self.verdict(figure.median)}" for figure in figures]
         return [self.what, self.promise(), *cells]
 

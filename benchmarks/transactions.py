@@ -41,7 +41,7 @@ BARE_READ = "reading, asyncpg's transaction(), bare connection"
 UNASKED_READ = "reading, resolve_commit=False"
 READ_PROVEN = "reading, as it is by default"
 READ_DECLARED = "reading, readonly=True"
-# Each beside what it would be if nobody could ask: the difference is what being able to ask costs.
+# Each beside the same without resolution of COMMITs: the difference is its cost.
 WITHOUT = {
     WRITE_RESOLVED: UNASKED_WRITE,
     WRITE_LOGGED: UNASKED_WRITE,

@@ -1,4 +1,4 @@
-"""A small web application whose users do not notice that its database restarts.
+"""A small web application whose users do not notice a restart of its database.
 
 Run it with `DATABASE_URL=postgresql://... uvicorn --app-dir examples web_app:app`.
 """
@@ -19,7 +19,7 @@ from resilient_pool import AcquireTimeoutError, Failure, Fault, Phase, PostgresC
 DEADLINE = 25.0
 """Seconds a request may wait for the database: less than the load balancer in front waits for us."""
 HEALTH_DEADLINE = 0.5
-"""Seconds until the health route calls the database away: it has to answer while everything else waits."""
+"""Seconds until the health route reports the database as away: it has to answer while other requests wait."""
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS entry (id bigint PRIMARY KEY, text text NOT NULL)"
 PAGE = "SELECT id, text FROM entry ORDER BY id DESC LIMIT $1"
@@ -89,15 +89,15 @@ async def write(pool: Pool, number: int, body: Text) -> Entry:
 
 @app.get("/live", status_code=204)
 async def live() -> None:
-    """Tell an orchestrator that this process is well. It asks no database: a restart of ours would not bring one back."""
+    """The liveness probe of an orchestrator. It asks no database: a restart of this process would not bring one back."""
 
 
 @app.get("/health")
 async def health(pool: Pool) -> Response:
-    """Tell a load balancer, by the status, whether to send requests here, and a person, by the words, why.
+    """The readiness probe: the status says whether to send requests here, and the body why.
 
     `up` and `busy` (all connections are at work) are 200. `away` is 503: waiting will cure it, and requests that come
-    nevertheless do wait. `broken` is 503 as well: somebody has to look, at a password for instance.
+    nevertheless do wait. `broken` is 503 as well: it needs an operator, for a wrong password for instance.
     """
     state, reason = await _ask(pool)
     stats = pool.stats()

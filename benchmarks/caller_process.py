@@ -1,6 +1,6 @@
-"""A process with one pool and a crowd of callers, who ask when they are told to; the only module that knows who waits how.
+"""A process with one pool and many callers: each contestant with its way of retrying.
 
-It reads two lines: an order in JSON, and whatever means "now". It writes two: "ready", and what became of the callers.
+It reads two lines: an order in JSON, and a line that starts the callers. It writes two: "ready", and the result in JSON.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ FIXED = "asyncpg.Pool, again after 0.5 s"
 EXPO = "asyncpg.Pool, exponential backoff"
 
 UNJITTERED = BackoffPolicy(base=0.25, max_value=1.0, jitter=None, max_attempts=None, max_elapsed=60.0)
-PATIENCE = 60.0
+RETRY_SECONDS = 60.0
 """Seconds for which each caller goes on trying."""
 
 Ask = Callable[[], Awaitable[object]]
@@ -47,20 +48,20 @@ class Order:
     seconds: float
 
 
-class AdmittingSlots(ResourcePool[Any]):
-    """ResourcePool that admit everybody as soon as anybody is admitted: 1, then all, in place of 1, 2, 4, ..."""
+class UnrampedResourcePool(ResourcePool[Any]):
+    """Admits all connections after the first: 1, then all, in place of 1, 2, 4, ..."""
 
     __slots__ = ()
 
-    def admit(self, number: int) -> None:
+    def set_connect_limit(self, number: int) -> None:
         super().set_connect_limit(self._max_size if number else 0)
 
 
 @contextlib.asynccontextmanager
 async def resilient(order: Order) -> AsyncIterator[Ask]:
     if order.contestant in {NO_ADMISSION, NEITHER}:
-        # There is no argument that switches admission off, and for a comparison alone there should be none.
-        resilient_pool.pool.ResourcePool = AdmittingSlots
+        # No argument switches the ramp-up off: only this comparison needs that.
+        resilient_pool.pool.ResourcePool = UnrampedResourcePool
     policies = {"reconnect": UNJITTERED} if order.contestant in {NO_JITTER, NEITHER} else {}
     async with ResilientPool(order.dsn, ssl=False, max_size=order.connections, **policies) as pool:
         yield lambda: pool.fetchval("SELECT 1 FROM pg_sleep($1)", order.seconds, idempotent=True)
@@ -69,13 +70,13 @@ async def resilient(order: Order) -> AsyncIterator[Ask]:
 @contextlib.asynccontextmanager
 async def retried(order: Order) -> AsyncIterator[Ask]:
     """Put around each call on `asyncpg.Pool` what people put around it."""
-    # Without min_size=0 the pool itself could not be made while the database sleeps.
+    # Without min_size=0 the pool itself could not be opened while the database is paused.
     pool = await asyncpg.create_pool(order.dsn, ssl=False, min_size=0, max_size=order.connections)
     waits = {"interval": 0.5, "jitter": None} if order.contestant == FIXED else {"factor": 0.1, "max_value": 2}
     again = backoff.on_exception(
         backoff.constant if order.contestant == FIXED else backoff.expo,
         (asyncpg.PostgresError, asyncpg.InterfaceError, OSError),
-        max_time=PATIENCE,
+        max_time=RETRY_SECONDS,
         logger=None,
         **waits,
     )
@@ -89,8 +90,8 @@ async def retried(order: Order) -> AsyncIterator[Ask]:
         pool.terminate()
 
 
-async def crowd(order: Order, go: Awaitable[object]) -> dict[str, object]:
-    """Let all callers ask at once, and tell when the last was answered and how the unanswered ended."""
+async def run_callers(order: Order, go: Awaitable[object]) -> dict[str, object]:
+    """Start all callers at once; return when the last one ended, and the errors."""
     ended: list[float] = []
     errors: Counter[str] = Counter()
 
@@ -109,8 +110,9 @@ async def crowd(order: Order, go: Awaitable[object]) -> dict[str, object]:
 
 
 def main() -> None:
+    logging.getLogger("resilient_pool").addHandler(logging.NullHandler())  # its warnings would run across the report
     order = Order(**json.loads(sys.stdin.readline()))
-    print(json.dumps(asyncio.run(crowd(order, asyncio.to_thread(sys.stdin.readline)))), flush=True)
+    print(json.dumps(asyncio.run(run_callers(order, asyncio.to_thread(sys.stdin.readline)))), flush=True)
 
 
 if __name__ == "__main__":

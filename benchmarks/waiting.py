@@ -81,7 +81,7 @@ async def fall_idle(server: PausingServer, pool: AnyPool, *, limit: float, watch
     )
 
 
-# Nobody waits longer than the deadline
+# No caller waits longer than the deadline
 
 CALLERS = 20
 
