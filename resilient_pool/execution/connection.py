@@ -366,6 +366,8 @@ class ResilientConnection(Queries, ConnectionProxy):
         try:
             result = await self._leases.retry_loop.run(execution, self._attempt)
             fresh = keeps
+            if self._driver is not None:
+                self._driver.has_served = True  # it may be lost before it is released
             if kept:
                 sql = execution.operation.sql
                 self._keeps_session = keeps_session or (sql is not None and self._leases.keeps_session(sql))

@@ -55,6 +55,15 @@ def test_what_stood_under_a_misspelt_name_is_not_shown():
     assert "hunter2" not in "".join(shown)
 
 
+async def test_what_stood_under_an_unknown_option_of_a_transaction_is_not_shown():
+    """The same holds for a function's own argument that is given by name."""
+    with pytest.raises(UnknownArgumentError, match="go by position") as caught:
+        await ResilientPool().run_in_transaction(print, token="hunter2")
+    ours = caught.value.__traceback__.tb_next
+    shown = traceback.TracebackException(type(caught.value), caught.value, ours, capture_locals=True).format()
+    assert "hunter2" not in "".join(shown)
+
+
 def test_a_coroutine_function_stays_one():
     """Mocks with a specification, and frameworks, tell by it what has to be awaited."""
     for method in (ResilientPool.close, ResilientPool.release, ResilientConnection.close, ResilientConnection.prepare):

@@ -10,7 +10,7 @@ import threading
 import asyncpg
 import pytest
 
-from resilient_pool import ResilientPool
+from resilient_pool import BackoffPolicy, ResilientPool
 
 FORGETFUL = """
 import asyncio, sys
@@ -114,6 +114,20 @@ async def test_connections_are_expired_in_the_pools_own_loop_only(dsn):
         assert len(refused) == 1
         assert await works(pool)
     await pool.expire_connections()
+
+
+async def test_after_a_lease_that_worked_was_lost_the_next_one_does_not_wait(postgres, dsn):
+    """A connection that has answered proves that the server lets one in; the distance between attempts is for others."""
+    distant = BackoffPolicy(base=20.0, max_attempts=None)
+    async with ResilientPool(dsn, max_size=1, reconnect=distant) as pool, postgres.admin() as admin:
+        for _ in range(3):
+            lease = await pool.acquire()
+            pid = await lease.fetchval("SELECT pg_backend_pid()")
+            await admin.execute("SELECT pg_terminate_backend($1)", pid)
+            while not lease.is_closed():
+                await asyncio.sleep(0.01)
+            assert await works(pool)
+            await pool.expire_connections()
 
 
 async def test_closing_a_lease_ends_when_the_server_does_not_answer(postgres, proxy):
