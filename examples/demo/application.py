@@ -161,7 +161,7 @@ def _end_with_the_parent() -> None:
 
 
 def main() -> None:
-    """Run the commands on standard input: settings first, then `pause` and `resume`; end of file step_finished the run."""
+    """Run the commands on standard input: settings first, then `pause` and `resume`; end of file ends the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     _end_with_the_parent()
     with contextlib.suppress(BrokenPipeError):  # the parent is gone

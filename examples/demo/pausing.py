@@ -46,7 +46,6 @@ class Pool(Protocol):
 @asynccontextmanager
 async def plain(dsn: str) -> AsyncIterator[Pool]:
     """Ask through `asyncpg.Pool` as it comes."""
-    logging.getLogger("asyncpg").addHandler(logging.NullHandler())  # its warnings would run across the table
     pool = await asyncpg.create_pool(dsn, ssl=False)
     try:
         yield pool
@@ -73,7 +72,7 @@ class PauseProbe:
 
     Args:
         server: The database.
-        result: Where to write down what happens.
+        result: The result to fill.
     """
 
     def __init__(self, server: PausingServer, result: PauseResult) -> None:
@@ -140,10 +139,12 @@ async def run(server: EmbeddedPostgres, pause_results: Mapping[str, PauseResult]
     """Run the requests of all pools at the same time, each with a paused database of its own.
 
     Args:
-        server: The real server postgres them.
-        pause_results: Where to write down what happens, by the pool's name.
+        server: The real server behind them.
+        pause_results: The results to fill, by the pool's name.
         resume_seconds: How long a database takes to resume.
     """
+    for library in ("asyncpg", "resilient_pool"):
+        logging.getLogger(library).addHandler(logging.NullHandler())  # warnings would run across the table
     async with asyncio.TaskGroup() as group:
         for pool, result in pause_results.items():
             group.create_task(_run_one(result, pool, server, resume_seconds))
