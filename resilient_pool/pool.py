@@ -123,7 +123,7 @@ class ResilientPool(Queries):
         commit_resolver = CommitResolver(context, self._leases)
         self._transactions = Transactions(context, self._leases, commit_resolver, self._require_open)
         self._sets_up = config.setup is not None
-        # Of what an application's class makes of a statement a failure tells less, so its attempts are watched from the start.
+        # Of what an application's class makes of a statement a failure says less, so its attempts are watched from the start.
         self._watches = self._sets_up or overrides_statements(config.connection_class)
         self._waits_for_reset = config.session_reset == "on_release"
         self._never_resets = config.session_reset == "off"

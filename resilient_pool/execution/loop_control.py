@@ -46,7 +46,7 @@ class FramePosition:
         """Whether the end of an `async with` block, awaited here, is certain to be followed by the next item of a loop.
 
         That is so if nothing but jumps stands between. The compiler gives every way out of a block (its end,
-        `continue`, `break`, `return`) an await of its own, so the place of the await tells which way it is. A generator
+        `continue`, `break`, `return`) an await of its own, so the place of the await shows which way it is. A generator
         that yields inside the loop is an exception: what it has yielded cannot be taken back.
 
         Args:

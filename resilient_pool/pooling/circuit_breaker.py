@@ -46,7 +46,7 @@ class CircuitBreaker:
     The prober makes one attempt at a time, and a second one beside it when that has not been answered for 5 s.
 
     A server that has no room for one more connection, or refuses it for good (a wrong password, say), while others of this
-    pool work, is not away: those serve everybody, no more are opened than there are, and the prober finds out when another
+    pool work, is not away: those serve all callers, no more are opened than there are, and the prober finds out when another
     one is let in again. Without any connection such a refusal is final at once.
 
     Without any observer, too, the log says when the server is away and when it is back: one line each, at WARNING.

@@ -228,7 +228,7 @@ class ResourcePool(Generic[R]):
         return entry is not None
 
     async def wait(self, seconds: float | None, *, fail_fast: bool = False) -> PoolEntry[R]:
-        """Wait for an entry, behind everybody who waits already.
+        """Wait for an entry, behind all callers that wait already.
 
         Args:
             seconds: For how long at most; `None` for ever. The end may be noticed late, by a fiftieth of that time and
@@ -289,7 +289,7 @@ class ResourcePool(Generic[R]):
         return chosen
 
     def fail_waiters(self, error: Callable[[], Exception]) -> None:
-        """Let everybody who waits fail, each with an error of its own."""
+        """Let all waiting callers fail, each with an error of its own."""
         self._limits.stop()
         while self._waiters:
             ticket, _ = self._waiters.popitem(last=False)
