@@ -31,7 +31,7 @@ from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.circuit_breaker import CircuitBreaker
 from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import PoolContext
-from resilient_pool.pooling.driver import AnyConnection, DriverConnection, overrides_statements
+from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
 from resilient_pool.sql.read_only import StatementReader
@@ -111,6 +111,7 @@ class ResilientPool(Queries):
         context = PoolContext(config=config, clock=clock, counters=self._counters, events=Dispatcher(config.observers))
         self._resources: ResourcePool[DriverConnection] = ResourcePool(config.max_size, clock, min_size=config.min_size)
         self._reader = StatementReader(config.pure_functions)
+        self._keeps_session = self._reader.keeps_session
         self._connector = Connector(context)
         self._maintenance = Maintenance(context, self._resources, self._connector)
         self._circuit_breaker = CircuitBreaker(context, self._resources, self._maintenance, self._connector)
@@ -123,8 +124,6 @@ class ResilientPool(Queries):
         commit_resolver = CommitResolver(context, self._leases)
         self._transactions = Transactions(context, self._leases, commit_resolver, self._require_open)
         self._sets_up = config.setup is not None
-        # Of what an application's class makes of a statement a failure says less, so its attempts are watched from the start.
-        self._watches = self._sets_up or overrides_statements(config.connection_class)
         self._waits_for_reset = config.session_reset == "on_release"
         self._never_resets = config.session_reset == "off"
         # The application's own callbacks may leave anything behind, so with them every use is followed by a reset.
@@ -157,7 +156,8 @@ class ResilientPool(Queries):
             return await run(self._transactions, _on_lease, (execute,), options, exactly_once=True)
         started = self._clock.monotonic()
         driver = failure = None
-        if not self._watches:
+        queries = 0
+        if not self._sets_up:
             self._deposit()
             try:
                 entry = self._acquirer.try_acquire()
@@ -165,6 +165,9 @@ class ResilientPool(Queries):
                     ends, fails_fast = self._leases.deadline_for(started, deadline, fail_fast)
                     entry = await self._acquirer.acquire(ends, fail_fast=fails_fast)
                 driver = entry.resource
+                # What a class of the application makes of one call may be more than one statement.
+                if driver.is_customized:  # type: ignore[union-attr]
+                    queries = driver.queries  # type: ignore[union-attr]
                 return await self._use(entry, sql, execute)
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                 failure = error
@@ -181,6 +184,7 @@ class ResilientPool(Queries):
         )
         if driver is not None:
             execution.attempt.execute_on(driver)
+            execution.attempt.queries_before = queries
         return await self._retry_loop.run(execution, self._attempt, failure)
 
     async def _attempt(self, execution: Execution[T]) -> T:
@@ -202,7 +206,7 @@ class ResilientPool(Queries):
             await entry.resource.learn_why_read_only()  # type: ignore[union-attr]
             raise
         finally:
-            if answered and (self._never_resets or (self._trusts_texts and self._keeps_session(sql))):
+            if answered and (self._never_resets or (self._trusts_texts and sql is not None and self._keeps_session(sql))):
                 self._maintenance.release(entry)
             else:
                 reset = self._maintenance.reset_and_release(entry)
@@ -221,9 +225,6 @@ class ResilientPool(Queries):
 
     def _is_plain_read(self, sql: str | None) -> bool:
         return sql is not None and self._reader.is_plain_read(sql)
-
-    def _keeps_session(self, sql: str | None) -> bool:
-        return sql is not None and self._reader.keeps_session(sql)
 
     # Transactions
 

@@ -48,6 +48,8 @@ _BEGIN_GUARD = "BEGIN READ ONLY, NOT DEFERRABLE"
 _SHORTEST_LIMIT = 1.0
 """Of a guard's own statements, in seconds: what is left of a deadline can be nothing."""
 
+_UNTIL_THE_DEADLINE = replace(OPERATION_BACKOFF, max_attempts=None)
+
 
 class RepeatRefusedError(Exception):
     """A guarded attempt must not go on: the operation may write."""
@@ -92,7 +94,7 @@ class RetryLoop:
         operations = self._config.backoff
         contention = None
         if operations is OPERATION_BACKOFF and execution.operation.deadline is not None:
-            contention = replace(operations, max_attempts=None)
+            contention = _UNTIL_THE_DEADLINE
         return RetryState(
             operations=operations,
             reconnect=self._config.reconnect,
