@@ -206,7 +206,9 @@ class ResilientPool(Queries):
             await entry.resource.learn_why_read_only()  # type: ignore[union-attr]
             raise
         finally:
-            if answered and (self._never_resets or (self._trusts_texts and sql is not None and self._keeps_session(sql))):
+            if answered and (
+                self._never_resets or (self._trusts_texts and sql is not None and self._keeps_session(sql))
+            ):
                 self._maintenance.release(entry)
             else:
                 reset = self._maintenance.reset_and_release(entry)

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Literal, Never, TypeAlias, TypedDict, TypeVar,
 from asyncpg import Record
 
 from resilient_pool._validation import require_call
+from resilient_pool.pooling import driver
 from resilient_pool.pooling.driver import AnyConnection, until_lost
 
 T = TypeVar("T")
@@ -101,7 +102,7 @@ class Queries(ABC):
         return await self._run(
             "fetch",
             query,
-            lambda connection: connection.fetch(query, *args, timeout=timeout, record_class=record_class),
+            lambda connection: driver.fetch(connection, query, args, timeout, record_class),
             idempotent=idempotent,
             deadline=deadline,
             fail_fast=fail_fast,
@@ -126,7 +127,7 @@ class Queries(ABC):
         return await self._run(
             "fetchrow",
             query,
-            lambda connection: connection.fetchrow(query, *args, timeout=timeout, record_class=record_class),
+            lambda connection: driver.fetchrow(connection, query, args, timeout, record_class),
             idempotent=idempotent,
             deadline=deadline,
             fail_fast=fail_fast,
@@ -151,7 +152,7 @@ class Queries(ABC):
         return await self._run(
             "fetchval",
             query,
-            lambda connection: connection.fetchval(query, *args, column=column, timeout=timeout),
+            lambda connection: driver.fetchval(connection, query, args, timeout, column),
             idempotent=idempotent,
             deadline=deadline,
             fail_fast=fail_fast,
@@ -202,7 +203,7 @@ class Queries(ABC):
         return await self._run(
             "execute",
             query,
-            lambda connection: connection.execute(query, *args, timeout=timeout),
+            lambda connection: driver.execute(connection, query, args, timeout),
             idempotent=idempotent,
             deadline=deadline,
             fail_fast=fail_fast,

@@ -597,6 +597,141 @@ def _resume_writing(protocol: Any, loop: asyncio.AbstractEventLoop, _connection:
     loop.call_later(_CUT, protocol.resume_writing)
 
 
+# The versions of asyncpg on which both ways were seen to do the same.
+_VERSIONS_WITH_A_SHORT_WAY = ("0.30", "0.31", "0.32")
+_ON_THE_WAY = (
+    "fetch",
+    "fetchrow",
+    "fetchval",
+    "execute",
+    "_execute",
+    "_Connection__execute",
+    "_do_execute",
+    "_get_statement",
+)
+
+
+def _plain(name: str) -> Any:
+    """Return a method of asyncpg's connection, or `None` if something has taken its place: an instrumentation, say."""
+    method = vars(_Connection).get(name)
+    return method if type(method) is type(_plain) and method.__module__ == "asyncpg.connection" else None
+
+
+def _has_short_way() -> bool:
+    tested = asyncpg.__version__.startswith(tuple(f"{version}." for version in _VERSIONS_WITH_A_SHORT_WAY))
+    return tested and None not in _ORIGINALS
+
+
+_Connection: Any = asyncpg.connection.Connection
+_ORIGINALS = tuple(map(_plain, _ON_THE_WAY))
+# What takes the place of a method may well be equal to it, but is not the same.
+_FETCH, _FETCHROW, _FETCHVAL, _EXECUTE, _INNER_EXECUTE, _INNERMOST_EXECUTE, _DO_EXECUTE, _GET_STATEMENT = _ORIGINALS
+_HAS_SHORT_WAY = _has_short_way()
+
+
+def _cached_statement(connection: Any, query: str, timeout: float | None, record_class: Any) -> Any:
+    """Return the statement that the driver has cached, if giving it to the protocol is certain to mean the same as asking.
+
+    It is where the connection, and each of its methods on the way, is asyncpg's own of a known version, nothing else is under
+    way, and no time limit and no logger of queries is to be heeded. What replaces methods of the protocol is met on both ways.
+    """
+    kind = _Connection
+    if (
+        timeout is not None
+        or record_class is not None
+        or not _HAS_SHORT_WAY
+        or type(connection) is not kind
+        or connection._query_loggers  # noqa: SLF001
+        or connection._stmt_exclusive_section._acquired  # noqa: SLF001
+        or connection._config.command_timeout is not None  # noqa: SLF001
+        or kind.fetch is not _FETCH
+        or kind.fetchrow is not _FETCHROW
+        or kind.fetchval is not _FETCHVAL
+        or kind.execute is not _EXECUTE
+        or kind._execute is not _INNER_EXECUTE  # noqa: SLF001
+        or kind._Connection__execute is not _INNERMOST_EXECUTE  # noqa: SLF001
+        or kind._do_execute is not _DO_EXECUTE  # noqa: SLF001
+        or kind._get_statement is not _GET_STATEMENT  # noqa: SLF001
+        or connection.is_closed()
+    ):
+        return None
+    return connection._stmt_cache.get((query, connection._protocol.get_record_class(), False))  # noqa: SLF001
+
+
+async def _execute_cached(
+    connection: Any, statement: Any, query: str, args: tuple[Any, ...], limit: int, *, return_extra: bool
+) -> Any:
+    """Do what `Connection._execute` does with a statement that is in the cache, in fewer steps."""
+    section, protocol = connection._stmt_exclusive_section, connection._protocol  # noqa: SLF001
+    if section._acquired or protocol is None:  # noqa: SLF001 - since this was called, and before it was awaited
+        connection._check_open()  # noqa: SLF001
+        with section:
+            pass  # one of the two raises
+    section._acquired = 1  # noqa: SLF001
+    try:
+        return await protocol.bind_execute(
+            state=statement, args=args, portal_name="", limit=limit, return_extra=return_extra, timeout=None
+        )
+    except asyncpg.OutdatedSchemaCacheError:
+        await connection.reload_schema_state()
+        raise
+    except asyncpg.InvalidCachedStatementError:
+        connection._drop_global_statement_cache()  # noqa: SLF001
+        if protocol.is_in_transaction():
+            raise
+
+        def again(statement: Any, timeout: float | None) -> Any:
+            return protocol.bind_execute(
+                state=statement, args=args, portal_name="", limit=limit, return_extra=return_extra, timeout=timeout
+            )
+
+        result, _ = await connection._do_execute(query, again, None, retry=False)  # noqa: SLF001
+        return result
+    finally:
+        section._acquired = 0  # noqa: SLF001
+
+
+def fetch(
+    connection: AnyConnection, query: str, args: tuple[Any, ...], timeout: float | None, record_class: Any
+) -> Awaitable[list[Any]]:
+    """Do what `connection.fetch` does."""
+    statement = _cached_statement(connection, query, timeout, record_class)
+    if statement is None:
+        return connection.fetch(query, *args, timeout=timeout, record_class=record_class)
+    return _execute_cached(connection, statement, query, args, 0, return_extra=False)
+
+
+async def fetchrow(
+    connection: AnyConnection, query: str, args: tuple[Any, ...], timeout: float | None, record_class: Any
+) -> Any:
+    """Do what `connection.fetchrow` does."""
+    statement = _cached_statement(connection, query, timeout, record_class)
+    if statement is None:
+        return await connection.fetchrow(query, *args, timeout=timeout, record_class=record_class)
+    rows = await _execute_cached(connection, statement, query, args, 1, return_extra=False)
+    return rows[0] if rows else None
+
+
+async def fetchval(
+    connection: AnyConnection, query: str, args: tuple[Any, ...], timeout: float | None, column: int
+) -> Any:
+    """Do what `connection.fetchval` does."""
+    statement = _cached_statement(connection, query, timeout, None)
+    if statement is None:
+        return await connection.fetchval(query, *args, column=column, timeout=timeout)
+    rows = await _execute_cached(connection, statement, query, args, 1, return_extra=False)
+    return rows[0][column] if rows else None
+
+
+async def execute(connection: AnyConnection, query: str, args: tuple[Any, ...], timeout: float | None) -> str:
+    """Do what `connection.execute` does."""
+    statement = _cached_statement(connection, query, timeout, None) if args else None
+    if statement is None:
+        return await connection.execute(query, *args, timeout=timeout)
+    _, status, _ = await _execute_cached(connection, statement, query, args, 0, return_extra=True)
+    return status.decode()  # type: ignore[no-any-return]
+
+
 async def until_lost(connection: AnyConnection, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
     """Run an operation that sends much, and end it when the connection ends, its time is up or the caller is cancelled.
 
