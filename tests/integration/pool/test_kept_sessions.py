@@ -244,10 +244,10 @@ async def test_a_transaction_that_is_about_to_end_when_its_lease_is_released_mee
 
 async def test_a_lease_that_lasted_long_is_asked_in_its_reset(make_pool):
     """What was answered before it proves nothing now; the reset does, and no caller waits for that."""
-    pool = await make_pool(ping_after=0.05)
+    pool = await make_pool(ping_after=0.5)
     await pool.fetchval("SELECT 1")
     async with pool.acquire() as connection:
-        await connection.fetchval("SELECT pg_sleep(0.1)")
+        await connection.fetchval("SELECT pg_sleep(0.6)")
     assert pool.stats().resetting == 1
     assert await pool.fetchval("SELECT 1") == 1
     assert (pool.stats().resets, pool.stats().pings) == (1, 0)
