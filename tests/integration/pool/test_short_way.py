@@ -114,7 +114,6 @@ CALLS = [
     ("fetch", "SELECT * FROM short_way WHERE id = $1", (), {}),
     ("fetch", "SELECT * FROM short_way WHERE id = $1", (1, 2), {}),
     ("fetch", "SELECT * FROM nothing_of_this_name", (), {}),
-    ("fetch", "SELECT pg_sleep(1)", (), {"timeout": 0.01}),
     ("fetch", "SELECT 1", (), {"timeout": 0}),
     ("fetch", "SELECT 1", (), {"record_class": type("Mine", (asyncpg.Record,), {})}),
     ("fetch", "SELECT 1", (), {"record_class": int}),
@@ -130,6 +129,16 @@ async def test_both_ways_give_the_same(ways, directly, method, query, args, opti
         assert short == public
     refused = options.keys() & {"timeout", "record_class"} or query == "SELECT 1" or "nothing_of" in query
     assert len(directly) == (0 if refused else 3)
+
+
+@both_loops
+async def test_a_time_limit_is_heeded(ways, directly):
+    """The driver's own method is asked, also when the statement is cached."""
+    for query, args, options in (("SELECT pg_sleep($1)", (0,), {}), ("SELECT pg_sleep($1)", (5,), {"timeout": 0.05})):
+        short, public = await ways.both("fetchval", query, *args, **options)
+        assert short == public
+    assert short[0] is TimeoutError
+    assert directly == []
 
 
 @both_loops
