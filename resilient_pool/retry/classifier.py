@@ -95,7 +95,11 @@ class PostgresClassifier:
         An `OutcomeUnknownError` is `PERMANENT` before any rule is asked, because repeating what it stands for could
         apply it twice.
         """
-        seen = _see(failure, self.unwrap(failure.error))
+        inner = self.unwrap(failure.error)
+        if failure.phase is Phase.CONNECT and not isinstance(inner, (OSError, *_SPEAKING)):
+            # A connector's own error, with what the network said behind it. Anywhere else it may be the application's affair.
+            inner = next((each for each in _wrapped(inner, self._unwrap) if _is_of_the_network(each)), inner)
+        seen = _see(failure, inner)
         if not isinstance(seen.error, OutcomeUnknownError):
             for match, verdict in self._custom:
                 if match(failure):
@@ -204,6 +208,10 @@ def _see(failure: Failure, error: BaseException) -> Sighting:
         causes = (cause for cause in _causes(error) if cause is not error)
         last_word = next((cause for cause in causes if isinstance(cause, driver.PostgresError)), error)
     return Sighting(failure=failure, error=last_word, lost=_is_loss(error))
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.filename is None  # and not of a file
 
 
 def _wrapped(error: BaseException, unwrap: Unwrap | None) -> Iterator[BaseException]:

@@ -689,6 +689,20 @@ NOT_REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    "cause", [ConnectionRefusedError(111, "refused"), TimeoutError(), socket.gaierror(-3, "later")]
+)
+def test_what_the_network_said_behind_a_connectors_own_error_is_seen_while_connecting(cause: OSError) -> None:
+    """In a block of the application's it may be about anything else."""
+    error = raised_from(cause, RuntimeError("the connector's"))
+    failures = [Failure(error=error, phase=phase, sent=False) for phase in (Phase.CONNECT, Phase.EXECUTE)]
+    faults = [PostgresClassifier().classify(failure).fault for failure in failures]
+    assert faults == [Fault.UNREACHABLE, Fault.PERMANENT]
+    missing = raised_from(FileNotFoundError(2, "no key", "key.pem"), RuntimeError("the connector's"))
+    failure = Failure(error=missing, phase=Phase.CONNECT, sent=False)
+    assert PostgresClassifier().classify(failure).fault is Fault.PERMANENT
+
+
 def test_refused_credentials_are_recognised_in_all_words_in_use() -> None:
     """Also inside the error of a connector that wraps the driver's."""
     assert [name for name, error in REFUSED.items() if not refuses_credentials(error)] == []
