@@ -72,25 +72,31 @@ def names_nearest(function: Callable[P, T], of: str | None = None) -> Callable[P
     many = inspect.Parameter.VAR_POSITIONAL in kinds
     most = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
 
+    def check(count: int, names: Collection[str]) -> None:
+        if count > most and not many:
+            raise TypeError(f"{of or function.__name__}() takes its further arguments by name only")
+        if not accepted.issuperset(names):
+            require_known(names, known, of=of or function.__name__)
+
+    # Arguments may hold a secret, and a report of an error may show the variables of these frames.
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        if len(args) > most and not many:
+        try:
+            check(len(args), list(kwargs))
+            return function(*args, **kwargs)
+        finally:
             del args, kwargs
-            raise TypeError(f"{of or function.__name__}() takes its further arguments by name only")
-        if kwargs and not kwargs.keys() <= accepted:
-            names = list(kwargs)
-            del args, kwargs  # what stands under a misspelt name may be a secret, and a report may show this frame
-            require_known(names, known, of=of or function.__name__)
-        return function(*args, **kwargs)
-
-    if not inspect.iscoroutinefunction(function):
-        return checked
 
     @functools.wraps(function)
     async def checked_when_awaited(*args: P.args, **kwargs: P.kwargs) -> Any:
-        return await cast("Any", checked(*args, **kwargs))
+        try:
+            check(len(args), list(kwargs))
+            call = cast("Any", function(*args, **kwargs))
+        finally:
+            del args, kwargs
+        return await call
 
-    return cast("Callable[P, T]", checked_when_awaited)
+    return cast("Callable[P, T]", checked_when_awaited) if inspect.iscoroutinefunction(function) else checked
 
 
 def constructor_names_nearest(kind: type[T]) -> type[T]:

@@ -141,10 +141,10 @@ async def test_a_wrong_argument_is_refused_without_a_secret(call: Callable[[], o
         (lambda: run_migration("true", url()), "by name"),
     ],
 )
-def test_an_unknown_argument_is_named_with_the_nearest_and_without_its_value(call, message):
-    """At the call itself."""
+async def test_an_unknown_argument_is_named_with_the_nearest_and_without_its_value(call, message):
+    """When the call is awaited; neither the message nor a traceback with locals quotes the value."""
     with pytest.raises(TypeError) as caught:
-        call()
+        await call()
     assert message in str(caught.value)
     assert_clean(report(caught.value))
 
