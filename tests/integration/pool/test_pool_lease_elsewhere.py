@@ -18,11 +18,13 @@ from resilient_pool import ResilientPool
 
 async def main():
     pool = await ResilientPool(sys.argv[1], max_size=3)
+    begun = []
     async def work():
         async with pool.acquire() as connection, connection.transaction():
+            begun.append(connection)
             await connection.fetchval("SELECT pg_sleep(20)")
     tasks = [asyncio.create_task(work()) for _ in range(5)]
-    while pool.get_size() < 3 or pool.get_idle_size():
+    while len(begun) < 3:
         await asyncio.sleep(0.01)
 
 asyncio.run(main())
