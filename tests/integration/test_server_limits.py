@@ -111,28 +111,28 @@ async def test_room_is_used_when_there_is_some_again(postgres):
 async def test_a_wrong_password_fails_no_caller_while_one_connection_works(postgres, way):
     """The role's password was changed: the open connection serves all callers, few logins are tried, and the log says it once."""
     arguments, options = WAYS[way]
-    async with role(postgres, "rotated") as dsn:
+    async with role(postgres, "password_changed") as dsn:
         with FaultProxy(postgres.host, postgres.port) as proxy:
             async with ResilientPool(proxy.dsn(dsn), ssl=False, max_size=4, **arguments) as pool:
                 await pool.fetchval("SELECT 1")
                 async with postgres.admin() as admin:
-                    await admin.execute("ALTER ROLE rotated PASSWORD 'other'")
+                    await admin.execute("ALTER ROLE password_changed PASSWORD 'other'")
                 assert await use(pool, 1.5, **options) == []
                 assert (proxy.accepted, pool.get_size()) == (1 + pool.stats().connect_failures, 1)
                 assert 0 < pool.stats().connect_failures <= 3 + 1.5 / (0.05 * 0.75)
                 async with postgres.admin() as admin:
-                    await admin.execute("ALTER ROLE rotated PASSWORD 'pw'")
+                    await admin.execute("ALTER ROLE password_changed PASSWORD 'pw'")
                 assert await use(pool, 2.0, **options) == []
                 assert pool.get_size() == 4
 
 
 async def test_a_caller_whom_the_open_connections_cannot_serve_in_time_sees_the_refusal(postgres):
     """It is the cause of the error that says why there was no connection."""
-    async with role(postgres, "rotated") as dsn:
+    async with role(postgres, "password_changed") as dsn:
         async with ResilientPool(dsn, max_size=4) as pool, pool.acquire() as lease:
             await lease.fetchval("SELECT 1")
             async with postgres.admin() as admin:
-                await admin.execute("ALTER ROLE rotated PASSWORD 'other'")
+                await admin.execute("ALTER ROLE password_changed PASSWORD 'other'")
             with pytest.raises(AcquireTimeoutError, match="the server refuses another one") as caught:
                 await pool.fetchval("SELECT 1", deadline=0.5)
             assert isinstance(caught.value.__cause__, asyncpg.InvalidPasswordError)
