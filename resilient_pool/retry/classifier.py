@@ -178,7 +178,7 @@ def reports_closed_connection(error: BaseException) -> bool:
     """
     if isinstance(error, driver.ConnectionDoesNotExistError):
         return severity_of(error) == ""
-    return isinstance(error, driver.InterfaceError) and CLOSED.search(text_of(error)) is not None
+    return isinstance(error, driver.InterfaceError) and re.search(CLOSED, text_of(error)) is not None
 
 
 # What servers and poolers say when they do not know themselves what became of a COMMIT: a lost connection (08), a server that
@@ -242,7 +242,7 @@ def _is_loss(error: BaseException) -> bool:
         severity = severity_of(error)
         return severity in {"FATAL", "PANIC"} or (severity != "ERROR" and sqlstate_of(error) in _LAST_WORDS)
     if isinstance(error, driver.InterfaceError):
-        return CLOSED.search(text_of(error)) is not None
+        return re.search(CLOSED, text_of(error)) is not None
     return isinstance(error, _LOST_TYPES) or (isinstance(error, OSError) and error.errno in _LOST_ERRNOS)
 
 

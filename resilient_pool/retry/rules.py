@@ -12,58 +12,59 @@ from asyncpg import exceptions as driver
 from resilient_pool.errors import OutcomeUnknownError, ResilientPoolError
 from resilient_pool.retry.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
 
-CLOSED = re.compile(r"connection is closed$")
-_HALF_WAY = re.compile(r"^(cannot switch to state |not connected$)")
-_CLOSED_OR_HALF_WAY = re.compile(f"{CLOSED.pattern}|{_HALF_WAY.pattern}")
-_MASK = re.compile(r"^cannot call Transaction\..*underlying connection is closed$")
-_NOT_NOW = re.compile(r"another operation is |has been released back to the pool|^pool is clos")
-_NOT_LET_IN = re.compile(r"^no pg_hba\.conf entry")
-_TLS_REJECTED = re.compile(r"rejected SSL upgrade$")
+# Patterns as text: `re` compiles each with the first failure that is held against it, not while the package is imported.
+CLOSED = r"connection is closed$"
+_HALF_WAY = r"^(cannot switch to state |not connected$)"
+_CLOSED_OR_HALF_WAY = f"{CLOSED}|{_HALF_WAY}"
+_MASK = r"^cannot call Transaction\..*underlying connection is closed$"
+_NOT_NOW = r"another operation is |has been released back to the pool|^pool is clos"
+_NOT_LET_IN = r"^no pg_hba\.conf entry"
+_TLS_REJECTED = r"rejected SSL upgrade$"
 # What PgBouncer says when it could not give a waiting client a server: the statement is still in its queue.
-_POOLER_IS_FULL = re.compile(
+_POOLER_IS_FULL = (
     r"^(query_wait_timeout$|no more connections allowed \(|sorry, too many clients already"
     r"|too many connections for |remaining connection slots are reserved)"
 )
-_POOLER_HAS_NO_SERVER = re.compile(
+_POOLER_HAS_NO_SERVER = (
     r"^(server login has been failing|client_login_timeout \(server down\)"
     r"|pgbouncer cannot connect to server|the database system is )"
 )
-_SERVER_CRASHED = re.compile(r"^server conn crashed\?")
-_POOLERS_LIMIT = re.compile(r"^((idle )?transaction timeout$|disconnecting idle in transaction client)")
-_LOST_ITS_SERVER = re.compile(
+_SERVER_CRASHED = r"^server conn crashed\?"
+_POOLERS_LIMIT = r"^((idle )?transaction timeout$|disconnecting idle in transaction client)"
+_LOST_ITS_SERVER = (
     r"^(odyssey: \S+ remote server read/write error|server is shutting down$|Timed out: Perform RPC"
     r"|Invalid argument: Unknown session)"
 )
 # Proxies that send one code for everything while connecting, whatever the server behind them has said: Neon and Supavisor
 # XX000, PgCat and PgDog 58000, Prisma none.
 _ONE_CODE = frozenset({"08P01", "XX000", "58000", ""})
-_PROXY_IS_FULL = re.compile(
-    _POOLER_IS_FULL.pattern
+_PROXY_IS_FULL = (
+    _POOLER_IS_FULL
     + r"|^You've exceeded the rate limit|^Too many connections (attempts|to this endpoint)"  # Neon
     + r"|^Failed to acquire permit to connect"
     + r"|^\((EMAXCONN|EMAXCONNSESSION|EMAXPOOLSREACHED|ECHECKOUTTIMEOUT|ECHECKOUTRETRIES|EPOOLCHECKOUT)\)"  # Supavisor
     + r"|^MaxClientsInSessionMode: |^Max (client connections|pools count) reached|^Unable to check out process from the pool"
 )
-_PROXY_HAS_NO_SERVER = re.compile(
-    _POOLER_HAS_NO_SERVER.pattern
+_PROXY_HAS_NO_SERVER = (
+    _POOLER_HAS_NO_SERVER
     + r"|^Couldn't connect to compute node|^Control plane request failed$|^Your project already has running operations"
     + r"|^\((EDBHANDLEREXITED|ESUBSCRIBERETRIES|EPROXYSTARTFAILED|EPROXYSUPERVISORUNAVAILABLE|EWORKERNOTFOUND)\)"
     + r"|^\(EPOOLCONFIGNOTFOUND\)|^DbHandler exited|^\(ECIRCUITBREAKER\) (?!too many authentication failures)"
     + r"|^connection pool for user .* is down$|^Pool down for database: "  # PgDog, PgCat
     + r"|^terminating connection due to administrator command$"
 )
-_SUPAVISOR_HAS_NONE_FREE = re.compile(r"^\((ECHECKOUTTIMEOUT|ECHECKOUTRETRIES|EPOOLCHECKOUT)\)")
+_SUPAVISOR_HAS_NONE_FREE = r"^\((ECHECKOUTTIMEOUT|ECHECKOUTRETRIES|EPOOLCHECKOUT)\)"
 # PgCat (FATAL, and the connection lives) and PgDog (ERROR), while no server is attached to the client.
-_CHECKOUT_FAILED = re.compile(
+_CHECKOUT_FAILED = (
     r"^could not get connection from the pool - |checkout failure limit reached \(|^(replica )?checkout timeout"
 )
-_CHECKOUT_IMPOSSIBLE = re.compile(
+_CHECKOUT_IMPOSSIBLE = (
     r"^(all replicas down|pool is banned|no primary|pool is shut down)|^connection pool for user .* is down$"
 )
-_STALE_TYPE = re.compile(r"^cache lookup failed for type ")  # an internal error: never translated
-_RECREATED_TYPE = re.compile(r"^type with OID \d+ does not exist$")
+_STALE_TYPE = r"^cache lookup failed for type "  # an internal error: never translated
+_RECREATED_TYPE = r"^type with OID \d+ does not exist$"
 # Limits of one session or one statement, by the name of the setting: the same statement meets them again.
-_LIMIT_OF_ITS_OWN = re.compile(r"\btemp_file_limit\b|^tuple decompression limit |\w+ = 0$")
+_LIMIT_OF_ITS_OWN = r"\btemp_file_limit\b|^tuple decompression limit |\w+ = 0$"
 # Functions of postgres_fdw's and dblink's that raise what another server has said to this one, or that it is away.
 _FOREIGN = frozenset({"pgfdw_report_error", "pgfdw_report", "pgfdw_report_internal", "connect_pg_server"}) | frozenset(
     {"dblink_res_error", "dblink_connect", "dblink_get_conn", "dblink_conn_not_avail"}
@@ -146,7 +147,7 @@ class Rule:
     phases: frozenset[Phase]
     errors: tuple[type[BaseException], ...]
     sqlstates: frozenset[str]
-    text: re.Pattern[str] | None
+    text: str | None
     lost: bool | None
     when: Callable[[Sighting], bool] | None
 
@@ -157,7 +158,7 @@ class Rule:
             and (self.lost is None or self.lost is seen.lost)
             and (not self.errors or isinstance(seen.error, self.errors))
             and (not self.sqlstates or not self.sqlstates.isdisjoint((state := sqlstate_of(seen.error), state[:2])))
-            and (self.text is None or self.text.search(text_of(seen.error)) is not None)
+            and (self.text is None or re.search(self.text, text_of(seen.error)) is not None)
             and (self.when is None or self.when(seen))
         )
 
@@ -177,7 +178,7 @@ def _rule(
     *,
     codes: str | frozenset[str] = "",
     errors: type[BaseException] | tuple[type[BaseException], ...] = (),
-    text: re.Pattern[str] | None = None,
+    text: str | None = None,
     when: Callable[[Sighting], bool] | None = None,
 ) -> Rule:
     """Make a row. `EXPIRE` discards the connection and expires those opened before it; `codes` stand side by side."""
