@@ -379,16 +379,7 @@ class CircuitBreaker:
             caller for whom this was the last attempt.
         """
         now, works = self._clock.monotonic(), bool(self._maintenance.connections())
-        why = self._connector.read_only if isinstance(error, asyncpg.ReadOnlySQLTransactionError) else None
-        failure = Failure(
-            error=error,
-            phase=Phase.CONNECT,
-            sent=False,
-            waking=self._wake_window.covers(now) and not works,
-            writable=self._connector.expects_writes,
-            read_only_asked=why is not None and why.asked,
-            in_recovery=None if why is None else why.in_recovery,
-        )
+        failure = self._build_failure(error, now, works=works)
         verdict = self._context.classify(failure)
         self._context.counters.connect_failures += 1
         if works and self._is_about_one_more_connection(verdict.fault):
@@ -419,6 +410,18 @@ class CircuitBreaker:
         if is_news:
             self._emit_retry(outage, failure, verdict, delay, now)
         return None
+
+    def _build_failure(self, error: Exception, now: float, *, works: bool) -> Failure:
+        why = self._connector.read_only if isinstance(error, asyncpg.ReadOnlySQLTransactionError) else None
+        return Failure(
+            error=error,
+            phase=Phase.CONNECT,
+            sent=False,
+            waking=self._wake_window.covers(now) and not works,
+            writable=self._connector.expects_writes,
+            read_only_asked=why is not None and why.asked,
+            in_recovery=None if why is None else why.in_recovery,
+        )
 
     def _cap(self, error: Exception, failure: Failure, verdict: Verdict, now: float) -> None:
         """Serve all callers with the connections that are open: the server does not let in another one."""
