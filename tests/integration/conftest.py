@@ -13,8 +13,11 @@ from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedPostgres]:
-    """PostgreSQL 18; a test that stops or freezes it, or changes its settings, leaves it as it was."""
-    yield from _run(EmbeddedPostgres(18, settings={"max_connections": 60}))
+    """PostgreSQL 18; a test that stops or freezes it, or changes its settings, leaves it as it was.
+
+    Nothing but the tests writes there: a migration is not repeated when anything else did, autovacuum included.
+    """
+    yield from _run(EmbeddedPostgres(18, settings={"max_connections": 60, "autovacuum": False}))
 
 
 @pytest.fixture(scope="session")
