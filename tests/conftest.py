@@ -1,0 +1,59 @@
+"""Programs of Debian's packages that some tests start: `@pytest.mark.needs("pgbouncer")`.
+
+Without the program such a test is left out, and the summary says how many were and which command installs it. With
+`RESILIENT_POOL_REQUIRE_PROGRAMS=1`, as `.ci/run` sets it, a missing program is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+PACKAGES = Path(__file__).resolve().parents[1] / ".ci" / "debian-packages"
+# Debian puts servers where only the superuser's PATH leads.
+SEARCHED = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def packages() -> dict[str, str]:
+    """Read which package has which program."""
+    lines = (line.split() for line in PACKAGES.read_text().splitlines() if not line.startswith("#"))
+    return {program: package for package, program in lines}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(program): start a program of one of Debian's packages")
+    config.stash[LEFT_OUT] = Counter()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    known = packages()
+    kept, left_out = [], []
+    for item in items:
+        named = {program for marker in item.iter_markers("needs") for program in marker.args}
+        if not named <= known.keys():
+            raise pytest.UsageError(f"{item.nodeid} needs {sorted(named - known.keys())}: add it to {PACKAGES.name}")
+        missing = {known[program] for program in named if shutil.which(program, path=SEARCHED) is None}
+        config.stash[LEFT_OUT].update(missing)
+        (left_out if missing else kept).append(item)
+    if left_out and os.environ.get("RESILIENT_POOL_REQUIRE_PROGRAMS") == "1":
+        raise pytest.UsageError("\n".join(_left_out(config)))
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in _left_out(config):
+        terminalreporter.write_line(line, yellow=True)
+
+
+def _left_out(config: pytest.Config) -> list[str]:
+    return [
+        f"{number} tests need the package {package}: apt-get install -y {package}"
+        for package, number in sorted(config.stash[LEFT_OUT].items())
+    ]
