@@ -15,15 +15,14 @@ import asyncpg
 from asyncpg import Record
 
 from resilient_pool._validation import names_nearest, require_seconds
+from resilient_pool.clock import deadline_after
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.execution.connection_class import lease_class
 from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransaction
-from resilient_pool.execution.operation import Execution, Operation, do_nothing
 from resilient_pool.execution.query_methods import Queries
-from resilient_pool.execution.retry_loop import RetryLoop
+from resilient_pool.execution.retry_loop import Execution, Operation, RetryLoop, do_nothing
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.context import PoolContext
-from resilient_pool.pooling.deadlines import deadline_after
 from resilient_pool.pooling.driver import (
     AnyConnection,
     ConnectionProxy,

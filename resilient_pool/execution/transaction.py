@@ -15,8 +15,7 @@ import asyncpg
 from resilient_pool.execution.commit_resolver import CommitResolver, is_fault_of_our_query
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.loop_control import FramePosition
-from resilient_pool.execution.operation import Execution
-from resilient_pool.execution.retry_loop import REFUSALS_OF_A_GUARD, RepeatRefusedError
+from resilient_pool.execution.retry_loop import REFUSALS_OF_A_GUARD, Execution, RepeatRefusedError
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import (
     DriverConnection,

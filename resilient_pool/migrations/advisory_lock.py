@@ -13,8 +13,8 @@ from resilient_pool.clock import Clock
 from resilient_pool.errors import MigrationLockedError
 from resilient_pool.events import MigrationLockLost, MigrationLockWaited
 from resilient_pool.execution.connection import ResilientConnection
-from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.pool import ResilientPool
+from resilient_pool.pooling.context import Dispatcher
 
 _POLL_SECONDS = 0.5
 _RELEASE_TIMEOUT = 5.0

@@ -38,8 +38,8 @@ from resilient_pool.migrations.output import (
 )
 from resilient_pool.migrations.server_activity import ServerActivity, read_activity, reason_for_doubt
 from resilient_pool.migrations.sql_directory import SqlDirectory, read_directory
-from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.pool import ResilientPool
+from resilient_pool.pooling.context import Dispatcher
 from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.retry.classifier import PostgresClassifier
 from resilient_pool.retry.decision import Retry, RetryState, decide

@@ -13,9 +13,8 @@ import asyncpg
 from resilient_pool.config.secrets import scrub
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.events import CircuitClosed, CircuitOpened, RetryScheduled
-from resilient_pool.pooling.background import begin
 from resilient_pool.pooling.connect import Connector
-from resilient_pool.pooling.context import PoolContext, nearest_sqlstate
+from resilient_pool.pooling.context import PoolContext, begin, nearest_sqlstate
 from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool

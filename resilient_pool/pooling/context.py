@@ -1,21 +1,69 @@
-"""What the parts of one pool share: configuration, clock, counters, events, and the application's classifier."""
+"""What the parts of one pool share: configuration, clock, counters, observers, the application's classifier, background tasks."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Coroutine, Iterable
+from contextvars import Context
 from dataclasses import dataclass
+from typing import TypeVar
 
 import asyncpg
 
 from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.config.secrets import scrub
-from resilient_pool.events import RetryScheduled
-from resilient_pool.observability.dispatcher import Dispatcher
+from resilient_pool.events import Event, Observer, RetryScheduled
 from resilient_pool.observability.stats import Counters
 from resilient_pool.retry.classifier import PostgresClassifier
 from resilient_pool.retry.verdict import Failure, Fault, Outcome, Verdict
 
+T = TypeVar("T")
+
+_LOGGER = logging.getLogger("resilient_pool")
 _DEFAULT = PostgresClassifier()
+
+
+class Dispatcher:
+    """Calls every observer with each event, in order. An observer that raises breaks no call.
+
+    It is false when there is no observer: then the caller can leave the event unmade.
+
+    Args:
+        observers: What to call.
+    """
+
+    __slots__ = ("_observers", "_reported")
+
+    def __init__(self, observers: Iterable[Observer] = ()) -> None:
+        self._observers = tuple(observers)
+        self._reported: set[int] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._observers)
+
+    def emit(self, event: Event) -> None:
+        """Hand `event` to every observer; an observer's exception is logged, once for each observer, and forgotten."""
+        for position, observer in enumerate(self._observers):
+            try:
+                returned: object = observer(event)  # type: ignore[func-returns-value]
+                if returned is not None and inspect.iscoroutine(returned):
+                    returned.close()
+                    self._report(
+                        position, event, TypeError("an observer must not return a coroutine: it is not awaited")
+                    )
+            except Exception as error:  # noqa: BLE001 - an observer's failure is not the caller's
+                self._report(position, event, error)
+
+    def _report(self, position: int, event: Event, error: Exception) -> None:
+        # Once: an observer that always fails would otherwise write as much as the pool does.
+        if position in self._reported:
+            return
+        self._reported.add(position)
+        _LOGGER.error("an observer failed at %s; its further failures are not reported", event.name, exc_info=error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,3 +119,18 @@ def nearest_sqlstate(failure: Failure) -> str | None:
     masked = isinstance(inner, asyncpg.InterfaceError)
     states = failure.sqlstates if masked else [getattr(error, "sqlstate", None) for error in (inner, inner.__cause__)]
     return next((state for state in states if isinstance(state, str)), None)
+
+
+def begin(
+    work: Coroutine[object, object, T], then: Callable[[asyncio.Task[T]], object] | None = None
+) -> asyncio.Task[T]:
+    """Begin a task in the running event loop, and call `then` with it when it has ended, both in an empty context."""
+    context = Context()
+    # Not `create_task(context=)`: an application's own task factory need not know it.
+    task = context.run(asyncio.get_running_loop().create_task, work)
+    # A program that ends without closing its pool is told nothing of what the pool was doing then: it cannot mend it.
+    with contextlib.suppress(AttributeError):
+        task._log_destroy_pending = False  # type: ignore[attr-defined] # noqa: SLF001
+    if then is not None:
+        task.add_done_callback(then, context=context)
+    return task

@@ -12,15 +12,13 @@ from typing import TypeVar
 import asyncpg
 import backoff
 
-from resilient_pool.clock import Timer
+from resilient_pool.clock import TimeoutQueue, Timer
 from resilient_pool.config.secrets import scrub
 from resilient_pool.events import ConnectionDiscarded, ConnectionOpened, DiscardReason
-from resilient_pool.pooling.background import begin
 from resilient_pool.pooling.connect import Connector
-from resilient_pool.pooling.context import PoolContext
+from resilient_pool.pooling.context import PoolContext, begin
 from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
-from resilient_pool.pooling.timeouts import TimeoutQueue
 
 T = TypeVar("T")
 

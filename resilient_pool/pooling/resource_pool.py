@@ -9,9 +9,8 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from resilient_pool.clock import Clock
+from resilient_pool.clock import Clock, TimeoutQueue
 from resilient_pool.errors import AcquireTimeoutError
-from resilient_pool.pooling.timeouts import TimeoutQueue
 
 R = TypeVar("R")
 

@@ -9,7 +9,7 @@ import pytest
 from resilient_pool import ConfigurationError, ResilientPool, create_pool
 from resilient_pool.config.arguments import PoolArguments
 from resilient_pool.config.pool_config import ARGUMENTS
-from resilient_pool.execution.invocation import Invocation
+from resilient_pool.pool import Invocation
 
 
 def test_the_typed_arguments_are_those_of_the_configuration():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from resilient_pool.execution.operation import Execution, Operation
+from resilient_pool.execution.retry_loop import Execution, Operation
 from resilient_pool.retry.verdict import Outcome, Phase
 
 FETCH = Operation(name="fetch", sql="SELECT 1", started=0.0, deadline=None)

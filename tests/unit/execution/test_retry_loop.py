@@ -11,12 +11,10 @@ from resilient_pool import BackoffPolicy, Fault, OutcomeUnknownError
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.events import DiscardReason, OutcomeUnknown, RetryExhausted, RetryScheduled
-from resilient_pool.execution.operation import Execution, Operation
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import RetryLoop
-from resilient_pool.observability.dispatcher import Dispatcher
+from resilient_pool.execution.retry_loop import Execution, Operation, RetryLoop
 from resilient_pool.observability.stats import Counters
-from resilient_pool.pooling.context import PoolContext
+from resilient_pool.pooling.context import Dispatcher, PoolContext
 from resilient_pool.pooling.driver import ReadOnly
 from resilient_pool.retry.verdict import Phase
 from resilient_pool.sql.read_only import StatementReader

@@ -12,11 +12,10 @@ from resilient_pool import BackoffPolicy
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.events import CircuitClosed, CircuitOpened, RetryScheduled
-from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.circuit_breaker import CircuitBreaker
-from resilient_pool.pooling.context import PoolContext
+from resilient_pool.pooling.context import Dispatcher, PoolContext
 from resilient_pool.pooling.resource_pool import ResourcePool
 from resilient_pool.retry.verdict import Fault
 from resilient_pool.testing import ScriptedClock

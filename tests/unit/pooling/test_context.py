@@ -10,9 +10,8 @@ import pytest
 
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.events import RetryScheduled
-from resilient_pool.observability.dispatcher import Dispatcher
 from resilient_pool.observability.stats import Counters
-from resilient_pool.pooling.context import PoolContext
+from resilient_pool.pooling.context import Dispatcher, PoolContext
 from resilient_pool.retry.verdict import Failure, Fault, Outcome, Phase
 from resilient_pool.testing import ScriptedClock
 

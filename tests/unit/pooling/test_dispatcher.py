@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from resilient_pool.events import ConnectionDiscarded, ConnectionOpened, DiscardReason
-from resilient_pool.observability.dispatcher import Dispatcher
+from resilient_pool.pooling.context import Dispatcher
 
 OPENED = ConnectionOpened(elapsed=0.004, server_pid=4711, size=1)
 DISCARDED = ConnectionDiscarded(reason=DiscardReason.STALE, age=61.5, server_pid=4711)

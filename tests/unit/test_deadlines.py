@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from resilient_pool.pooling.deadlines import deadline_after, deadline_scope
+from resilient_pool.clock import deadline_after, deadline_scope
 
 
 @pytest.mark.parametrize(
