@@ -185,6 +185,62 @@ class CircuitClosed(Event):
     elapsed: float
 
 
+class WaitReason(StrEnum):
+    """Why a caller did not get a connection at once.
+
+    Attributes:
+        BUSY: All connections were in use.
+        RESETTING: The one connection in use had just been given back, and its session was being reset.
+        CONNECTING: No connection was open, and the first one was being opened.
+        AWAY: The server was away, for some of the time at least.
+    """
+
+    BUSY = "busy"
+    RESETTING = "resetting"
+    CONNECTING = "connecting"
+    AWAY = "away"
+
+
+class WaitEnd(StrEnum):
+    """How a caller's wait for a connection ended.
+
+    Attributes:
+        SERVED: With a connection, or the right to open one.
+        TIMEOUT: Its time was up.
+        FAILED: With an error: the server refuses connections for good, say, or the pool was closed.
+        CANCELLED: The caller was cancelled.
+    """
+
+    SERVED = "served"
+    TIMEOUT = "timeout"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallerWaited(Event):
+    """A caller did not get a connection at once. Emitted when its wait has ended, in its own task and context.
+
+    One operation may wait more than once: a connection that it waited for can turn out to be dead.
+
+    Attributes:
+        reason: Why it had to wait.
+        end: How that ended.
+        elapsed: How long it waited, in seconds.
+        fault: If the server was away meanwhile, the kind of trouble; else `None`.
+        outage: How long the server had been away by then, in seconds, or in all if it came back meanwhile; else `None`.
+        attempts: How many attempts to connect had failed in that outage; else 0.
+    """
+
+    name: ClassVar[str] = "pool.caller.waited"
+    reason: WaitReason
+    end: WaitEnd
+    elapsed: float
+    fault: Fault | None = None
+    outage: float | None = None
+    attempts: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolerDetected(Event):
     """A pooler stands between this process and PostgreSQL. Emitted once per pool.

@@ -287,6 +287,7 @@ class CommitResolver:
         )
         if status in (CommitStatus.COMMITTED, CommitStatus.ABORTED):
             elapsed = self._clock.monotonic() - started
+            self._context.counters.outcomes_resolved[status.value] += 1
             self._context.events.emit(
                 OutcomeResolved(operation="transaction", answer=status.value, xid=commit_token.xid, elapsed=elapsed)
             )

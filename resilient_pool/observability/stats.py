@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from math import inf
 from types import MappingProxyType
 from typing import Any
 
 from resilient_pool.events import DiscardReason
 from resilient_pool.retry.verdict import Fault
+
+WAIT_BOUNDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, inf)
+"""The upper bounds of `PoolStats.wait_histogram`, in seconds: from a round trip to what a sleeping database takes to wake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +32,7 @@ class PoolStats:
         circuit_open: Whether the server is known to be away: one prober tries to reach it, and callers wait.
         acquired: Connections handed out.
         opened: Connections opened.
+        open_seconds: What opening them took, in seconds, together.
         connect_failures: Attempts to open one that failed.
         discarded: Connections closed, by reason; reasons that never occurred are absent.
         stale_found: Connections found dead before use.
@@ -35,9 +41,17 @@ class PoolStats:
         retries: Further attempts scheduled, by fault; faults that never occurred are absent.
         exhausted: Operations given up although waiting could have cured them.
         outcomes_unknown: Operations of which it is not known whether they took effect.
+        outcomes_resolved: Transactions whose COMMIT was not answered and of which it is known nevertheless what became of them,
+            by answer (`"committed"`, `"aborted"`); answers that never occurred are absent.
         resets: Sessions reset after use.
-        waits: Callers that did not get a connection at once.
+        waits: Callers that did not get a connection at once, whether they got one in the end or not. Each is counted when its wait
+            has ended: see `waiting` for the others.
         wait_seconds: How long they waited, in seconds, together.
+        wait_histogram: How many of the waits took how long: by the smallest of `WAIT_BOUNDS`, in seconds, that was not
+            exceeded; bounds without any are absent. They add up to `waits`.
+        wait_timeouts: Those of the waits whose time was up.
+        circuit_openings: How often the server was found away.
+        circuit_open_seconds: How long it was away, in seconds, together; an outage that goes on is not in it yet.
         pooler: Whether a pooler was found between this process and PostgreSQL.
     """
 
@@ -51,6 +65,7 @@ class PoolStats:
     circuit_open: bool
     acquired: int
     opened: int
+    open_seconds: float
     connect_failures: int
     discarded: Mapping[DiscardReason, int]
     stale_found: int
@@ -59,9 +74,14 @@ class PoolStats:
     retries: Mapping[Fault, int]
     exhausted: int
     outcomes_unknown: int
+    outcomes_resolved: Mapping[str, int]
     resets: int
     waits: int
     wait_seconds: float
+    wait_histogram: Mapping[float, int]
+    wait_timeouts: int
+    circuit_openings: int
+    circuit_open_seconds: float
     pooler: bool
 
     @property
@@ -81,6 +101,7 @@ class Counters:
 
     acquired: int = 0
     opened: int = 0
+    open_seconds: float = 0.0
     connect_failures: int = 0
     discarded: Counter[DiscardReason] = field(default_factory=Counter)
     stale_found: int = 0
@@ -89,14 +110,26 @@ class Counters:
     retries: Counter[Fault] = field(default_factory=Counter)
     exhausted: int = 0
     outcomes_unknown: int = 0
+    outcomes_resolved: Counter[str] = field(default_factory=Counter)
     resets: int = 0
     waits: int = 0
     wait_seconds: float = 0.0
+    wait_histogram: Counter[float] = field(default_factory=Counter)
+    wait_timeouts: int = 0
+    circuit_openings: int = 0
+    circuit_open_seconds: float = 0.0
     pooler: bool = False
+
+    def count_wait(self, seconds: float) -> None:
+        """Count one wait for a connection that has ended."""
+        self.waits += 1
+        self.wait_seconds += seconds
+        self.wait_histogram[WAIT_BOUNDS[bisect_left(WAIT_BOUNDS, seconds)]] += 1
 
     def snapshot(self, **now: Any) -> PoolStats:
         """Freeze the totals together with `now`, the fields of `PoolStats` that are of this moment."""
         totals = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name in ("discarded", "retries"):
-            totals[name] = MappingProxyType(dict(totals[name]))
+        for name, value in totals.items():
+            if isinstance(value, Counter):
+                totals[name] = MappingProxyType(dict(value))
         return PoolStats(**now, **totals)

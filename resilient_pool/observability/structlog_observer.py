@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from resilient_pool._validation import constructor_names_nearest
 from resilient_pool.events import (
+    CallerWaited,
     CircuitOpened,
     ConnectionDiscarded,
     ConnectionOpened,
@@ -19,6 +20,7 @@ from resilient_pool.events import (
     PoolerDetected,
     RetryExhausted,
     RetryScheduled,
+    WaitReason,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ _NAME = "resilient_pool"
 _LEVELS: Mapping[type[Event], int] = {
     ConnectionOpened: logging.DEBUG,
     ConnectionDiscarded: logging.DEBUG,
+    CallerWaited: logging.DEBUG,
     RetryScheduled: logging.INFO,
     RetryExhausted: logging.WARNING,
     OutcomeUnknown: logging.WARNING,
@@ -55,8 +58,8 @@ class Logger(Protocol):
 class StructlogObserver:
     """Logs every event under its dotted name, with its attributes as fields.
 
-    Connections opened, and discarded as housekeeping, are logged at DEBUG; retries, and connections that had died, at
-    INFO; operations given up, unknown outcomes, a server that is away, poolers and a migration's lost
+    Connections opened, and discarded as housekeeping, and callers that had to wait, are logged at DEBUG; retries, connections
+    that had died, and callers that waited for a server that was away, at INFO; operations given up, unknown outcomes, a server that is away, poolers and a migration's lost
     lock at WARNING. SQL text and arguments are never logged.
 
     Args:
@@ -97,6 +100,8 @@ class StructlogObserver:
 
 def _level(event: Event) -> int:
     if isinstance(event, ConnectionDiscarded) and event.reason in _NOTEWORTHY:
+        return logging.INFO
+    if isinstance(event, CallerWaited) and event.reason is WaitReason.AWAY:
         return logging.INFO
     return _LEVELS.get(type(event), logging.INFO)
 

@@ -6,7 +6,7 @@ import asyncio
 from math import inf
 
 from resilient_pool.errors import AcquireTimeoutError
-from resilient_pool.events import DiscardReason
+from resilient_pool.events import CallerWaited, DiscardReason, WaitEnd, WaitReason
 from resilient_pool.pooling.circuit_breaker import CircuitBreaker
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import DriverConnection
@@ -46,6 +46,7 @@ class Acquirer:
         self._circuit_breaker = circuit_breaker
         self._clock = context.clock
         self._counters = context.counters
+        self._events = context.events
 
     async def acquire(self, deadline: float | None, *, fail_fast: bool = False) -> PoolEntry[DriverConnection]:
         """Take an entry with a healthy connection in it.
@@ -78,9 +79,12 @@ class Acquirer:
         if reset is not None:
             started = self._clock.monotonic()
             left = inf if deadline is None else deadline - started
-            self._counters.waits += 1
-            await asyncio.wait([reset], timeout=max(min(_PROMPT, left), 0.0))
-            self._counters.wait_seconds += self._clock.monotonic() - started
+            end = WaitEnd.CANCELLED
+            try:
+                await asyncio.wait([reset], timeout=max(min(_PROMPT, left), 0.0))
+                end = WaitEnd.SERVED
+            finally:
+                self._end_wait(started, WaitReason.RESETTING, end)
 
     def _at_hand(self) -> PoolEntry[DriverConnection] | None:
         if not self._resources.idle:
@@ -121,16 +125,40 @@ class Acquirer:
         self._circuit_breaker.ensure_prober()
         if refusal is not None:
             raise refusal
-        started = self._clock.monotonic()
-        self._counters.waits += 1
+        started, end = self._clock.monotonic(), WaitEnd.CANCELLED
+        reason = WaitReason.BUSY if self._resources.has_resources else WaitReason.CONNECTING
         try:
-            return await self._resources.wait(None if deadline is None else deadline - started, fail_fast=fail_fast)
+            entry = await self._resources.wait(None if deadline is None else deadline - started, fail_fast=fail_fast)
+            end = WaitEnd.SERVED
+            return entry  # noqa: TRY300 - the wait ends below, whichever way
         except AcquireTimeoutError as timeout:
+            end = WaitEnd.TIMEOUT
+            self._counters.wait_timeouts += 1
             failure = self._circuit_breaker.error_for_timeout(timeout)
+        except Exception:
+            end = WaitEnd.FAILED
+            raise
         finally:
-            self._counters.wait_seconds += self._clock.monotonic() - started
+            self._end_wait(started, reason, end)
             self._circuit_breaker.stop_prober_if_unused()
         raise failure
+
+    def _end_wait(self, started: float, reason: WaitReason, end: WaitEnd) -> None:
+        now = self._clock.monotonic()
+        self._counters.count_wait(now - started)
+        if not self._events:
+            return
+        outage = self._circuit_breaker.outage_since(started)
+        self._events.emit(
+            CallerWaited(
+                reason=reason if outage is None else WaitReason.AWAY,
+                end=end,
+                elapsed=now - started,
+                fault=None if outage is None else outage.fault,
+                outage=None if outage is None else outage.lasted(now),
+                attempts=0 if outage is None else outage.attempts,
+            )
+        )
 
     async def ensure_healthy(self, entry: PoolEntry[DriverConnection], deadline: float | None) -> bool:
         """Make sure that an entry in the caller's hands has a healthy connection: the one it has, or another.

@@ -73,8 +73,9 @@ class CircuitBreaker:
         self._resources = resources
         self._maintenance = maintenance
         self._connector = connector
-        self._outage: _Outage | None = None
-        self._capped: _Outage | None = None
+        self._outage: Outage | None = None
+        self._last_outage: Outage | None = None
+        self._capped: Outage | None = None
         self._is_reported = False
         self._wake_window = _WakeWindow()
         self._prober: asyncio.Task[None] | None = None
@@ -154,12 +155,17 @@ class CircuitBreaker:
         """Forget what is known of the server: connections go to another one from now on."""
         self.stop()
         self.half_open()
-        self._outage = None
+        self._take_outage()
         self._is_final = False
         self._uncap()
         self._not_before = self._clock.monotonic()
         if self._resources.is_connection_needed:
             self.ensure_prober()
+
+    def outage_since(self, instant: float) -> Outage | None:
+        """Return the last outage if it goes on, or ended after an instant on the line of `Clock.monotonic()`."""
+        outage = self._outage or self._last_outage
+        return outage if outage is not None and (outage.ended is None or outage.ended > instant) else None
 
     def last_connect_error(self) -> Exception | None:
         """Return an error for a caller who does not wait any longer: how the last attempt failed. `None` if it did not."""
@@ -339,14 +345,22 @@ class CircuitBreaker:
             self.ensure_prober()  # for `min_size`
 
     def _end_outage(self) -> None:
-        outage, self._outage = self._outage, None
+        outage = self._take_outage()
         self._wake_window.close()
         if outage is not None:
-            elapsed = self._clock.monotonic() - outage.began
+            elapsed = outage.lasted(self._clock.monotonic())
             self._context.events.emit(CircuitClosed(attempts=outage.attempts, elapsed=elapsed))
         if self._is_reported:
             self._is_reported = False
             _LOGGER.warning("the database server is back: connections are opened again")
+
+    def _take_outage(self) -> Outage | None:
+        outage, self._outage = self._outage, None
+        if outage is not None:
+            outage.ended = self._clock.monotonic()
+            self._last_outage = outage
+            self._context.counters.circuit_open_seconds += outage.lasted(outage.ended)
+        return outage
 
     def _uncap(self) -> None:
         self._capped = None
@@ -386,7 +400,7 @@ class CircuitBreaker:
             return None
         self._uncap()
         is_news = is_news or self._outage is None
-        outage = self._outage or _Outage(now)
+        outage = self._outage or Outage(now)
         outage.remember(error, verdict.fault, counts=is_news)
         delay = next(self._delays) if is_news else 0.0
         self._not_before = max(self._not_before, now + delay)
@@ -400,7 +414,7 @@ class CircuitBreaker:
             )
             self._report(error, f"{away}: callers wait, and one task tries to reach it")
         if self._is_final or self._is_exhausted(outage):
-            self._outage = None
+            self._take_outage()
             if not self._is_final:
                 self.half_open()
             return lambda: outage.error_for_caller(now)
@@ -426,7 +440,7 @@ class CircuitBreaker:
         """Serve all callers with the connections that are open: the server does not let in another one."""
         self._end_outage()
         is_known = self._capped is not None and self._capped.is_final
-        self._capped = self._capped or _Outage(now)
+        self._capped = self._capped or Outage(now)
         self._capped.remember(error, verdict.fault, counts=True)
         if self._capped.is_final and not is_known:
             self._log(error, "the database server refuses another connection: callers share those that are open")
@@ -444,16 +458,17 @@ class CircuitBreaker:
             return not (self.is_opening or self._maintenance.closing)
         return fault in _ABOUT_ONE_MORE_CONNECTION
 
-    def _is_exhausted(self, outage: _Outage) -> bool:
+    def _is_exhausted(self, outage: Outage) -> bool:
         most = self._config.reconnect.max_attempts
         return most is not None and outage.attempts >= most
 
     def _is_extended_by_wake_window(self, failure: Failure) -> bool:
         return self._context.classify(replace(failure, waking=False)).fault is Fault.PERMANENT
 
-    def _open_circuit(self, outage: _Outage, failure: Failure, verdict: Verdict, now: float) -> None:
+    def _open_circuit(self, outage: Outage, failure: Failure, verdict: Verdict, now: float) -> None:
         if self._outage is None:
             self._outage = outage
+            self._context.counters.circuit_openings += 1
             self._context.events.emit(CircuitOpened(fault=verdict.fault, sqlstate=nearest_sqlstate(failure)))
         self.half_open()
         self._resources.fail_fast_waiters(lambda: outage.error_for_caller(now))
@@ -462,7 +477,7 @@ class CircuitBreaker:
             # Each from its own beginning: one who has just come should not pay for those before.
             self._resources.fail_waiters_since(now - longest, lambda: outage.error_for_caller(now))
 
-    def _emit_retry(self, outage: _Outage, failure: Failure, verdict: Verdict, delay: float, now: float) -> None:
+    def _emit_retry(self, outage: Outage, failure: Failure, verdict: Verdict, delay: float, now: float) -> None:
         self._context.retry_scheduled(
             RetryScheduled(
                 operation="connect",
@@ -476,19 +491,22 @@ class CircuitBreaker:
         )
 
 
-class _Outage:
+class Outage:
     """What is remembered of a server that cannot be reached, until it can.
 
     Attributes:
         began: When the first attempt failed.
+        ended: When it was over; `None` while it goes on.
         attempts: How many attempts have failed.
+        fault: How the last one failed.
         extended_by_wake_window: Whether one of them would have been the last, had the server not possibly been waking up.
     """
 
-    __slots__ = ("_copier", "_error", "_fault", "_is_given", "attempts", "began", "extended_by_wake_window")
+    __slots__ = ("_copier", "_error", "_is_given", "attempts", "began", "ended", "extended_by_wake_window", "fault")
 
     def __init__(self, now: float) -> None:
         self.began = now
+        self.ended: float | None = None
         self.attempts = 0
         self.extended_by_wake_window = False
 
@@ -496,7 +514,7 @@ class _Outage:
         """Keep how the last attempt failed, for those who wait."""
         self.attempts += counts
         self._error = error
-        self._fault = fault
+        self.fault = fault
         # Before any caller raises it: what that caller was handling, and is told, is no other caller's business.
         self._copier = _ExceptionCopier(error)
         self._is_given = False
@@ -504,7 +522,11 @@ class _Outage:
     @property
     def is_final(self) -> bool:
         """Whether waiting does not cure how the last attempt failed."""
-        return self._fault is Fault.PERMANENT
+        return self.fault is Fault.PERMANENT
+
+    def lasted(self, now: float) -> float:
+        """Return how long it has lasted, in seconds, or did until it was over."""
+        return (now if self.ended is None else self.ended) - self.began
 
     def error_for_caller(self, now: float) -> Exception:
         """Return an exception for one caller, with what was tried in its notes: the last error, or a copy of it."""
@@ -522,10 +544,10 @@ class _Outage:
         return explained
 
     def _notes(self, now: float) -> Iterator[str]:
-        if self.attempts > 1 or self._fault is not Fault.PERMANENT:
+        if self.attempts > 1 or self.fault is not Fault.PERMANENT:
             yield (
                 f"resilient_pool: gave up after {self.attempts} attempt{'s' * (self.attempts > 1)} to connect in "
-                f"{now - self.began:.2f} s; the last fault was {self._fault.value}"
+                f"{now - self.began:.2f} s; the last fault was {self.fault.value}"
             )
         if self.extended_by_wake_window:
             yield (

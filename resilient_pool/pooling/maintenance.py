@@ -102,6 +102,7 @@ class Maintenance:
         if driver.connection.is_closed():
             raise asyncpg.InterfaceError("the server closed a connection as soon as it was made: connection is closed")
         now = self._clock.now()
+        self._context.counters.open_seconds += now - started
         entry.fill(
             driver,
             now=now,

@@ -25,6 +25,7 @@ def test_the_names_are_dotted_and_each_belongs_to_one_kind_of_event():
         "pool.retry.exhausted",
         "pool.circuit.opened",
         "pool.circuit.closed",
+        "pool.caller.waited",
         "pool.outcome.resolved",
         "pool.outcome.unknown",
         "pool.pooler.detected",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
 from resilient_pool.events import DiscardReason
-from resilient_pool.observability.stats import Counters, PoolStats
+from resilient_pool.observability.stats import WAIT_BOUNDS, Counters, PoolStats
 from resilient_pool.retry.verdict import Fault
 
 NOW = {
@@ -25,18 +26,16 @@ NOW = {
 def test_a_new_pool_has_counted_nothing():
     """Every total starts at zero, and no reason or fault is listed before it occurs."""
     stats = Counters().snapshot(**NOW)
-    totals = {name: value for name, value in dataclasses.asdict(replace_mappings(stats)).items() if name not in NOW}
+    totals = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats) if field.name not in NOW}
     assert [name for name, value in totals.items() if value] == []
-
-
-def replace_mappings(stats):
-    return dataclasses.replace(stats, discarded=dict(stats.discarded), retries=dict(stats.retries))
 
 
 def test_every_counter_arrives_in_the_snapshot_under_its_own_name():
     """No total is mixed up with another one, and none is forgotten."""
     counters = Counters()
-    names = [field.name for field in dataclasses.fields(Counters) if field.name not in {"discarded", "retries"}]
+    names = [
+        field.name for field in dataclasses.fields(Counters) if not isinstance(getattr(counters, field.name), Counter)
+    ]
     for number, name in enumerate(names, start=1):
         setattr(counters, name, number)
     stats = counters.snapshot(**NOW)
@@ -71,6 +70,17 @@ def test_totals_are_sums_over_reasons_and_faults():
     counters.retries.update({Fault.STALE: 1, Fault.OVERLOADED: 6})
     stats = counters.snapshot(**NOW)
     assert (stats.discarded_total, stats.retries_total) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bound"), [(0.0, 0.001), (0.001, 0.001), (0.0011, 0.005), (59.0, 60.0), (61.0, WAIT_BOUNDS[-1])]
+)
+def test_a_wait_is_counted_under_the_bound_that_it_did_not_exceed(seconds, bound):
+    """The histogram's counts add up to the number of waits, and its bounds are those of Prometheus: inclusive."""
+    counters = Counters()
+    counters.count_wait(seconds)
+    stats = counters.snapshot(**NOW)
+    assert (dict(stats.wait_histogram), stats.waits, stats.wait_seconds) == ({bound: 1}, 1, seconds)
 
 
 def test_a_snapshot_cannot_be_changed():
