@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Awaitable, Callable, Generator
 from enum import Enum
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Any, Generic, Self, TypeVar, Unpack, cast
 from weakref import WeakSet
 
 import asyncpg
 
 from resilient_pool._validation import names_nearest, require_known, require_seconds
 from resilient_pool.clock import Clock, SystemClock, deadline_scope
-from resilient_pool.config.arguments import ConnectArguments, PoolArguments
+from resilient_pool.config.arguments import ConnectArguments, RecordT, TypedPoolArguments
 from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal
 from resilient_pool.execution.commit_resolver import CommitResolver
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
@@ -60,7 +60,7 @@ _OPEN = _State.OPEN
 
 
 # What is asked of the operating system once, for all pools: it keeps such callbacks for ever.
-_OPENED: WeakSet[ResilientPool] = WeakSet()
+_OPENED: WeakSet[ResilientPool[Any]] = WeakSet()
 
 
 def _disown_all() -> None:
@@ -72,7 +72,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)
 
 
-class ResilientPool(Queries):
+class ResilientPool(Queries[RecordT]):
     """A pool of connections to one PostgreSQL database, for one event loop.
 
     It takes what `asyncpg.create_pool` takes, with the same meaning, and the further arguments listed in the README. Use
@@ -99,7 +99,7 @@ class ResilientPool(Queries):
         ConfigurationError: An argument or an option of the DSN is unknown or out of range.
     """
 
-    def __init__(self, dsn: str | SealedDsn = None, /, **arguments: Unpack[PoolArguments]) -> None:
+    def __init__(self, dsn: str | SealedDsn = None, /, **arguments: Unpack[TypedPoolArguments[RecordT]]) -> None:
         self._state = _State.NEW
         sealed, settled = seal(dsn, arguments)
         del dsn, arguments  # a report that shows this frame must not show them
@@ -218,7 +218,7 @@ class ResilientPool(Queries):
             await _end_of(reset)
         return result
 
-    async def _attempt_on_lease(self, lease: ResilientConnection, execution: Execution[T]) -> T:
+    async def _attempt_on_lease(self, lease: ResilientConnection[Any], execution: Execution[T]) -> T:
         try:
             result = await self._retry_loop.run_on(execution, await self._leases.attach(lease, execution))
         finally:
@@ -242,7 +242,7 @@ class ResilientPool(Queries):
         resolve_commit: bool = True,
         deadline: float | None = None,
         fail_fast: bool | None = None,
-    ) -> RetriedTransaction:
+    ) -> RetriedTransaction[RecordT]:
         """Make a transaction that is repeated as a whole when it fails in a curable way.
 
             async for attempt in pool.transaction():
@@ -325,7 +325,7 @@ class ResilientPool(Queries):
     # Leasing
 
     @names_nearest
-    def acquire(self, *, timeout: float | None = None, fail_fast: bool | None = None) -> Acquisition:
+    def acquire(self, *, timeout: float | None = None, fail_fast: bool | None = None) -> Acquisition[RecordT]:
         """Acquire a connection: `async with pool.acquire() as connection`, or `await` it and `release()` it.
 
         Args:
@@ -339,12 +339,12 @@ class ResilientPool(Queries):
         require_seconds("timeout", timeout)
         return Acquisition(self, timeout, fail_fast=fail_fast)
 
-    async def _acquire(self, timeout: float | None, *, fail_fast: bool | None) -> ResilientConnection:
+    async def _acquire(self, timeout: float | None, *, fail_fast: bool | None) -> ResilientConnection[RecordT]:
         self._require_open()
         return await self._leases.lease(timeout, fail_fast=fail_fast)
 
     @names_nearest
-    async def release(self, connection: ResilientConnection, *, timeout: float | None = None) -> None:
+    async def release(self, connection: ResilientConnection[RecordT], *, timeout: float | None = None) -> None:
         """Release an acquired connection. Releasing it twice does no harm.
 
         The session is reset in the background, unless the pool was made with `session_reset="on_release"`: then the
@@ -601,23 +601,23 @@ def _running_loop() -> asyncio.AbstractEventLoop:
         ) from None
 
 
-class Acquisition:
+class Acquisition(Generic[RecordT]):
     """What `acquire()` returns: await it, or enter it."""
 
     __slots__ = ("_connection", "_fail_fast", "_pool", "_timeout", "_used")
 
-    def __init__(self, pool: ResilientPool, timeout: float | None, *, fail_fast: bool | None) -> None:
+    def __init__(self, pool: ResilientPool[RecordT], timeout: float | None, *, fail_fast: bool | None) -> None:
         self._pool = pool
         self._timeout = timeout
         self._fail_fast = fail_fast
-        self._connection: ResilientConnection | None = None
+        self._connection: ResilientConnection[RecordT] | None = None
         self._used = False
 
-    def __await__(self) -> Generator[Any, None, ResilientConnection]:
+    def __await__(self) -> Generator[Any, None, ResilientConnection[RecordT]]:
         self._used = True
         return self._pool._acquire(self._timeout, fail_fast=self._fail_fast).__await__()  # noqa: SLF001
 
-    async def __aenter__(self) -> ResilientConnection:
+    async def __aenter__(self) -> ResilientConnection[RecordT]:
         if self._used:
             raise asyncpg.InterfaceError("a connection is already acquired")
         self._used = True
@@ -684,12 +684,12 @@ class Invocation:
         await self._maintenance.wait_for_background(left)
 
 
-def create_pool(dsn: str | None = None, /, **arguments: Unpack[PoolArguments]) -> ResilientPool:
+def create_pool(dsn: str | None = None, /, **arguments: Unpack[TypedPoolArguments[RecordT]]) -> ResilientPool[RecordT]:
     """Make a `ResilientPool`; `await` it or enter it to open it. It takes what the class takes."""
     sealed, settled = seal(dsn, arguments)
     del dsn, arguments
-    return ResilientPool(sealed, **cast("PoolArguments", settled))
+    return ResilientPool(sealed, **cast("TypedPoolArguments[RecordT]", settled))
 
 
-async def _on_lease(connection: ResilientConnection, execute: Callable[[AnyConnection], Awaitable[T]]) -> T:
+async def _on_lease(connection: ResilientConnection[Any], execute: Callable[[AnyConnection], Awaitable[T]]) -> T:
     return await execute(cast("AnyConnection", connection))

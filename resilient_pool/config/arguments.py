@@ -6,7 +6,7 @@ import os
 import ssl as ssl_module
 from asyncio import AbstractEventLoop
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, Generic, TypedDict
 
 import asyncpg
 
@@ -16,6 +16,15 @@ from resilient_pool.events import Observer
 from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.retry.budget import RetryBudget
 from resilient_pool.retry.verdict import Classifier
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    RecordT = TypeVar("RecordT", bound=asyncpg.Record, default=asyncpg.Record)
+else:
+    from typing import TypeVar  # without a default before Python 3.13; only type checkers need it
+
+    RecordT = TypeVar("RecordT", bound=asyncpg.Record)
 
 
 class ConnectArguments(TypedDict, total=False):
@@ -45,7 +54,7 @@ class ConnectArguments(TypedDict, total=False):
 
 
 class PoolArguments(ConnectArguments, total=False):
-    """What `ResilientPool` takes; the README has a table of units and defaults."""
+    """What `ResilientPool` takes, but for `record_class`; the README has a table of units and defaults."""
 
     min_size: int
     max_size: int
@@ -57,8 +66,7 @@ class PoolArguments(ConnectArguments, total=False):
     init: Callable[..., Awaitable[object]] | None
     reset: Callable[..., Awaitable[None]] | None
     loop: AbstractEventLoop | None
-    connection_class: type[asyncpg.Connection[asyncpg.Record]]
-    record_class: type[asyncpg.Record]
+    connection_class: type[asyncpg.Connection[Any]]
     classifier: Classifier
     backoff: BackoffPolicy
     reconnect: BackoffPolicy
@@ -78,3 +86,9 @@ class PoolArguments(ConnectArguments, total=False):
     clock: Clock | None
     tcp_keepalive: bool
     tcp_user_timeout: float | None
+
+
+class TypedPoolArguments(PoolArguments, Generic[RecordT], total=False):
+    """All that `ResilientPool` takes. `record_class` is the type of its records, for type checkers too."""
+
+    record_class: type[RecordT]

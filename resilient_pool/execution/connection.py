@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 import anyio
 import asyncpg
@@ -16,10 +16,11 @@ from asyncpg import Record
 
 from resilient_pool._validation import names_nearest, require_seconds
 from resilient_pool.clock import deadline_after
+from resilient_pool.config.arguments import RecordT
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.execution.connection_class import lease_class
 from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransaction
-from resilient_pool.execution.query_methods import Queries
+from resilient_pool.execution.query_methods import OtherRecord, Queries
 from resilient_pool.execution.retry_loop import Execution, Operation, RetryLoop, do_nothing
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.context import PoolContext
@@ -35,6 +36,7 @@ from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.verdict import Phase
 
 if TYPE_CHECKING:
+    from asyncpg.connection import LoggedQuery
     from asyncpg.cursor import CursorFactory
     from asyncpg.prepared_stmt import PreparedStatement
     from asyncpg.protocol.protocol import ConnectionSettings
@@ -43,8 +45,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Callback: TypeAlias = Callable[..., Any]
-"""A function or a coroutine function that the driver calls. What it is called with, the method says that takes it."""
+# Functions or coroutine functions that the driver calls. The connection they are called with is the lease.
+Listener: TypeAlias = Callable[[Any, int, str, Any], Any]
+LogListener: TypeAlias = Callable[[Any, asyncpg.PostgresLogMessage], Any]
+TerminationListener: TypeAlias = Callable[[Any], Any]
+QueryLogger: TypeAlias = "Callable[[LoggedQuery], Any]"
 
 
 class _State(Enum):
@@ -75,9 +80,9 @@ class _Attachments:
 
     def __init__(self) -> None:
         self.codecs: list[Callable[[AnyConnection], Awaitable[None]]] = []
-        self.logs: list[Callback] = []
-        self.loggers: list[Callback] = []
-        self.ends: list[Callback] = []
+        self.logs: list[LogListener] = []
+        self.loggers: list[QueryLogger] = []
+        self.ends: list[TerminationListener] = []
 
     async def attach_to(self, driver: DriverConnection) -> None:
         """Attach everything to another connection."""
@@ -93,7 +98,7 @@ class _Attachments:
             driver.connection.remove_query_logger(callback)
 
 
-class ResilientConnection(Queries, ConnectionProxy):
+class ResilientConnection(Queries[RecordT], ConnectionProxy):
     """A connection that belongs to the application until it is released. It has all methods of `asyncpg.Connection`.
 
     Until the first operation on it has succeeded, an operation that fails in a curable way is repeated on a replacement:
@@ -169,7 +174,7 @@ class ResilientConnection(Queries, ConnectionProxy):
         return None if self._driver is None else self._driver.connection
 
     @property
-    def _holder(self) -> ResilientConnection:
+    def _holder(self) -> ResilientConnection[RecordT]:
         return self
 
     @property
@@ -445,6 +450,14 @@ class ResilientConnection(Queries, ConnectionProxy):
 
     # asyncpg's other methods
 
+    @overload
+    async def prepare(
+        self, query: str, *, name: str | None = None, timeout: float | None = None, record_class: None = None
+    ) -> PreparedStatement[RecordT]: ...
+    @overload
+    async def prepare(
+        self, query: str, *, name: str | None = None, timeout: float | None = None, record_class: type[OtherRecord]
+    ) -> PreparedStatement[OtherRecord]: ...
     @names_nearest
     async def prepare(
         self,
@@ -462,6 +475,24 @@ class ResilientConnection(Queries, ConnectionProxy):
             lambda connection: connection.prepare(query, name=name, timeout=timeout, record_class=record_class),
         )
 
+    @overload
+    def cursor(
+        self,
+        query: str,
+        *args: object,
+        prefetch: int | None = None,
+        timeout: float | None = None,
+        record_class: None = None,
+    ) -> CursorFactory[RecordT]: ...
+    @overload
+    def cursor(
+        self,
+        query: str,
+        *args: object,
+        prefetch: int | None = None,
+        timeout: float | None = None,
+        record_class: type[OtherRecord],
+    ) -> CursorFactory[OtherRecord]: ...
     @names_nearest
     def cursor(
         self,
@@ -509,7 +540,7 @@ class ResilientConnection(Queries, ConnectionProxy):
         return LeaseTransaction.like(made, self._begin, self._leases.reset_timeout)
 
     @names_nearest
-    async def add_listener(self, channel: str, callback: Callback) -> None:
+    async def add_listener(self, channel: str, callback: Listener) -> None:
         """Listen to a channel until the connection is released.
 
         Args:
@@ -519,25 +550,25 @@ class ResilientConnection(Queries, ConnectionProxy):
         await self._first("add_listener", "LISTEN", lambda connection: connection.add_listener(channel, callback))
 
     @names_nearest
-    async def remove_listener(self, channel: str, callback: Callback) -> None:
+    async def remove_listener(self, channel: str, callback: Listener) -> None:
         """Stop listening to a channel."""
         await self._first(
             "remove_listener", "UNLISTEN", lambda connection: connection.remove_listener(channel, callback)
         )
 
-    def add_log_listener(self, callback: Callback) -> None:
+    def add_log_listener(self, callback: LogListener) -> None:
         """Call `callback` with this connection and each message (`NOTICE`, `WARNING`) that the server sends."""
         connection = self._peek("add_log_listener")
         if self._state is not _FRESH or not connection.is_closed():
             connection.add_log_listener(callback)
         _add(self._attachments().logs, callback)
 
-    def remove_log_listener(self, callback: Callback) -> None:
+    def remove_log_listener(self, callback: LogListener) -> None:
         """Do not call `callback` with the server's messages any more."""
         self._peek("remove_log_listener").remove_log_listener(callback)
         _remove(self._attachments().logs, callback)
 
-    def add_termination_listener(self, callback: Callback) -> None:
+    def add_termination_listener(self, callback: TerminationListener) -> None:
         """Call `callback` with this connection when its connection ends before it is released.
 
         A connection that is lost before its first use is replaced only by an operation that is under way then: otherwise
@@ -548,24 +579,24 @@ class ResilientConnection(Queries, ConnectionProxy):
             raise asyncpg.InterfaceError(f"expected a callable or an `async def` function, got {callback!r}")
         _add(self._attachments().ends, callback)
 
-    def remove_termination_listener(self, callback: Callback) -> None:
+    def remove_termination_listener(self, callback: TerminationListener) -> None:
         """Do not call `callback` at the connection's end any more."""
         self._peek("remove_termination_listener")
         _remove(self._attachments().ends, callback)
 
-    def add_query_logger(self, callback: Callback) -> None:
+    def add_query_logger(self, callback: QueryLogger) -> None:
         """Call `callback` with an `asyncpg.connection.LoggedQuery` after every query, until the connection is released."""
         self._require_active("add_query_logger")
         if self._current_driver.add_query_logger(callback):
             _add(self._attachments().loggers, callback)
 
-    def remove_query_logger(self, callback: Callback) -> None:
+    def remove_query_logger(self, callback: QueryLogger) -> None:
         """Do not call `callback` after queries any more."""
         self._peek("remove_query_logger").remove_query_logger(callback)
         _remove(self._attachments().loggers, callback)
 
     @contextlib.contextmanager
-    def query_logger(self, callback: Callback) -> Generator[None, None, None]:
+    def query_logger(self, callback: QueryLogger) -> Generator[None, None, None]:
         """Call `callback` after every query within the context."""
         self.add_query_logger(callback)
         try:
@@ -719,12 +750,12 @@ class ResilientConnection(Queries, ConnectionProxy):
             raise asyncpg.InterfaceError("cannot call Connection.get_settings(): connection is closed") from error
 
 
-def _add(callbacks: list[Callback], callback: Callback) -> None:
+def _add(callbacks: list[T], callback: T) -> None:
     if callback not in callbacks:
         callbacks.append(callback)
 
 
-def _remove(callbacks: list[Callback], callback: Callback) -> None:
+def _remove(callbacks: list[T], callback: T) -> None:
     if callback in callbacks:
         callbacks.remove(callback)
 
@@ -826,21 +857,23 @@ class LeaseManager:
         """Take back an entry whose lease has ended or did not begin, in whatever thread or event loop."""
         self._maintenance.reset_and_release_anywhere(entry)
 
-    async def lease(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection:
+    async def lease(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection[Any]:
         """Lease a healthy connection within `seconds`."""
-        execution: Execution[ResilientConnection] = self.new_execution(
+        execution: Execution[ResilientConnection[Any]] = self.new_execution(
             "acquire", idempotent=True, deadline=seconds, fail_fast=fail_fast
         )
         return await self.retry_loop.run(execution, self.lease_for)
 
-    async def lease_for(self, execution: Execution[Any]) -> ResilientConnection:
+    async def lease_for(self, execution: Execution[Any]) -> ResilientConnection[Any]:
         """Lease a connection for one attempt of an operation."""
         return await self.lease_entry(
             await self._acquirer.acquire(execution.operation.deadline, fail_fast=execution.operation.fail_fast),
             execution,
         )
 
-    async def lease_entry(self, entry: PoolEntry[DriverConnection], execution: Execution[T]) -> ResilientConnection:
+    async def lease_entry(
+        self, entry: PoolEntry[DriverConnection], execution: Execution[T]
+    ) -> ResilientConnection[Any]:
         """Lease the connection of an entry, set up for the application. If that fails the connection is closed."""
         lease = self._lease_class(self, entry)
         leased = False
@@ -860,11 +893,11 @@ class LeaseManager:
             return entry
         return await self._acquirer.acquire(deadline, fail_fast=fail_fast)
 
-    async def attach(self, lease: ResilientConnection, execution: Execution[T]) -> DriverConnection:
+    async def attach(self, lease: ResilientConnection[Any], execution: Execution[T]) -> DriverConnection:
         """Return the connection of a new lease."""
         return await lease._attach(execution)  # noqa: SLF001
 
-    async def set_up(self, lease: ResilientConnection, deadline: float | None) -> None:
+    async def set_up(self, lease: ResilientConnection[Any], deadline: float | None) -> None:
         """Let the application prepare a connection until `deadline`."""
         if self._config.setup is None:
             return
@@ -901,11 +934,11 @@ class LeaseManager:
             and self.read_check.reader.is_plain_read(execution.operation.sql)
         )
 
-    def owns(self, lease: ResilientConnection) -> bool:
+    def owns(self, lease: ResilientConnection[Any]) -> bool:
         """Whether a connection was leased here."""
         return lease._leases is self  # noqa: SLF001
 
-    def pin(self, lease: ResilientConnection, sent: Callable[[str | None], None]) -> None:
+    def pin(self, lease: ResilientConnection[Any], sent: Callable[[str | None], None]) -> None:
         """Keep the present connection of a lease to the end, and its place in the pool, also when the connection is lost.
 
         Args:
@@ -914,11 +947,11 @@ class LeaseManager:
         """
         lease._pin(sent)  # noqa: SLF001
 
-    def end_lease(self, lease: ResilientConnection) -> PoolEntry[DriverConnection] | None:
+    def end_lease(self, lease: ResilientConnection[Any]) -> PoolEntry[DriverConnection] | None:
         """End a lease and return its entry; `None` if that came back before. `release` is still to be called."""
         return lease._end_lease()  # noqa: SLF001
 
-    def release(self, lease: ResilientConnection, seconds: float | None = None) -> asyncio.Task[None] | None:
+    def release(self, lease: ResilientConnection[Any], seconds: float | None = None) -> asyncio.Task[None] | None:
         """End a lease; unless its session is as it was, the connection is reset in the background: that can be waited for."""
         entry = lease._end_lease()  # noqa: SLF001
         reset, keeps = None, lease._left_session_alone  # noqa: SLF001

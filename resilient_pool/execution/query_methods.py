@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any, BinaryIO, Literal, Never, TypeAlias, TypedDict, TypeVar, Unpack, cast
+from typing import Any, BinaryIO, Generic, Literal, Never, TypeAlias, TypedDict, TypeVar, Unpack, cast, overload
 
 from asyncpg import Record
 
 from resilient_pool._validation import require_call
+from resilient_pool.config.arguments import RecordT
 from resilient_pool.pooling import driver
 from resilient_pool.pooling.driver import AnyConnection, until_lost
 
 T = TypeVar("T")
+OtherRecord = TypeVar("OtherRecord", bound=Record)
 
 Arguments: TypeAlias = Sequence[object]
 """The arguments of one execution of a statement."""
@@ -22,6 +24,21 @@ Output: TypeAlias = "os.PathLike[str] | str | BinaryIO | Callable[[bytes], Corou
 Source: TypeAlias = "os.PathLike[str] | str | BinaryIO | AsyncIterable[bytes]"
 """Where a COPY comes from."""
 # asyncpg takes a path as text too; its stubs do not say so.
+
+
+class _ManyOptions(TypedDict, total=False):
+    """The options of a query that is run once for each of its arguments."""
+
+    timeout: float | None
+    idempotent: bool
+    deadline: float | None
+    fail_fast: bool | None
+
+
+class _QueryOptions(_ManyOptions, total=False):
+    """The options of a query."""
+
+    exactly_once: bool
 
 
 class CopyOptions(TypedDict, total=False):
@@ -47,7 +64,7 @@ class CopyInOptions(CopyOptions, total=False):
     where: str | None
 
 
-class Queries(ABC):
+class Queries(ABC, Generic[RecordT]):
     """What can be asked of a pool, and of a connection acquired from one.
 
     Every method takes what asyncpg's method of that name takes and returns what it returns, and these beside:
@@ -84,6 +101,14 @@ class Queries(ABC):
         exactly_once: bool = False,
     ) -> T: ...
 
+    @overload
+    async def fetch(
+        self, query: str, *args: object, record_class: None = None, **options: Unpack[_QueryOptions]
+    ) -> list[RecordT]: ...
+    @overload
+    async def fetch(
+        self, query: str, *args: object, record_class: type[OtherRecord], **options: Unpack[_QueryOptions]
+    ) -> list[OtherRecord]: ...
     async def fetch(
         self,
         query: str,
@@ -95,7 +120,7 @@ class Queries(ABC):
         deadline: float | None = None,
         fail_fast: bool | None = None,
         **unknown: Never,
-    ) -> list[Record]:
+    ) -> list[Any]:
         """Run a query and return its rows."""
         if unknown or timeout is not None:
             require_call(Queries.fetch, timeout, unknown)
@@ -109,6 +134,14 @@ class Queries(ABC):
             exactly_once=exactly_once,
         )
 
+    @overload
+    async def fetchrow(
+        self, query: str, *args: object, record_class: None = None, **options: Unpack[_QueryOptions]
+    ) -> RecordT | None: ...
+    @overload
+    async def fetchrow(
+        self, query: str, *args: object, record_class: type[OtherRecord], **options: Unpack[_QueryOptions]
+    ) -> OtherRecord | None: ...
     async def fetchrow(
         self,
         query: str,
@@ -159,6 +192,14 @@ class Queries(ABC):
             exactly_once=exactly_once,
         )
 
+    @overload
+    async def fetchmany(
+        self, query: str, args: Iterable[Arguments], *, record_class: None = None, **options: Unpack[_ManyOptions]
+    ) -> list[RecordT]: ...
+    @overload
+    async def fetchmany(
+        self, query: str, args: Iterable[Arguments], *, record_class: type[OtherRecord], **options: Unpack[_ManyOptions]
+    ) -> list[OtherRecord]: ...
     async def fetchmany(
         self,
         query: str,
@@ -170,7 +211,7 @@ class Queries(ABC):
         deadline: float | None = None,
         fail_fast: bool | None = None,
         **unknown: Never,
-    ) -> list[Record]:
+    ) -> list[Any]:
         """Run a query once for each of `args`, all or none, and return all rows."""
         if unknown or timeout is not None:
             require_call(Queries.fetchmany, timeout, unknown)

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from types import TracebackType
-from typing import Literal, Self, TypedDict, TypeVar
+from typing import Generic, Literal, Self, TypedDict, TypeVar
 
 import asyncpg
 
+from resilient_pool.config.arguments import RecordT
 from resilient_pool.execution.commit_resolver import CommitResolver, is_fault_of_our_query
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.loop_control import FramePosition
@@ -81,7 +82,7 @@ class Transactions:
         self.require_open = require_open
 
 
-class RetriedTransaction:
+class RetriedTransaction(Generic[RecordT]):
     """The attempts of one transaction, one after the other, until one has committed.
 
         async for attempt in pool.transaction():
@@ -126,13 +127,13 @@ class RetriedTransaction:
     def __aiter__(self) -> Self:
         return self
 
-    def __anext__(self) -> Awaitable[Attempt]:
+    def __anext__(self) -> Awaitable[Attempt[RecordT]]:
         # Not a coroutine function: its body has to run while the loop's own frame stands right behind it.
         if self._head is None and not self._always_goes_on:
             self._head = FramePosition.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
         return self._next()
 
-    async def _next(self) -> Attempt:
+    async def _next(self) -> Attempt[RecordT]:
         if self._state is _State.FINISHED:
             raise StopAsyncIteration
         if self._state is _State.RUNNING:
@@ -188,7 +189,7 @@ class RetriedTransaction:
         return self._head is not None and position.leads_to(self._head, swallowing=swallowing)
 
 
-class Attempt:
+class Attempt(Generic[RecordT]):
     """One attempt of a transaction: enter it for a connection on which the transaction is open.
 
     Attributes:
@@ -197,7 +198,7 @@ class Attempt:
 
     def __init__(
         self,
-        loop: RetriedTransaction,
+        loop: RetriedTransaction[RecordT],
         shared: Transactions,
         options: TransactionOptions,
         execution: Execution[None],
@@ -208,13 +209,13 @@ class Attempt:
         self._shared = shared
         self._options = options
         self._execution = execution
-        self._lease: ResilientConnection | None = None
+        self._lease: ResilientConnection[RecordT] | None = None
         self._sent = StatementTracker(shared.leases.read_check.reader)
         self._entered = self._failed_for_the_token = False
 
     # Beginning
 
-    async def __aenter__(self) -> ResilientConnection:
+    async def __aenter__(self) -> ResilientConnection[RecordT]:
         if self._entered:
             raise asyncpg.InterfaceError("an attempt can be entered once only")
         self._entered = True
@@ -234,7 +235,7 @@ class Attempt:
                 self._loop.finish()
         return self._lease
 
-    async def _begin(self) -> ResilientConnection:
+    async def _begin(self) -> ResilientConnection[RecordT]:
         lease = await self._shared.leases.lease_for(self._execution)
         begun = False
         try:

@@ -7,14 +7,14 @@ import inspect
 import pytest
 
 from resilient_pool import ConfigurationError, ResilientPool, create_pool
-from resilient_pool.config.arguments import PoolArguments
+from resilient_pool.config.arguments import TypedPoolArguments
 from resilient_pool.config.pool_config import ARGUMENTS
 from resilient_pool.pool import Invocation
 
 
 def test_the_typed_arguments_are_those_of_the_configuration():
     """An argument added in one place and forgotten in the other is found here."""
-    assert set(PoolArguments.__annotations__) - {"dsn"} == {argument.name for argument in ARGUMENTS}
+    assert set(TypedPoolArguments.__annotations__) - {"dsn"} == {argument.name for argument in ARGUMENTS}
 
 
 @pytest.mark.parametrize(
