@@ -15,6 +15,7 @@ from resilient_pool.errors import (
 from resilient_pool.events import Event, Observer
 from resilient_pool.execution.connection import ResilientConnection
 from resilient_pool.execution.transaction import Attempt, RetriedTransaction
+from resilient_pool.observability.instrument import Instrument
 from resilient_pool.observability.stats import PoolStats
 from resilient_pool.observability.structlog_observer import StructlogObserver
 from resilient_pool.pool import ResilientPool, create_pool
@@ -36,6 +37,7 @@ __all__ = [
     "Event",
     "Failure",
     "Fault",
+    "Instrument",
     "MigrationFailedError",
     "MigrationLockedError",
     "MigrationResult",

@@ -31,6 +31,7 @@ from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import Dispatcher, PoolContext
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.pooling.maintenance import Maintenance
+from resilient_pool.pooling.metering import MeteredAcquirer, MeteredMaintenance
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
 from resilient_pool.sql.read_only import StatementReader
 
@@ -115,9 +116,15 @@ class ResilientPool(Queries[RecordT]):
         self._reader = StatementReader(config.pure_functions)
         self._keeps_session = self._reader.keeps_session
         self._connector = Connector(context)
-        self._maintenance = Maintenance(context, self._resources, self._connector)
-        self._circuit_breaker = CircuitBreaker(context, self._resources, self._maintenance, self._connector)
-        self._acquirer = Acquirer(context, self._resources, self._maintenance, self._circuit_breaker)
+        instruments = context.events.instruments
+        maintenance = (MeteredMaintenance if instruments else Maintenance)(context, self._resources, self._connector)
+        self._maintenance = maintenance
+        self._circuit_breaker = CircuitBreaker(context, self._resources, maintenance, self._connector)
+        self._acquirer = (
+            MeteredAcquirer(context, self._resources, maintenance, self._circuit_breaker)
+            if isinstance(maintenance, MeteredMaintenance)
+            else Acquirer(context, self._resources, maintenance, self._circuit_breaker)
+        )
         self._retry_loop = RetryLoop(
             context, ReadCheck(self._reader, clock.monotonic), self._maintenance, self._connector
         )
@@ -131,6 +138,8 @@ class ResilientPool(Queries[RecordT]):
         # The application's own callbacks may leave anything behind, so with them every use is followed by a reset.
         self._trusts_texts = config.session_reset == "auto" and config.setup is None and config.reset is None
         self._loop: asyncio.AbstractEventLoop | None = None
+        for instrument in instruments:
+            instrument.attach(self.stats)
 
     def __repr__(self) -> str:
         # Also of a pool whose arguments are being refused: a report of that may show it.

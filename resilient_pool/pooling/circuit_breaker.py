@@ -14,7 +14,7 @@ from resilient_pool.config.secrets import scrub
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.events import CircuitClosed, CircuitOpened, RetryScheduled
 from resilient_pool.pooling.connect import Connector
-from resilient_pool.pooling.context import PoolContext, begin, nearest_sqlstate
+from resilient_pool.pooling.context import PoolContext, nearest_sqlstate
 from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
@@ -120,7 +120,7 @@ class CircuitBreaker:
         # A connection may be terminated elsewhere, or while no loop runs: the next caller sees to the rest then.
         if self._maintenance.is_in_own_loop:
             self._maintenance.loop_is_ending = False
-            self._prober = begin(self._probe())
+            self._prober = self._context.begin(self._probe())
 
     def maintain(self) -> None:
         """Let the prober open what is missing, but not for an idle pool whose last refusal was final, or whose event loop ends."""
@@ -274,7 +274,7 @@ class CircuitBreaker:
         entry = self._resources.reserve() if len(self._attempts) < _AT_ONCE else None
         if entry is None:
             return False
-        self._attempts.add(begin(self._attempt(entry), lambda attempt: self._end_attempt(attempt, entry)))
+        self._attempts.add(self._context.begin(self._attempt(entry), lambda attempt: self._end_attempt(attempt, entry)))
         return True
 
     def _end_attempt(self, attempt: asyncio.Task[bool], entry: PoolEntry[DriverConnection]) -> None:

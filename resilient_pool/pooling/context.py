@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Coroutine, Iterable
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import asyncpg
@@ -17,6 +17,7 @@ from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.config.secrets import scrub
 from resilient_pool.events import Event, Observer, RetryScheduled
+from resilient_pool.observability.instrument import Instrument
 from resilient_pool.observability.stats import Counters
 from resilient_pool.retry.classifier import PostgresClassifier
 from resilient_pool.retry.verdict import Failure, Fault, Outcome, Verdict
@@ -28,19 +29,23 @@ _DEFAULT = PostgresClassifier()
 
 
 class Dispatcher:
-    """Calls every observer with each event, in order. An observer that raises breaks no call.
+    """Calls every observer with each event, in order, and every instrument with each use. One that raises breaks no call.
 
     It is false when there is no observer: then the caller can leave the event unmade.
 
     Args:
         observers: What to call.
+
+    Attributes:
+        instruments: Those of the observers that measure uses.
     """
 
-    __slots__ = ("_observers", "_reported")
+    __slots__ = ("_observers", "_reported", "instruments")
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
         self._reported: set[int] = set()
+        self.instruments = tuple(observer for observer in self._observers if isinstance(observer, Instrument))
 
     def __bool__(self) -> bool:
         return bool(self._observers)
@@ -53,17 +58,25 @@ class Dispatcher:
                 if returned is not None and inspect.iscoroutine(returned):
                     returned.close()
                     self._report(
-                        position, event, TypeError("an observer must not return a coroutine: it is not awaited")
+                        position, event.name, TypeError("an observer must not return a coroutine: it is not awaited")
                     )
             except Exception as error:  # noqa: BLE001 - an observer's failure is not the caller's
-                self._report(position, event, error)
+                self._report(position, event.name, error)
 
-    def _report(self, position: int, event: Event, error: Exception) -> None:
+    def emit_use(self, seconds: float) -> None:
+        """Hand the duration of a use to every instrument."""
+        for instrument in self.instruments:
+            try:
+                instrument.used(seconds)
+            except Exception as error:  # noqa: BLE001 - an observer's failure is not the caller's
+                self._report(self._observers.index(instrument), "the end of a use", error)
+
+    def _report(self, position: int, name: str, error: Exception) -> None:
         # Once: an observer that always fails would otherwise write as much as the pool does.
         if position in self._reported:
             return
         self._reported.add(position)
-        _LOGGER.error("an observer failed at %s; its further failures are not reported", event.name, exc_info=error)
+        _LOGGER.error("an observer failed at %s; its further failures are not reported", name, exc_info=error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +88,18 @@ class PoolContext:
         clock: Measures time and waits.
         counters: The running totals behind `pool.stats()`.
         events: Hands events to the application's observers.
+        background: What background work begins in a copy of. It is no caller's context: no caller's trace goes on there.
     """
 
     config: PoolConfig
     clock: Clock
     counters: Counters
     events: Dispatcher
+    background: Context = field(default_factory=Context)
+
+    def __post_init__(self) -> None:
+        for instrument in self.events.instruments:
+            self.background.run(instrument.enter_background)
 
     def classify(self, failure: Failure) -> Verdict:
         """Ask the application's classifier what is known about a failure.
@@ -108,6 +127,20 @@ class PoolContext:
         self.counters.retries[scheduled.fault] += 1
         self.events.emit(scheduled)
 
+    def begin(
+        self, work: Coroutine[object, object, T], then: Callable[[asyncio.Task[T]], object] | None = None
+    ) -> asyncio.Task[T]:
+        """Begin a task in the running event loop, and call `then` with it when it has ended, both in a context of their own."""
+        context = self.background.copy()
+        # Not `create_task(context=)`: an application's own task factory need not know it.
+        task = context.run(asyncio.get_running_loop().create_task, work)
+        # A program that ends without closing its pool is told nothing of what the pool was doing then: it cannot mend it.
+        with contextlib.suppress(AttributeError):
+            task._log_destroy_pending = False  # type: ignore[attr-defined] # noqa: SLF001
+        if then is not None:
+            task.add_done_callback(then, context=context)
+        return task
+
 
 def nearest_sqlstate(failure: Failure) -> str | None:
     """Return the SQLSTATE of what was raised, or of its cause; `None` if the server sent none.
@@ -119,18 +152,3 @@ def nearest_sqlstate(failure: Failure) -> str | None:
     masked = isinstance(inner, asyncpg.InterfaceError)
     states = failure.sqlstates if masked else [getattr(error, "sqlstate", None) for error in (inner, inner.__cause__)]
     return next((state for state in states if isinstance(state, str)), None)
-
-
-def begin(
-    work: Coroutine[object, object, T], then: Callable[[asyncio.Task[T]], object] | None = None
-) -> asyncio.Task[T]:
-    """Begin a task in the running event loop, and call `then` with it when it has ended, both in an empty context."""
-    context = Context()
-    # Not `create_task(context=)`: an application's own task factory need not know it.
-    task = context.run(asyncio.get_running_loop().create_task, work)
-    # A program that ends without closing its pool is told nothing of what the pool was doing then: it cannot mend it.
-    with contextlib.suppress(AttributeError):
-        task._log_destroy_pending = False  # type: ignore[attr-defined] # noqa: SLF001
-    if then is not None:
-        task.add_done_callback(then, context=context)
-    return task

@@ -16,7 +16,7 @@ from resilient_pool.clock import TimeoutQueue, Timer
 from resilient_pool.config.secrets import scrub
 from resilient_pool.events import ConnectionDiscarded, ConnectionOpened, DiscardReason
 from resilient_pool.pooling.connect import Connector
-from resilient_pool.pooling.context import PoolContext, begin
+from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
 
@@ -189,7 +189,7 @@ class Maintenance:
         watched = seconds is None and self._config.session_reset != "on_release"
         limit = self._config.reset_timeout if seconds is None else seconds
         # The entry is not given back by the task itself: one that is cancelled before its first step would never do it.
-        task = begin(
+        task = self._context.begin(
             self._reset(entry, limit, watched=watched), lambda task: self._end_reset(entry, task, prompt=prompt)
         )
         self._resets[entry] = task
@@ -294,7 +294,9 @@ class Maintenance:
         if reason in _WITHOUT_GOODBYE or driver.connection.is_closed():
             driver.terminate()
         else:
-            self._background.add(begin(driver.close(_CLOSE_LIMIT), lambda task: self._closed(driver, task)))
+            self._background.add(
+                self._context.begin(driver.close(_CLOSE_LIMIT), lambda task: self._closed(driver, task))
+            )
 
     def discard(self, entry: PoolEntry[DriverConnection], reason: DiscardReason) -> None:
         """Close an entry's connection without waiting, and give the entry to the first caller that waits for one."""
@@ -447,7 +449,7 @@ class Maintenance:
         if self.closing:
             work.close()
         else:
-            chore = begin(work, self._forget)
+            chore = self._context.begin(work, self._forget)
             self._background.add(chore)
             self._chores.add(chore)
 
