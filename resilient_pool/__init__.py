@@ -20,8 +20,8 @@ from resilient_pool.observability.stats import PoolStats
 from resilient_pool.observability.structlog_observer import StructlogObserver
 from resilient_pool.pool import ResilientPool, create_pool
 from resilient_pool.retry.backoff import BackoffPolicy
-from resilient_pool.retry.budget import RetryBudget
 from resilient_pool.retry.classifier import PostgresClassifier
+from resilient_pool.retry.decision import RetryBudget
 from resilient_pool.retry.verdict import Classifier, Disposition, Failure, Fault, Outcome, Phase, Verdict
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from resilient_pool.config.pool_config import ARGUMENTS
-from resilient_pool.retry.rules import describe_rules
-from resilient_pool.retry.verdict import Fault, Outcome
+from resilient_pool.retry.classifier import RULES, Rule
+from resilient_pool.retry.verdict import Fault, Outcome, Phase, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -18,10 +18,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 def verdicts() -> str:
     """Write the classifier's table, in the order in which its rules are asked."""
     rows = [
-        (_sentence(evidence), f"`{fault}`", f"`{outcome}`", _again(fault, outcome))
-        for evidence, fault, outcome in describe_rules()
+        (
+            _sentence(rule.evidence),
+            _when(rule),
+            ", ".join(sorted(rule.codes)),
+            f"`{rule.verdict.fault.value}`",
+            f"`{rule.verdict.outcome.value}`",
+            _again(rule.verdict),
+        )
+        for rule in RULES
     ]
-    return _table(("what was seen", "fault", "outcome", "tried again"), rows)
+    return _table(("what was seen", "when", "SQLSTATE", "fault", "outcome", "tried again"), rows)
 
 
 def arguments() -> str:
@@ -50,10 +57,20 @@ def _quote(name: str, *titles: str) -> str:
     return "\n\n".join(part.strip() for part in (head.partition("\n")[2], *quoted, source)) + "\n"
 
 
-def _again(fault: str, outcome: str) -> str:
-    if fault == Fault.PERMANENT.value:
+def _when(rule: Rule) -> str:
+    """Say in which phases a rule applies, and whether what was seen is the end of the connection."""
+    phases, lost = rule.where
+    absent = set(Phase) - phases
+    named = sorted(phase.value for phase in (phases if len(absent) > 1 else absent))
+    when = f"{'not in ' * (len(absent) == 1)}{', '.join(named)}" if absent else ""
+    end = {None: "", True: "the connection is lost", False: "it lives"}[lost]
+    return "; ".join(filter(None, (when, end)))
+
+
+def _again(verdict: Verdict) -> str:
+    if verdict.fault is Fault.PERMANENT:
         return "no"
-    return "if repeatable" if outcome == Outcome.UNKNOWN.value else "yes"
+    return "if repeatable" if verdict.outcome is Outcome.UNKNOWN else "yes"
 
 
 def _sentence(text: str) -> str:

@@ -20,7 +20,7 @@ from resilient_pool.config.secrets import Secret, holds_secret
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.events import is_observer
 from resilient_pool.retry.backoff import BackoffPolicy
-from resilient_pool.retry.budget import RetryBudget
+from resilient_pool.retry.decision import RetryBudget
 
 Check = Callable[[str, object], None]
 

@@ -14,7 +14,7 @@ from resilient_pool.clock import Clock
 from resilient_pool.config.pool_config import CredentialsSource, PasswordSource, SessionReset
 from resilient_pool.events import Observer
 from resilient_pool.retry.backoff import BackoffPolicy
-from resilient_pool.retry.budget import RetryBudget
+from resilient_pool.retry.decision import RetryBudget
 from resilient_pool.retry.verdict import Classifier
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from resilient_pool.config.secrets import MASK, Hidden, Secret
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.events import Observer
 from resilient_pool.retry.backoff import OPERATION_BACKOFF, RECONNECT_BACKOFF, BackoffPolicy
-from resilient_pool.retry.budget import RetryBudget
 from resilient_pool.retry.classifier import PostgresClassifier
+from resilient_pool.retry.decision import RetryBudget
 from resilient_pool.retry.verdict import Classifier
 
 PasswordSource = Callable[[], "str | Secret | Awaitable[str | Secret | None] | None"]

@@ -18,7 +18,7 @@ async def test_the_trace_begins_with_the_method_and_ends_where_the_connection_is
     traces = await script.measure()
     warm, *repeated = traces.values()
     assert warm.files[0] == "execution/query_methods.py"
-    assert {file for file in warm.files if file.startswith("retry/")} <= {"retry/budget.py"}
+    assert {file for file in warm.files if file.startswith("retry/")} <= {"retry/decision.py"}
     for trace in repeated:
         assert "retry/classifier.py" in trace.files
         assert trace.total > warm.total

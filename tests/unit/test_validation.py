@@ -10,7 +10,7 @@ from resilient_pool import PostgresClassifier, ResilientConnection, ResilientPoo
 from resilient_pool._validation import names_nearest, require_seconds
 from resilient_pool.errors import ConfigurationError, UnknownArgumentError
 from resilient_pool.retry.backoff import BackoffPolicy
-from resilient_pool.retry.budget import RetryBudget
+from resilient_pool.retry.decision import RetryBudget
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy, PausingServer
 from resilient_pool.testing.clock import ScriptedClock
 

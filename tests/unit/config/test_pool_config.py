@@ -14,8 +14,8 @@ from resilient_pool.config.pool_config import ARGUMENTS, PoolConfig, seal
 from resilient_pool.config.secrets import Secret
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.retry.backoff import OPERATION_BACKOFF, RECONNECT_BACKOFF, BackoffPolicy
-from resilient_pool.retry.budget import RetryBudget
 from resilient_pool.retry.classifier import PostgresClassifier
+from resilient_pool.retry.decision import RetryBudget
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from resilient_pool.errors import ConfigurationError
-from resilient_pool.retry.budget import RetryBudget
+from resilient_pool.retry.decision import RetryBudget
 
 
 def test_a_new_budget_pays_for_its_reserve_and_no_more():

@@ -12,8 +12,15 @@ from asyncpg import exceptions as driver
 
 from resilient_pool.errors import AcquireTimeoutError, ConfigurationError, OutcomeUnknownError
 from resilient_pool.retry import classifier
-from resilient_pool.retry.classifier import PostgresClassifier, refuses_commit, refuses_credentials, refuses_user
-from resilient_pool.retry.rules import RULES, describe_rules
+from resilient_pool.retry.classifier import (
+    RULES,
+    PostgresClassifier,
+    Rule,
+    refuses_commit,
+    refuses_credentials,
+    refuses_user,
+    rules_for,
+)
 from resilient_pool.retry.verdict import Disposition, Failure, Fault, Outcome, Phase, Verdict
 
 KEEP, DISCARD, EXPIRE = Disposition.KEEP, Disposition.DISCARD, Disposition.EXPIRE
@@ -809,6 +816,15 @@ def test_a_rule_may_compute_its_verdict() -> None:
 # The table as a table
 
 
+def seen_as(failure: Failure) -> classifier.Sighting:
+    return classifier._see(failure, PostgresClassifier().unwrap(failure.error))
+
+
+def rule_for(failure: Failure) -> Rule:
+    seen = seen_as(failure)
+    return next(rule for rule in rules_for(failure.phase, seen.sqlstate, lost=seen.lost) if rule.matches(seen))
+
+
 def test_every_rule_is_reached_by_a_case_of_these_tables() -> None:
     """No line stands in the shadow of those above it."""
     failures = [Failure(error=error, phase=EXECUTE) for error, _ in EXECUTING.values()]
@@ -816,49 +832,57 @@ def test_every_rule_is_reached_by_a_case_of_these_tables() -> None:
     failures += [Failure(error=error, phase=CONNECT, waking=True) for error, _ in WAKING.values()]
     failures += [Failure(error=error, phase=COMMIT) for error in LOSSES.values()]
     failures += [Failure(error=error, phase=CHECKOUT) for error in (loss(), TimeoutError())]
-    sightings = [classifier._see(failure, PostgresClassifier().unwrap(failure.error)) for failure in failures]
-    reached = {next(rule.evidence for rule in RULES if rule.matches(seen)) for seen in sightings}
-    assert [rule.evidence for rule in RULES if rule.evidence not in reached] == []
+    reached = {id(rule_for(failure)) for failure in failures}
+    assert [rule.evidence for rule in RULES if id(rule) not in reached] == []
+
+
+def test_looking_at_the_code_first_leaves_out_no_rule() -> None:
+    """The rules that are asked are those that would be found by asking all of them."""
+    for error, _ in [*EXECUTING.values(), *CONNECTING.values()]:
+        for phase in Phase:
+            seen = seen_as(Failure(error=error, phase=phase))
+            whole = [
+                rule for rule in RULES if rule.applies(phase, seen.sqlstate, lost=seen.lost) and rule.matches(seen)
+            ]
+            assert whole[0] is rule_for(seen.failure)
 
 
 def test_exact_codes_are_asked_before_their_classes() -> None:
     """Wherever a class of SQLSTATEs is named, no rule after it names a code of that class."""
     for position, rule in enumerate(RULES):
-        classes = {code for code in rule.sqlstates if len(code) == 2}
-        after = {code for later in RULES[position + 1 :] for code in later.sqlstates if len(code) == 5}
+        classes = {code for code in rule.codes if len(code) == 2}
+        after = {code for later in RULES[position + 1 :] for code in later.codes if len(code) == 5}
         assert not {code for code in after if code[:2] in classes}
 
 
 def test_a_guarantee_is_never_given_by_a_rule_for_lost_commits() -> None:
     """For every rule and any loss in COMMIT the verdict is decided above all rules that promise something."""
-    promising = [rule for rule in RULES if rule.outcome is not Outcome.UNKNOWN and not rule.errors]
-    lost_commit = next(rule for rule in RULES if rule.lost and rule.phases == {COMMIT})
+    promising = [rule for rule in RULES if rule.verdict.outcome is not Outcome.UNKNOWN and not rule.errors]
+    lost_commit = next(rule for rule in RULES if rule.where == classifier.LOST_COMMIT)
     assert all(RULES.index(lost_commit) < RULES.index(rule) for rule in promising)
 
 
 def test_the_last_rule_takes_everything() -> None:
     """Whatever is raised gets a verdict."""
-    error = Exception()
-    seen = classifier._see(Failure(error=error, phase=EXECUTE), error)
-    assert [rule for rule in RULES if rule.matches(seen)] == [RULES[-1]]
+    seen = seen_as(Failure(error=Exception(), phase=EXECUTE))
+    rules = rules_for(EXECUTE, seen.sqlstate, lost=seen.lost)
+    assert [rule for rule in rules if rule.matches(seen)] == [RULES[-1]]
 
 
-def test_the_rules_can_be_described_to_a_reader() -> None:
-    """Each rule has words of its own, on one line, and they come in the order in which the rules are asked."""
-    described = describe_rules()
-    evidences = [evidence for evidence, _, _ in described]
-    assert [(rule.evidence, rule.fault.value, rule.outcome.value) for rule in RULES] == described
-    assert len(set(evidences)) == len(evidences)
-    assert all(re.fullmatch(r"[^\n|]{10,}", evidence) for evidence in evidences)
+def test_each_rule_says_in_words_what_it_recognises() -> None:
+    """On one line, and no two alike."""
+    assert len({(rule.evidence, rule.where) for rule in RULES}) == len(RULES)
+    assert all(re.fullmatch(r"[^\n|]{10,}", rule.evidence) for rule in RULES)
 
 
 def test_what_a_rule_condemns_besides_its_connection_is_rare() -> None:
     """Only the wrong server, and what was created anew, expire other connections by rule."""
-    assert {rule.fault for rule in RULES if rule.others is EXPIRE} == {Fault.WRONG_SERVER, Fault.STATEMENT_CACHE}
+    expiring = {rule.verdict.fault for rule in RULES if rule.verdict.others is EXPIRE}
+    assert expiring == {Fault.WRONG_SERVER, Fault.STATEMENT_CACHE}
 
 
 def test_only_errors_after_which_the_server_goes_on_keep_the_connection() -> None:
     """A connection is kept where the server answered with an ERROR, or where nothing was sent at all."""
-    kept = [rule for rule in RULES if rule.connection is KEEP]
-    assert {rule.outcome for rule in kept} <= {Outcome.ROLLED_BACK, Outcome.NOT_EXECUTED}
-    assert {rule.fault for rule in kept} == {Fault.CONTENTION, Fault.OVERLOADED, Fault.PERMANENT}
+    kept = [rule.verdict for rule in RULES if rule.verdict.connection is KEEP]
+    assert {verdict.outcome for verdict in kept} <= {Outcome.ROLLED_BACK, Outcome.NOT_EXECUTED}
+    assert {verdict.fault for verdict in kept} == {Fault.CONTENTION, Fault.OVERLOADED, Fault.PERMANENT}

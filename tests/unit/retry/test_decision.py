@@ -7,8 +7,7 @@ import itertools
 import pytest
 
 from resilient_pool.retry.backoff import BackoffPolicy
-from resilient_pool.retry.budget import RetryBudget
-from resilient_pool.retry.decision import GiveUp, GiveUpReason, Retry, RetryState, decide
+from resilient_pool.retry.decision import GiveUp, GiveUpReason, Retry, RetryBudget, RetryState, decide
 from resilient_pool.retry.verdict import Fault, Outcome, Phase, Verdict
 
 OPERATIONS = BackoffPolicy(base=1, max_value=8, jitter=None, max_attempts=5)
