@@ -1,4 +1,4 @@
-"""Checks of arguments, with messages that name the field, the unit and the value, or the nearest known name."""
+"""Checks of arguments. A message names the field, the unit and, unless it may be a secret, the value, or the nearest known name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import difflib
 import functools
 import inspect
 import math
+import re
+import reprlib
 from collections.abc import Callable, Collection, Iterable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, ParamSpec, TypeVar, cast
 
 from resilient_pool.errors import ConfigurationError, UnknownArgumentError
@@ -14,7 +17,47 @@ from resilient_pool.errors import ConfigurationError, UnknownArgumentError
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_NUMBER_LIKE = re.compile(r"[-+]?[0-9.]{0,6} ?(?:ms|s|sec|m|min|h)?")
 _BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class Unusable:
+    """Stands for a value that is wrong and must not be shown: a password of a wrong type, a URL where there is no place for one.
+
+    Args:
+        kind: What is said of it.
+    """
+
+    __slots__ = ("_kind",)
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __repr__(self) -> str:
+        return self._kind
+
+
+def is_number_like(text: str) -> bool:
+    """Return whether a text is empty, or a short number with or without a unit: nothing that could be a password."""
+    return _NUMBER_LIKE.fullmatch(text) is not None
+
+
+def shown(value: object, shows: Callable[[str], bool] = is_number_like) -> str:
+    """Return a wrong value as a message may show it: under a wrong name stands anything, a password too.
+
+    Args:
+        value: The value.
+        shows: Which texts cannot be secret, such as those that are much like an accepted word. Of others, and of objects
+            that are not known to be harmless, only the type is shown.
+    """
+    if isinstance(value, str):
+        return repr(value) if shows(value) else "a str that may be secret"
+    if isinstance(value, tuple | list):
+        each = [shown(item, shows) for item in value[:3]] + ["..."] * (len(value) > 3)  # noqa: PLR2004
+        return f"({', '.join(each)}{',' * (len(each) == 1)})"
+    if value is None or isinstance(value, int | float | type | FunctionType | BuiltinFunctionType | Unusable):
+        return reprlib.repr(value)
+    return type(value).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -115,13 +158,13 @@ def require_number(field: str, value: object, *, unit: str, least: float, above:
     """Raise `ConfigurationError` unless `value` is a finite number of at least (or `above`) `least`."""
     if not is_number(value, least=least, above=above):
         bound = f"more than {least:g}" if above else f"at least {least:g}"
-        raise ConfigurationError(f"{field} must be {unit}, {bound}, not {value!r}")
+        raise ConfigurationError(f"{field} must be {unit}, {bound}, not {shown(value)}")
 
 
 def require_count(field: str, value: object, *, unit: str) -> None:
     """Raise `ConfigurationError` unless `value` is a whole number of at least 1."""
     if not is_number(value, least=1, whole=True):
-        raise ConfigurationError(f"{field} must be {unit}, a whole number of at least 1, not {value!r}")
+        raise ConfigurationError(f"{field} must be {unit}, a whole number of at least 1, not {shown(value)}")
 
 
 def is_number(value: object, *, least: float, above: bool = False, whole: bool = False) -> bool:

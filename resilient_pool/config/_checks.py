@@ -2,65 +2,53 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import re
-import reprlib
 import ssl as ssl_module
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Mapping
-from dataclasses import field
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from types import UnionType
+from typing import Any, cast
 
 import asyncpg
 
-from resilient_pool._validation import is_number
-from resilient_pool.config.dsn import SSL_MODES
-from resilient_pool.config.secrets import Secret, holds_secret
+from resilient_pool._validation import is_number, is_number_like, shown
+from resilient_pool.config.dsn import GSS_LIBRARIES, HIGHEST_PORT, SSL_MODES, TARGETS
+from resilient_pool.config.secrets import Secret
 from resilient_pool.errors import ConfigurationError
-from resilient_pool.events import is_observer
 from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.retry.decision import RetryBudget
 
-Check = Callable[[str, object], None]
+_TABLE = re.compile(r"[a-z_][a-z0-9_]{0,62}\.[a-z_][a-z0-9_]{0,62}")
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
     """What a value may be.
 
     Attributes:
         unit: What documentation says of it: a unit, a type or the accepted words.
-        check: Raises `ConfigurationError` for a value of another kind.
+        accepted: What an error says that it must be.
+        fits: Whether a value is of this kind.
+        optional: Whether `None` is too.
         quiet: Whether the configuration's `repr` leaves it out: it may hold a secret, or says nothing to a reader.
+        shows: Which texts a message may quote, right or wrong; any other may be a password under a wrong name.
     """
 
     unit: str
-    check: Check
+    accepted: str
+    fits: Callable[[object], bool]
+    optional: bool = False
     quiet: bool = False
+    shows: Callable[[str], bool] = is_number_like
 
-
-_HIGHEST_PORT = 65535
-_PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
-_NO_SETTINGS = frozenset({"user", "password", "database"})
-
-
-class Unusable:
-    """Stands for a value that is wrong and must not be shown: a password of a wrong type, a URL where there is no place for one."""
-
-    __slots__ = ("_kind",)
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-
-    def __repr__(self) -> str:
-        return self._kind
-
-
-def unrevealing(value: object) -> object:
-    """Return the value, or what stands for it if it is a text that holds the password of a URL."""
-    if isinstance(value, str | bytes | os.PathLike | list | tuple) and holds_secret(value):
-        return Unusable(f"a {type(value).__name__} that holds a password")
-    return value
+    def check(self, name: str, value: object) -> None:
+        """Raise `ConfigurationError` for a value of another kind."""
+        if not (value is None and self.optional) and not self.fits(value):
+            raise ConfigurationError(f"{name} must be {self.accepted}, not {shown(value, self.shows)}")
 
 
 def option(
@@ -80,90 +68,61 @@ def option(
         factory: Makes the default.
         shown: The default as documentation shows it. Default: its `repr`.
     """
-    metadata = {**kind._asdict(), "meaning": meaning, "default": shown}
+    metadata = {"kind": kind, "meaning": meaning, "default": shown}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _refuse(name: str, accepted: str, value: object) -> ConfigurationError:
-    return ConfigurationError(f"{name} must be {accepted}, not {reprlib.repr(unrevealing(value))}")
-
-
-def _kind(unit: str, accepted: str, fits: Callable[[object], bool], *, optional: bool = False) -> Kind:
-    def check(name: str, value: object) -> None:
-        if not (value is None and optional) and not fits(value):
-            raise _refuse(name, accepted, value)
-
-    return Kind(unit, check)
+# Makers of kinds
 
 
 def _number(unit: str, least: float, *, above: bool = False, whole: bool = False, optional: bool = False) -> Kind:
-    accepted = (
-        f"{'a whole number' if whole else 'a number'} of {unit}, {'more than' if above else 'at least'} {least:g}"
-    )
-    fits = functools.partial(is_number, least=least, above=above, whole=whole)
-    return _kind(unit, accepted + (", or None" if optional else ""), fits, optional=optional)
-
-
-def one_of(*words: str, optional: bool = True) -> Kind:
-    """Accept some words."""
-    accepted = "one of " + ", ".join(map(repr, words))
-    return _kind(
-        " / ".join(words), accepted, lambda value: isinstance(value, str) and value in words, optional=optional
+    number, bound = "a whole number" if whole else "a number", "more than" if above else "at least"
+    return Kind(
+        unit=unit,
+        accepted=f"{number} of {unit}, {bound} {least:g}{', or None' if optional else ''}",
+        fits=functools.partial(is_number, least=least, above=above, whole=whole),
+        optional=optional,
     )
 
 
-def _instance(unit: str, accepted: str, *kinds: type, optional: bool = True) -> Kind:
-    return _kind(unit, accepted, lambda value: isinstance(value, kinds), optional=optional)
+def _one_of(words: tuple[str, ...], *, optional: bool = True) -> Kind:
+    return Kind(
+        unit=" / ".join(words),
+        accepted=f"one of {', '.join(map(repr, words))}",
+        fits=lambda value: isinstance(value, str) and value in words,
+        optional=optional,
+        shows=lambda text: bool(difflib.get_close_matches(text.lower(), words, n=1)),
+    )
 
 
-def _function(unit: str) -> Kind:
-    return _kind(unit, f"callable: {unit}", callable, optional=True)
+def _instance(kinds: type | UnionType, unit: str, accepted: str, **more: Any) -> Kind:
+    return Kind(unit=unit, accepted=accepted, fits=lambda value: isinstance(value, kinds), **more)
 
 
 def _subclass(base: type) -> Kind:
-    return _kind(
-        "class",
-        f"a subclass of asyncpg.{base.__name__}",
-        lambda value: isinstance(value, type) and issubclass(value, base),
+    return Kind(
+        unit="class",
+        accepted=f"a subclass of asyncpg.{base.__name__}",
+        fits=lambda value: isinstance(value, type) and issubclass(value, base),
     )
 
 
 def _having(unit: str, *methods: str, optional: bool = False) -> Kind:
-    def check(name: str, value: object) -> None:
-        missing = [method for method in methods if not callable(getattr(value, method, None))]
-        if missing and not (value is None and optional):
-            raise _refuse(name, f"{unit} with the method {missing[0]}()", value)
-
-    return Kind(unit, check)
-
-
-def _sequence(unit: str, accepted: str, fits: Callable[[object], bool], *, optional: bool = False) -> Kind:
-    return _kind(unit, accepted, lambda value: isinstance(value, tuple) and all(map(fits, value)), optional=optional)
+    return Kind(
+        unit=unit,
+        accepted=f"{unit} with the method{'s' * (len(methods) > 1)} {', '.join(f'{method}()' for method in methods)}",
+        fits=lambda value: all(callable(getattr(value, method, None)) for method in methods),
+        optional=optional,
+        quiet=True,
+    )
 
 
-_CALLABLES = _sequence("callables", "a sequence of callables", callable)
-
-
-def _check_observers(name: str, value: object) -> None:
-    _CALLABLES.check(name, value)
-    for observer in cast("tuple[object, ...]", value):
-        if not is_observer(observer):
-            raise _refuse(name, "plain functions, which need not be awaited", observer)
-
-
-def _check_settings(name: str, value: object) -> None:
-    if not isinstance(value, Mapping) or not all(isinstance(word, str) for pair in value.items() for word in pair):
-        # The values may be secret; the type is enough.
-        raise ConfigurationError(f"{name} must be a dict of str to str, or None")
-    for setting in _NO_SETTINGS.intersection(value):
-        raise ConfigurationError(f"{name} holds {setting!r}, which is no setting of the server's but an argument")
-
-
-def _check_password(name: str, value: object) -> None:
-    if not (value is None or isinstance(value, Secret) or callable(value)):
-        raise ConfigurationError(f"{name} must be a str or an (async) function that returns one, not {value}")
+def _tuple_of(fits: Callable[[object], bool], unit: str, accepted: str, **more: Any) -> Kind:
+    return Kind(
+        unit=unit, accepted=accepted, fits=lambda value: isinstance(value, tuple) and all(map(fits, value)), **more
+    )
 
 
 def _is_filled(value: object) -> bool:
@@ -171,57 +130,69 @@ def _is_filled(value: object) -> bool:
 
 
 def _is_port(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _HIGHEST_PORT
+    return is_number(value, least=1, whole=True) and cast("int", value) <= HIGHEST_PORT
 
 
-def _is_table(value: object) -> bool:
-    parts = value.split(".") if isinstance(value, str) else ()
-    return len(parts) == 2 and all(map(_PLAIN_NAME.fullmatch, parts))  # noqa: PLR2004
+def _is_settings(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(word, str) for pair in value.items() for word in pair)
 
 
-def _is_tls_choice(value: object) -> bool:
-    return isinstance(value, bool | ssl_module.SSLContext) or value in SSL_MODES
+def _any_text(_: str) -> bool:
+    return True
 
 
-BACKOFF = _instance("BackoffPolicy", "a BackoffPolicy", BackoffPolicy, optional=False)._replace(quiet=True)
-BUDGET = _instance("RetryBudget", "a RetryBudget", RetryBudget, optional=False)._replace(quiet=True)
+BACKOFF = _instance(BackoffPolicy, "BackoffPolicy", "a BackoffPolicy", quiet=True)
+BUDGET = _instance(RetryBudget, "RetryBudget", "a RetryBudget", quiet=True)
 BYTES = _number("bytes", 0, whole=True)
-CLASSIFIER = _having("a classifier", "classify")._replace(quiet=True)
-CLOCK = _having("a clock", "now", "monotonic", "sleep", "call_later", optional=True)._replace(quiet=True)
+CLASSIFIER = _having("a classifier", "classify")
+CLOCK = _having("a clock", "now", "monotonic", "sleep", "call_later", optional=True)
 CONNECTIONS = _number("connections", 0, whole=True)
 CONNECTION_CLASS = _subclass(asyncpg.Connection)
-CREDENTIALS = _function("(async) function")._replace(quiet=True)
-EVENT_LOOP = _instance("event loop", "an asyncio event loop", AbstractEventLoop)._replace(quiet=True)
-FLAG = _instance("bool", "True or False", bool, optional=False)
-FLAG_OR_NONE = _instance("bool", "True or False", bool)
-FUNCTION_NAMES = _sequence("names", "a sequence of function names", _is_filled)
-GSS_LIBRARY = one_of("gssapi", "sspi")
-HOOK = _function("async function")._replace(quiet=True)
-HOSTS = _sequence("str or sequence of str", "a non-empty str or a sequence of them", _is_filled, optional=True)
+CREDENTIALS = Kind(
+    unit="(async) function", accepted="callable: (async) function", fits=callable, optional=True, quiet=True
+)
+EVENT_LOOP = _instance(AbstractEventLoop, "event loop", "an asyncio event loop", optional=True, quiet=True)
+FLAG = _instance(bool, "bool", "True or False")
+FLAG_OR_NONE = _instance(bool, "bool", "True or False", optional=True)
+FUNCTION_NAMES = _tuple_of(_is_filled, "names", "a sequence of function names")
+GSS_LIBRARY = _one_of(GSS_LIBRARIES)
+HOOK = Kind(unit="async function", accepted="callable: async function", fits=callable, optional=True, quiet=True)
+HOSTS = _tuple_of(
+    _is_filled, "str or sequence of str", "a non-empty str or a sequence of them", optional=True, shows=_any_text
+)
 MAX_SIZE = _number("connections", 1, whole=True)
-OBSERVERS = Kind(_CALLABLES.unit, _check_observers, quiet=True)
+OBSERVERS = _tuple_of(callable, "callables", "a sequence of callables", quiet=True)
 OPERATIONS = _number("operations", 1, whole=True)
-PASSWORD = Kind("str or (async) function", _check_password, quiet=True)
-PATH = _instance("path", "a str or a path", str, os.PathLike)
-PORTS = _sequence(
-    "port number, or one for each host", f"a whole number from 1 to {_HIGHEST_PORT}", _is_port, optional=True
+PASSWORD = Kind(
+    unit="str or (async) function",
+    accepted="a str or an (async) function that returns one",
+    fits=lambda value: isinstance(value, Secret) or callable(value),
+    optional=True,
+    quiet=True,
+)
+PATH = _instance(str | os.PathLike, "path", "a str or a path", optional=True, shows=_any_text)
+PORTS = _tuple_of(
+    _is_port, "port number, or one for each host", f"a whole number from 1 to {HIGHEST_PORT}", optional=True
 )
 POSITIVE_SECONDS = _number("seconds", 0, above=True)
 RECORD_CLASS = _subclass(asyncpg.Record)
 SECONDS = _number("seconds", 0)
 SECONDS_OR_NONE = _number("seconds", 0, above=True, optional=True)
-SESSION_RESET = one_of("auto", "background", "on_release", "off", optional=False)
-SETTINGS = Kind("dict of str", _check_settings)
+SESSION_RESET = _one_of(("auto", "background", "on_release", "off"), optional=False)
+SETTINGS = Kind(unit="dict of str", accepted="a dict of str to str, or None", fits=_is_settings)
 STATEMENTS = _number("statements", 0, whole=True, optional=True)
-TABLE = _kind(
-    "'schema.table'", "'schema.table', both of small letters, digits and _, or None", _is_table, optional=True
-)
-TARGET = one_of("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
-TEXT = _instance("str", "a str", str)
-TLS = _kind(
-    "sslmode, bool or SSLContext",
-    f"one of {', '.join(map(repr, SSL_MODES))}, True, False or an ssl.SSLContext",
-    _is_tls_choice,
+TABLE = Kind(
+    unit="'schema.table'",
+    accepted="'schema.table', both of small letters, digits and _, or None",
+    fits=lambda value: isinstance(value, str) and _TABLE.fullmatch(value) is not None,
     optional=True,
+    shows=lambda text: re.fullmatch(r"[\w$\"]+\.[\w$\"]+", text) is not None,
 )
-TLS_VERSION = one_of("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
+TARGET = _one_of(TARGETS)
+TEXT = _instance(str, "str", "a str", optional=True, shows=_any_text)
+TLS = replace(
+    _one_of(SSL_MODES),
+    unit="sslmode, bool or SSLContext",
+    accepted=f"one of {', '.join(map(repr, SSL_MODES))}, True, False or an ssl.SSLContext",
+    fits=lambda value: isinstance(value, bool | ssl_module.SSLContext) or value in SSL_MODES,
+)

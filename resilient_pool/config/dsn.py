@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar, cast
 from urllib.parse import unquote
 
 from resilient_pool._validation import nearest
-from resilient_pool.config.secrets import Secret
+from resilient_pool.config.secrets import Hidden, Secret
 from resilient_pool.config.settings_names import SETTINGS_NAMES
 from resilient_pool.errors import ConfigurationError
 
@@ -22,6 +23,9 @@ LONGEST_TIMEOUT = 86400.0
 """What "no limit" means to `timeout`, in seconds: one day."""
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+TARGETS = ("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
+GSS_LIBRARIES = ("gssapi", "sspi")
+HIGHEST_PORT = 65535
 
 SYSTEM_ROOTS = "system"
 """The value of `sslrootcert` that stands for the authorities that the system trusts."""
@@ -36,28 +40,8 @@ _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,62}")
 _BRACKETED = re.compile(r"\[(?P<address>[^\[\]]+)\](?::(?P<port>.*))?")
-_HIGHEST_PORT = 65535
 # SQLAlchemy's "postgresql+asyncpg", JDBC's "jdbc:postgresql", Django's "postgis" and the like.
 _FOREIGN_SCHEME = re.compile(r"(?:jdbc:)?(?:postgres|postgresql|postgis|pgsql|psql|ecto|timescale)(?:\+\w+)?")
-
-# The names by which DSNs and service files call what is an argument here.
-_ARGUMENTS: Mapping[str, str] = {
-    "host": "host",
-    "port": "port",
-    "user": "user",
-    "dbname": "database",
-    "database": "database",
-    "passfile": "passfile",
-    "service": "service",
-    "servicefile": "servicefile",
-    "sslmode": "ssl",
-    "target_session_attrs": "target_session_attrs",
-    "krbsrvname": "krbsrvname",
-    "gsslib": "gsslib",
-}
-
-# asyncpg knows these in a DSN only.
-_TLS = ("sslcert", "sslkey", "sslrootcert", "sslcrl", "ssl_min_protocol_version", "ssl_max_protocol_version")
 
 # What the server takes at the start of a session although `pg_settings` does not list it.
 _STARTUP = frozenset({"options", "role", "session_authorization"})
@@ -92,7 +76,6 @@ _INSTEAD: Mapping[str, str] = {
     "sslaccept": "; write sslmode=require or sslmode=verify-full",
     "sslcrldir": "; write sslcrl",
 }
-
 
 _REMOVE = "; remove it"
 
@@ -155,6 +138,8 @@ _HEEDED: Mapping[str, tuple[str, Mapping[str, str]]] = {
 }
 _PREPARING = ("prepare", "prepared_statement_cache_size", "prepared_statements")
 
+T = TypeVar("T")
+
 
 class _Problem(Exception):  # noqa: N818 - it never leaves this module
     """What is wrong, in words that hold nothing of the text that was read; `misquoted` if quoting may be the cause."""
@@ -185,7 +170,8 @@ def arguments_of_service(service: str, servicefile: str | None) -> dict[str, obj
     Raises:
         ConfigurationError: The file cannot be read, does not define the service, or says something that cannot be honoured.
     """
-    return _reported(f"the service {service!r}", lambda: _read_service(service, servicefile))
+    section = _reported("the service file", lambda: Hidden(_section(service, servicefile)))
+    return _reported(f"the service {service!r}", lambda: _read_options(_service_pairs(section.reveal())))
 
 
 def arguments_of_variable(variable: str, option: str) -> dict[str, object]:
@@ -198,7 +184,7 @@ def arguments_of_variable(variable: str, option: str) -> dict[str, object]:
     return _reported(variable, lambda: _read_options({option: value} if value else {}))
 
 
-def _reported(source: str, read: Callable[[], dict[str, object]], *, hint: str = "") -> dict[str, object]:
+def _reported(source: str, read: Callable[[], T], *, hint: str = "") -> T:
     try:
         return read()
     except _Problem as found:
@@ -230,40 +216,23 @@ def _read_dsn(dsn: str, *, lenient: bool) -> dict[str, object]:
         raise _Problem("a control character, such as a line break or a tab, must be percent-encoded")
     if "#" in rest:
         raise _Problem("a '#' must be written %23", misquoted=True)
-    head, query = _cut(rest, "?")
-    authority, path = _cut(head, "/")
+    head, _, query = rest.partition("?")
+    authority, _, path = head.partition("/")
     if "@" in path or "@" in query or authority.count("@") > 1:
         raise _Problem("an '@' that does not end the user's name and password must be written %40", misquoted=True)
     login, _, hosts = authority.rpartition("@")
     return _read_parts(login, hosts, path, query, lenient=lenient)
 
 
-def _require_scheme(scheme: str) -> None:
-    if scheme in ("postgresql", "postgres"):
-        return
-    if scheme.startswith(("postgresql+", "postgres+")):
-        raise _Problem(
-            "the scheme is written as for SQLAlchemy, with a driver's name behind a '+'; write postgresql:// instead"
-        )
-    raise _Problem(f"the scheme must be postgresql or postgres: {_FORM}")
-
-
-def _cut(text: str, mark: str) -> tuple[str, str]:
-    head, _, tail = text.partition(mark)
-    return head, tail
-
-
 def _read_parts(login: str, hosts: str, path: str, query: str, *, lenient: bool) -> dict[str, object]:
-    found: dict[str, object] = {}
     user, _, password = login.partition(":")
+    found: dict[str, object] = {}
     if user:
         found["user"] = _decoded(user, "user name")
     if password:
         found["password"] = Secret(_decoded(password, "password"))
     if hosts:
-        found["host"], ports = _read_hosts(hosts.split(","), _decoded)
-        if any(ports):
-            found["port"] = ports
+        found |= _read_hosts(hosts, _decoded)
     if path:
         found["database"] = _decoded(path, "database name")
     pairs = _query_pairs(query)
@@ -275,14 +244,22 @@ def _read_parts(login: str, hosts: str, path: str, query: str, *, lenient: bool)
     return _read_options(pairs) | found
 
 
+def _require_scheme(scheme: str) -> None:
+    if scheme.startswith(("postgresql+", "postgres+")):
+        raise _Problem(
+            "the scheme is written as for SQLAlchemy, with a driver's name behind a '+'; write postgresql:// instead"
+        )
+    if scheme not in ("postgresql", "postgres"):
+        raise _Problem(f"the scheme must be postgresql or postgres: {_FORM}")
+
+
 def _decoded(text: str, what: str) -> str:
     if _BAD_ESCAPE.search(text):
         raise _Problem(f"the {what} has a '%' without two hexadecimal digits behind it, or %00", misquoted=True)
     try:
         return unquote(text, errors="strict")
     except UnicodeError:
-        problem = f"the {what} is not percent-encoded UTF-8"
-    raise _Problem(problem)
+        raise _Problem(f"the {what} is not percent-encoded UTF-8") from None
 
 
 def _query_pairs(query: str) -> dict[str, str]:
@@ -308,7 +285,7 @@ def _translated(pairs: Mapping[str, str]) -> dict[str, str]:
             heeded["statement_cache_size"] = "0"
     options = {**heeded, **own}
     if "sslmode" in options:
-        options["sslmode"] = _SSL_WORDS.get(options["sslmode"].lower(), options["sslmode"].lower())
+        options["sslmode"] = _SSL_WORDS.get(options["sslmode"].lower(), options["sslmode"])
     if options.get("sslrootcert") == SYSTEM_ROOTS:
         options["sslmode"] = "verify-full"  # a lesser mode beside it is no reason not to migrate
     return options
@@ -317,24 +294,22 @@ def _translated(pairs: Mapping[str, str]) -> dict[str, str]:
 # Hosts and ports
 
 
-def _read_hosts(
-    specifications: Iterable[str], decode: Callable[[str, str], str]
-) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
-    pairs = [_read_host(specification, decode) for specification in specifications]
-    return tuple(host for host, _ in pairs), tuple(port for _, port in pairs)
+def _read_hosts(text: str, decode: Callable[[str, str], str]) -> dict[str, object]:
+    pairs = [_read_host(each, decode) for each in text.split(",")]
+    hosts, ports = tuple(host for host, _ in pairs), tuple(port for _, port in pairs)
+    return {"host": hosts, "port": ports} if any(ports) else {"host": hosts}
 
 
-def _read_host(specification: str, decode: Callable[[str, str], str]) -> tuple[str, int | None]:
-    if specification.startswith("/"):
-        return specification, None
-    host, port = specification, ""
-    if specification.startswith("["):
-        match = _BRACKETED.fullmatch(specification)
+def _read_host(text: str, decode: Callable[[str, str], str]) -> tuple[str, int | None]:
+    if text.startswith("/"):
+        return text, None
+    if text.startswith("["):
+        match = _BRACKETED.fullmatch(text)
         if match is None:
             raise _Problem("an IPv6 address must have the form [address]:port", misquoted=True)
         host, port = match["address"], match["port"] or ""
     else:
-        host, _, port = specification.partition(":")
+        host, _, port = text.partition(":")
     host = decode(host, "host")
     if not host or "[" in host or "]" in host:
         raise _Problem("a host is empty or malformed", misquoted=True)
@@ -342,9 +317,9 @@ def _read_host(specification: str, decode: Callable[[str, str], str]) -> tuple[s
 
 
 def _read_port(text: str) -> int:
-    if text.isascii() and text.isdigit() and len(text) < 6 and 0 < int(text) <= _HIGHEST_PORT:  # noqa: PLR2004 - 65535 has 5 digits
+    if text.isascii() and text.isdigit() and len(text) < 6 and 0 < int(text) <= HIGHEST_PORT:  # noqa: PLR2004 - 65535 has 5 digits
         return int(text)
-    raise _Problem(f"a port must be a number from 1 to {_HIGHEST_PORT}", misquoted=True)
+    raise _Problem(f"a port must be a number from 1 to {HIGHEST_PORT}", misquoted=True)
 
 
 # Options
@@ -353,158 +328,161 @@ def _read_port(text: str) -> int:
 def _read_options(pairs: Mapping[str, str]) -> dict[str, object]:
     found: dict[str, object] = {}
     settings: dict[str, str] = {}
-    # `pgbouncer` comes last: it overrules a size, as in Prisma.
-    for name in sorted(pairs, key=lambda name: name == "pgbouncer"):
-        value = pairs[name]
-        if name in _TLS:
-            found["tls"] = {**_mapping(found.get("tls")), name: value}
-        elif name in _READERS:
-            found |= _READERS[name](name, value)
-        elif name in _ARGUMENTS:
-            found.setdefault(_ARGUMENTS[name], value)
-        elif name in _UNSUPPORTED or name.lower() in _FOREIGN:
-            _require_harmless(name, value)
-        elif name.lower() in SETTINGS_NAMES or name in _STARTUP or "." in name.strip("."):
+    for name, value in pairs.items():
+        if name in _OPTIONS:
+            argument, read = _OPTIONS[name]
+            found.setdefault(argument, read(name, value))
+        elif name in _TLS:
+            found["tls"] = cast("dict[str, object]", found.get("tls", {})) | {name: _TLS[name](name, value)}
+        elif _is_setting(name):
             settings[name] = value
-        elif name not in _SETTINGS_ALIASES:
+        elif name not in _ALIASES:
             # Behind a password an unknown name may be the rest of that password.
-            raise _unknown_option("" if "password" in pairs or "sslpassword" in pairs else name)
-    for name, value in _aliased_settings(pairs):
-        settings.setdefault(name, value)
+            _require_harmless(name, value, behind_a_password="password" in pairs or "sslpassword" in pairs)
+    for name in _ALIASES.keys() & pairs:
+        setting, form = _ALIASES[name]
+        settings.setdefault(setting, form(pairs[name]))
     if settings:
         found["server_settings"] = settings
-    return _with_hosts(found)
-
-
-def _mapping(value: object) -> Mapping[str, str]:
-    return value if isinstance(value, dict) else {}
-
-
-def _require_harmless(name: str, value: str) -> None:
-    """Raise `_Problem` unless the option asks for nothing that asyncpg does not do anyway."""
-    if name.lower() in _FOREIGN:
-        raise _Problem(f"the option {name!r} is meant for another program{_FOREIGN[name.lower()]}")
-    if value.lower() not in _UNSUPPORTED[name]:
-        raise _Problem(f"asyncpg cannot honour the option {name!r}{_INSTEAD.get(name, '; remove it')}")
-
-
-def _unknown_option(name: str) -> _Problem:
-    if not _IDENTIFIER.fullmatch(name):
-        return _Problem("an unknown option", misquoted=True)
-    known = {*_ARGUMENTS, *_TLS, *_READERS, *_SETTINGS_ALIASES, *_UNSUPPORTED, *_FOREIGN, *SETTINGS_NAMES}
-    return _Problem(f"unknown option {name!r}{nearest(name, known)}")
-
-
-# Prisma's schema is one identifier, to be taken as it is written.
-_SETTINGS_ALIASES = ("fallback_application_name", "schema")
-
-
-def _aliased_settings(pairs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    if "fallback_application_name" in pairs:
-        yield "application_name", pairs["fallback_application_name"]
-    if "schema" in pairs:
-        yield "search_path", '"' + pairs["schema"].replace('"', '""') + '"'
-
-
-def _with_hosts(found: dict[str, object]) -> dict[str, object]:
-    """Read the texts of `host` and `port` as lists."""
-    if isinstance(host := found.get("host"), str):
-        found["host"], ports = _read_hosts(host.split(","), lambda text, _: text)
-        if any(ports):
-            found.setdefault("port", ports)
-    if isinstance(port := found.get("port"), str):
-        found["port"] = tuple(_read_port(text) for text in port.split(","))
+    if found.pop("pgbouncer", False):  # it overrules a size, as in Prisma
+        found["statement_cache_size"] = 0
+    if isinstance(host := found.pop("host", None), str):
+        found = _read_hosts(host, lambda text, _: text) | found
     return found
 
 
-def _secret(name: str, value: str) -> dict[str, object]:
-    return {name: Secret(value)}
+def _is_setting(name: str) -> bool:
+    known = name.lower() in SETTINGS_NAMES or name in _STARTUP or "." in name.strip(".")
+    return known and name not in _UNSUPPORTED
+
+
+def _require_harmless(name: str, value: str, *, behind_a_password: bool) -> None:
+    """Raise `_Problem` unless the option asks for nothing that asyncpg does not do anyway."""
+    if name.lower() in _FOREIGN:
+        raise _Problem(f"the option {name!r} is meant for another program{_FOREIGN[name.lower()]}")
+    if name in _UNSUPPORTED:
+        if value.lower() in _UNSUPPORTED[name]:
+            return
+        raise _Problem(f"asyncpg cannot honour the option {name!r}{_INSTEAD.get(name, _REMOVE)}")
+    if behind_a_password or not _IDENTIFIER.fullmatch(name):
+        raise _Problem("an unknown option", misquoted=True)
+    known = {*_OPTIONS, *_TLS, *_ALIASES, *_UNSUPPORTED, *_FOREIGN, *SETTINGS_NAMES}
+    raise _Problem(f"unknown option {name!r}{nearest(name, known)}")
+
+
+_Reader = Callable[[str, str], object]
+"""Makes an argument's value of an option's name and value."""
+
+
+def _text(_: str, value: str) -> str:
+    return value
+
+
+def _secret(_: str, value: str) -> Secret:
+    return Secret(value)
+
+
+def _ports(_: str, value: str) -> tuple[int, ...]:
+    return tuple(_read_port(text) for text in value.split(","))
 
 
 def _number(name: str, value: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        problem = f"the option {name!r} must be a number"
-    raise _Problem(problem)
+        raise _Problem(f"the option {name!r} must be a number") from None
+    return int(number) if number.is_integer() else number
 
 
-def _count(argument: str) -> Callable[[str, str], dict[str, object]]:
-    def read(name: str, value: str) -> dict[str, object]:
-        number = _number(name, value)
-        return {argument: int(number) if number.is_integer() else number}
+def _seconds(unlimited: float | None, *, in_a_second: int = 1) -> _Reader:
+    """Read a time; zero is no limit in libpq's and in Prisma's words."""
+    return lambda name, value: float(_number(name, value)) / in_a_second or unlimited
+
+
+def _words(words: Mapping[str, object]) -> _Reader:
+    """Read one of some words. A value that is none of them is not shown: it may be a password in the wrong place."""
+    known = {word.lower(): meaning for word, meaning in words.items()}
+
+    def read(name: str, value: str) -> object:
+        if value.lower() not in known:
+            raise _Problem(f"the option {name!r} must be one of {', '.join(words)}{nearest(value, words)}")
+        return known[value.lower()]
 
     return read
 
 
-def _seconds(argument: str, unlimited: float | None, scale: float = 1.0) -> Callable[[str, str], dict[str, object]]:
-    def read(name: str, value: str) -> dict[str, object]:
-        return {argument: _number(name, value) / scale or unlimited}
-
-    return read
+def _one_of(words: Iterable[str]) -> _Reader:
+    return _words({word: word for word in words})
 
 
-def _flag(name: str, value: str, words: Mapping[str, bool]) -> bool:
-    if value.lower() not in words:
-        raise _Problem(f"the option {name!r} must be one of {', '.join(words)}")
-    return words[value.lower()]
+# The arguments that DSNs and service files hold, under the name that they have there.
+_OPTIONS: Mapping[str, tuple[str, _Reader]] = {
+    "host": ("host", _text),
+    "port": ("port", _ports),
+    "user": ("user", _text),
+    "password": ("password", _secret),
+    "dbname": ("database", _text),
+    "database": ("database", _text),
+    "passfile": ("passfile", _text),
+    "service": ("service", _text),
+    "servicefile": ("servicefile", _text),
+    "sslmode": ("ssl", _one_of(SSL_MODES)),
+    "sslnegotiation": ("direct_tls", _words({"direct": True, "postgres": False})),
+    "sslpassword": ("sslpassword", _secret),
+    "target_session_attrs": ("target_session_attrs", _one_of(TARGETS)),
+    "krbsrvname": ("krbsrvname", _text),
+    "gsslib": ("gsslib", _one_of(GSS_LIBRARIES)),
+    "keepalives": ("tcp_keepalive", _words({"1": True, "0": False})),
+    "tcp_user_timeout": ("tcp_user_timeout", _seconds(None, in_a_second=1000)),
+    "connection_limit": ("max_size", _number),
+    "connect_timeout": ("timeout", _seconds(LONGEST_TIMEOUT)),
+    "pool_timeout": ("deadline", _seconds(None)),
+    "socket_timeout": ("command_timeout", _seconds(None)),
+    "statement_cache_size": ("statement_cache_size", _number),
+    "pgbouncer": ("pgbouncer", _words({"true": True, "false": False})),
+}
 
+# asyncpg knows these in a DSN only.
+_TLS: Mapping[str, _Reader] = {
+    **dict.fromkeys(("sslcert", "sslkey", "sslrootcert", "sslcrl"), _text),
+    **dict.fromkeys(
+        ("ssl_min_protocol_version", "ssl_max_protocol_version"), _one_of(("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"))
+    ),
+}
 
-def _read_pgbouncer(name: str, value: str) -> dict[str, object]:
-    return {"statement_cache_size": 0} if _flag(name, value, {"true": True, "false": False}) else {}
-
-
-def _read_keepalives(name: str, value: str) -> dict[str, object]:
-    return {"tcp_keepalive": _flag(name, value, {"1": True, "0": False})}
-
-
-def _read_negotiation(name: str, value: str) -> dict[str, object]:
-    return {"direct_tls": _flag(name, value, {"direct": True, "postgres": False})}
-
-
-# Zero is no limit in libpq's and in Prisma's words.
-_READERS: Mapping[str, Callable[[str, str], dict[str, object]]] = {
-    "password": _secret,
-    "sslpassword": _secret,
-    "sslnegotiation": _read_negotiation,
-    "connection_limit": _count("max_size"),
-    "connect_timeout": _seconds("timeout", LONGEST_TIMEOUT),
-    "pool_timeout": _seconds("deadline", None),
-    "socket_timeout": _seconds("command_timeout", None),
-    "statement_cache_size": _count("statement_cache_size"),
-    "pgbouncer": _read_pgbouncer,
-    "keepalives": _read_keepalives,
-    "tcp_user_timeout": _seconds("tcp_user_timeout", None, scale=1000.0),
+# Other words for a setting, which wins. Prisma's schema is one identifier, to be taken as it is written.
+_ALIASES: Mapping[str, tuple[str, Callable[[str], str]]] = {
+    "fallback_application_name": ("application_name", str),
+    "schema": ("search_path", lambda schema: '"' + schema.replace('"', '""') + '"'),
 }
 
 
 # Service files
 
 
-def _read_service(service: str, servicefile: str | None) -> dict[str, object]:
+def _section(service: str, servicefile: str | None) -> list[str]:
+    """Return the lines behind the first header of a service."""
     chosen = servicefile or os.environ.get("PGSERVICEFILE")
     path = Path(chosen) if chosen else home_file(".pg_service.conf", ".pg_service.conf")
     if path is None:
-        raise _Problem("there is no home directory to look for a service file in")
+        raise _Problem("there is no home directory to look for it in")
+    named = f"the service file {str(path)!r}" if path.is_absolute() else "the service file"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeError) as error:
-        raise _Problem(f"the service file {str(path)!r} cannot be read: {type(error).__name__}") from None
-    pairs = _service_pairs(lines, f"[{service}]")
-    if pairs is None:
-        raise _Problem(f"it is not defined in {str(path)!r}")
-    return _read_options(pairs)
+        raise _Problem(f"{named} cannot be read: {type(error).__name__}") from None
+    headers = [number for number, line in enumerate(lines) if line.startswith("[")]
+    for number, end in zip(headers, [*headers[1:], len(lines)], strict=True):
+        if lines[number] == f"[{service}]":
+            return lines[number + 1 : end]
+    # The name of a service that is not there may be anything, a password too.
+    raise _Problem(f"{named} has no service of the name asked for{nearest(service, (lines[n][1:-1] for n in headers))}")
 
 
-def _service_pairs(lines: Iterable[str], header: str) -> dict[str, str] | None:
-    """Return the options behind the first line that is `header`, or `None` if there is none."""
-    pairs: dict[str, str] | None = None
-    for line in map(str.strip, lines):
-        if line.startswith("["):
-            if pairs is not None:
-                break
-            pairs = {} if line == header else None
-        elif pairs is not None and line and not line.startswith("#"):
+def _service_pairs(lines: Iterable[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for line in lines:
+        if line and not line.startswith("#"):
             name, separator, value = line.partition("=")
             if not separator or name.strip() == "service":
                 raise _Problem("a line is not of the form option=value, or it names another service")

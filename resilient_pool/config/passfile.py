@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,8 @@ from pathlib import Path
 from resilient_pool.config.dsn import home_file
 from resilient_pool.config.secrets import Secret
 
-_FIELDS_BEFORE_THE_PASSWORD = 4
+_ENTRY = re.compile(r"((?:[^\\:]|\\.)*):" * 4 + r"(.*)", re.DOTALL)
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 class PasswordFile:
@@ -76,33 +78,21 @@ def _lines(path: Path) -> Iterator[Secret]:
 def _is_private(path: Path) -> bool:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        warnings.warn(f"the password file {str(path)!r} is ignored: it is not a plain file", stacklevel=2)
-        return False
-    if os.name != "nt" and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        warnings.warn(
-            f"the password file {str(path)!r} is ignored: its permissions must be u=rw (0600) or less", stacklevel=2
-        )
-        return False
-    return True
+        trouble = "it is not a plain file"
+    elif os.name != "nt" and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        trouble = "its permissions must be u=rw (0600) or less"
+    else:
+        return True
+    warnings.warn(f"the password file {str(path)!r} is ignored: {trouble}", stacklevel=2)
+    return False
 
 
 def _entry(line: str) -> tuple[Sequence[str], Secret] | None:
     """Split a line into four fields, still escaped, and the password; a line with too few fields is none."""
-    fields: list[str] = []
-    start = position = 0
-    while position < len(line) and len(fields) < _FIELDS_BEFORE_THE_PASSWORD:
-        if line[position] == "\\":
-            position += 1
-        elif line[position] == ":":
-            fields.append(line[start:position])
-            start = position + 1
-        position += 1
-    if len(fields) < _FIELDS_BEFORE_THE_PASSWORD:
-        return None
-    return fields, Secret(_unescaped(line[start:]))
+    match = _ENTRY.fullmatch(line)
+    return None if match is None else (match.groups()[:-1], Secret(_unescaped(match.groups()[-1])))
 
 
 def _unescaped(text: str) -> str:
     """Take each backslash away that stands before another character."""
-    characters = iter(text)
-    return "".join(next(characters, "\\") if character == "\\" else character for character in characters)
+    return _ESCAPE.sub(r"\1", text)

@@ -15,10 +15,10 @@ from urllib.parse import urlencode
 
 import asyncpg
 
-from resilient_pool._validation import require_known
+from resilient_pool._validation import Unusable, require_known, shown
 from resilient_pool.clock import Clock
 from resilient_pool.config import _checks as kinds
-from resilient_pool.config._checks import Unusable, option, unrevealing
+from resilient_pool.config._checks import Kind, option
 from resilient_pool.config.dsn import (
     LONGEST_TIMEOUT,
     SYSTEM_ROOTS,
@@ -27,9 +27,9 @@ from resilient_pool.config.dsn import (
     arguments_of_variable,
 )
 from resilient_pool.config.passfile import PasswordFile, chosen_file
-from resilient_pool.config.secrets import MASK, Hidden, Secret
+from resilient_pool.config.secrets import MASK, Hidden, Secret, holds_secret
 from resilient_pool.errors import ConfigurationError
-from resilient_pool.events import Observer
+from resilient_pool.events import Observer, is_observer
 from resilient_pool.retry.backoff import OPERATION_BACKOFF, RECONNECT_BACKOFF, BackoffPolicy
 from resilient_pool.retry.classifier import PostgresClassifier
 from resilient_pool.retry.decision import RetryBudget
@@ -44,22 +44,12 @@ CredentialsSource = Callable[[], "tuple[str, str | Secret] | Awaitable[tuple[str
 SessionReset = Literal["auto", "background", "on_release", "off"]
 
 _DEFAULT_PORT = 5432
-_DSN_ONLY = ("tls", "sslpassword", "passed")
 _DRIVERS_OWN = (
-    "user",
-    "database",
-    "timeout",
-    "statement_cache_size",
-    "max_cached_statement_lifetime",
-    "max_cacheable_statement_size",
-    "command_timeout",
-    "ssl",
-    "direct_tls",
-    "target_session_attrs",
-    "krbsrvname",
-    "gsslib",
+    *("user", "database", "timeout", "statement_cache_size", "max_cached_statement_lifetime"),
+    *("max_cacheable_statement_size", "command_timeout", "ssl", "direct_tls", "target_session_attrs"),
+    *("krbsrvname", "gsslib"),
 )
-
+_NO_SETTINGS = frozenset({"user", "password", "database"})
 
 SealedDsn = Hidden[object] | Unusable | None
 """A DSN as `seal` returns it."""
@@ -123,7 +113,12 @@ class PassedOn:
     arguments: Mapping[str, object]
 
 
-_VARIABLES = (("user", "PGUSER"), ("database", "PGDATABASE"), ("target_session_attrs", "PGTARGETSESSIONATTRS"))
+_VARIABLES = {
+    "host": "PGHOST",
+    "user": "PGUSER",
+    "database": "PGDATABASE",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
+}
 # What the pool itself must know of what is passed on to a `connect=` function.
 _HEEDED = ("timeout", "statement_cache_size", "server_settings", "target_session_attrs")
 
@@ -231,11 +226,17 @@ class PoolConfig:
     passed: Hidden[PassedOn] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            if "check" in each.metadata:
-                each.metadata["check"](each.name, getattr(self, each.name))
-        for name in ("ssl_min_protocol_version", "ssl_max_protocol_version"):
-            kinds.TLS_VERSION.check(name, self.tls.get(name))
+        for name, kind in _KINDS.items():
+            kind.check(name, getattr(self, name))
+        for setting in _NO_SETTINGS.intersection(self.server_settings):
+            raise ConfigurationError(
+                f"server_settings holds {setting!r}, which is no setting of the server's but an argument"
+            )
+        for observer in self.observers:
+            if not is_observer(observer):
+                raise ConfigurationError(
+                    f"observers must be plain functions, which need not be awaited, not {shown(observer)}"
+                )
         if not self.min_size <= self.init_size <= self.max_size:
             raise ConfigurationError(
                 f"min_size <= init_size <= max_size connections must hold, not {self.min_size!r} <= {self.init_size!r} "
@@ -259,7 +260,7 @@ class PoolConfig:
         for each in fields(self):
             value = getattr(self, each.name)
             default = each.default_factory() if each.default_factory is not MISSING else each.default
-            if value is default or isinstance(value, Secret) or each.metadata.get("quiet"):
+            if value is default or isinstance(value, Secret) or (each.name in _KINDS and _KINDS[each.name].quiet):
                 if value is not None and each.name in ("password", "sslpassword"):
                     yield f"{each.name}={MASK}"
             elif each.name != "passed" and value != default:
@@ -291,7 +292,7 @@ class PoolConfig:
         if arguments.get("connect") is not None:
             return cls(**_shaped(_passed_on(sealed, arguments)))  # type: ignore[arg-type]
         require_known(arguments, [argument.name for argument in ARGUMENTS])
-        given = {name: value for name, value in arguments.items() if value is not None or not _means_absent(name)}
+        given = _said(arguments)
         _require_one_source(given)
         given = _with_service(_merged(_read(sealed), given))
         return cls(**_shaped(_with_environment(given)))  # type: ignore[arg-type]
@@ -371,10 +372,9 @@ def _tls_version(name: str) -> ssl_module.TLSVersion:
     return ssl_module.TLSVersion[name.replace(".", "_")]
 
 
-def _means_absent(name: str) -> bool:
-    """Say whether `None` is as if the argument were not given, rather than a value that wins over the DSN's."""
-    argument = next(argument for argument in ARGUMENTS if argument.name == name)
-    return argument.default == "None" and name != "command_timeout"  # whose `None` is no limit
+def _said(arguments: Mapping[str, object]) -> dict[str, object]:
+    """Return the arguments without those whose `None` is as if they were not given, rather than a value that wins over the DSN's."""
+    return {name: value for name, value in arguments.items() if value is not None or name not in _ABSENT_IF_NONE}
 
 
 def seal(
@@ -402,7 +402,7 @@ def seal(
         elif name == "server_settings" and isinstance(value, Mapping):
             sealed[name] = _Settings(value)
         else:
-            sealed[name] = unrevealing(value)
+            sealed[name] = _unrevealing(name, value)
     named = sealed.pop("dsn", None)
     given = (named.reveal() if type(named) is Hidden else named) if dsn is None else dsn
     if raw:
@@ -421,29 +421,32 @@ def _sealed(value: object) -> Hidden[object] | Unusable | None:
     return Secret(value) if isinstance(value, str) else Unusable(type(value).__name__)
 
 
+def _unrevealing(name: str, value: object) -> object:
+    """Return the value, or what stands for it if it is a text that has no place there and may be a secret."""
+    if isinstance(value, str | bytes | os.PathLike | list | tuple) and holds_secret(value):
+        return Unusable(f"a {type(value).__name__} that holds a password")
+    if isinstance(value, str) and not _KINDS[name].fits(value) and not _KINDS[name].shows(value):
+        return Unusable(shown(value, _KINDS[name].shows))
+    return value
+
+
 def _passed_on(dsn: SealedDsn, arguments: Mapping[str, object]) -> dict[str, object]:
     """Return the pool's own arguments, and what its `connect=` function is called with.
 
     What the pool must know of the latter it reads there, if it can; the function may give these words another meaning.
     """
-    own = {name: value for name, value in arguments.items() if name in _POOL_ARGUMENTS}
-    own = {name: value for name, value in own.items() if value is not None or not _means_absent(name)}
+    own = _said({name: value for name, value in arguments.items() if name in _POOL_ARGUMENTS})
     rest = {name: _revealed(value) for name, value in arguments.items() if name not in _POOL_ARGUMENTS}
     shaped = _shaped({name: rest[name] for name in _HEEDED if rest.get(name) is not None})
     for name, value in shaped.items():
         with contextlib.suppress(ConfigurationError):
-            _check(name, value)
+            _KINDS[name].check(name, value)
             own[name] = value
     return {**own, "passed": Hidden(PassedOn(dsn=_revealed(dsn), arguments=rest))}
 
 
 def _revealed(value: object) -> object:
     return value.reveal() if isinstance(value, Hidden) else value
-
-
-def _check(name: str, value: object) -> None:
-    """Check one value before the others, where it is needed to find them."""
-    PoolConfig.__dataclass_fields__[name].metadata["check"](name, value)
 
 
 def _require_one_source(given: Mapping[str, object]) -> None:
@@ -480,20 +483,21 @@ def _with_service(given: dict[str, object]) -> dict[str, object]:
     service = given.get("service") or os.environ.get("PGSERVICE")
     if not service:
         return given
-    _check("service", service)
-    _check("servicefile", given.get("servicefile"))
-    chosen = given.get("servicefile")
-    file = None if chosen is None else os.fspath(cast("str | os.PathLike[str]", chosen))
-    return _merged(arguments_of_service(str(service), file), {**given, "service": service})
+    for name, value in (("service", service), ("servicefile", given.get("servicefile"))):
+        _KINDS[name].check(name, value)
+    said = arguments_of_service(str(service), _path(given.get("servicefile")))
+    return _merged(said, {**given, "service": service})
+
+
+def _path(value: object) -> str | None:
+    return None if value is None else os.fspath(cast("str | os.PathLike[str]", value))
 
 
 def _with_environment(given: dict[str, object]) -> dict[str, object]:
     """Fill in what libpq's environment variables say, and what the password file says."""
-    if "host" not in given:
-        given = _merged(arguments_of_variable("PGHOST", "host"), given)
-    for name, variable in _VARIABLES:
-        if name not in given and (value := os.environ.get(variable)):
-            given[name] = value
+    for name, variable in _VARIABLES.items():
+        if name not in given:
+            given = arguments_of_variable(variable, name) | given
     given = _with_ports(given, arguments_of_variable("PGPORT", "port").get("port"))
     given = _with_system_roots(given)
     if "credentials" in given:
@@ -539,9 +543,8 @@ def _as_port(value: object) -> object:
 def _from_password_file(given: Mapping[str, object]) -> PasswordFile | None:
     """Return where the password file has the password, if it has one for any of the hosts."""
     for name in ("host", "port", "user", "database", "passfile"):
-        _check(name, given.get(name))
-    chosen = given.get("passfile")
-    path = chosen_file(None if chosen is None else os.fspath(cast("str | os.PathLike[str]", chosen)))
+        _KINDS[name].check(name, given.get(name))
+    path = chosen_file(_path(given.get("passfile")))
     user = given.get("user") or _system_user()
     if path is None or user is None:
         return None
@@ -580,19 +583,18 @@ def _shaped(given: dict[str, object]) -> dict[str, object]:
     return shaped
 
 
-def _described() -> Iterator[Argument]:
-    for each in fields(PoolConfig):
-        if each.name not in _DSN_ONLY:
-            default = each.metadata["default"]
-            yield Argument(
-                name=each.name,
-                unit=each.metadata["unit"],
-                default=repr(each.default) if default is None else default,
-                meaning=each.metadata["meaning"],
-            )
+_KINDS: Mapping[str, Kind] = {each.name: each.metadata["kind"] for each in fields(PoolConfig) if each.metadata}
 
-
-ARGUMENTS: tuple[Argument, ...] = tuple(_described())
+ARGUMENTS: tuple[Argument, ...] = tuple(
+    Argument(
+        name=each.name,
+        unit=_KINDS[each.name].unit,
+        default=each.metadata["default"] or repr(each.default),
+        meaning=each.metadata["meaning"],
+    )
+    for each in fields(PoolConfig)
+    if each.name in _KINDS
+)
 """Every constructor argument, in the order in which documentation shows them."""
 
 CONNECTION_ARGUMENTS = frozenset(
@@ -600,4 +602,6 @@ CONNECTION_ARGUMENTS = frozenset(
 )
 """Those that say where and how to connect; with `connect=`, these and unknown ones are passed on to that function."""
 
-_POOL_ARGUMENTS = frozenset(argument.name for argument in ARGUMENTS) - CONNECTION_ARGUMENTS
+_POOL_ARGUMENTS = frozenset(_KINDS) - CONNECTION_ARGUMENTS
+# But of `command_timeout` it is a value: no limit.
+_ABSENT_IF_NONE = frozenset(each.name for each in ARGUMENTS if each.default == "None") - {"command_timeout"}

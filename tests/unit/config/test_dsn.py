@@ -8,7 +8,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from resilient_pool.config.pool_config import PoolConfig, seal_leniently
+from resilient_pool.config.pool_config import ARGUMENTS, PoolConfig, seal_leniently
 from resilient_pool.config.secrets import Secret
 from resilient_pool.errors import ConfigurationError
 
@@ -141,7 +141,11 @@ def test_an_option_becomes_the_argument_it_means(query, expected):
         ("connection_limit=2.5", "max_size must be a whole number of connections, at least 1, not 2.5"),
         ("pool_timeout=nan", "deadline must be a number of seconds, more than 0, or None, not nan"),
         ("pool_timeout=-1", "deadline must be a number of seconds, more than 0, or None, not -1.0"),
-        ("ssl_min_protocol_version=SSLv3", "ssl_min_protocol_version must be one of 'TLSv1', "),
+        (
+            "ssl_min_protocol_version=SSLv3",
+            "in the DSN: the option 'ssl_min_protocol_version' must be one of TLSv1, TLSv1.1, TLSv1.2, TLSv1.3",
+        ),
+        ("sslmode=requird", "in the DSN: the option 'sslmode' must be one of disable, allow, prefer, require, "),
         ("port=1&host=a,b&port=1,2,3", "port must be one number, or one for each of the 2 hosts, not 3 numbers"),
         ("port=0", "in the DSN: a port must be a number from 1 to 65535; most likely"),
     ],
@@ -175,8 +179,15 @@ def test_an_option_that_cannot_be_honoured_is_refused_by_its_name(query, message
         (f"postgresql://u:{QUOTED}@h/db?nope", "an option has no '='"),
         (f"postgresql://h?password=x&{QUOTED[:3]}=1", "an unknown option; most likely"),
         (f"postgresql://h?password={CANARY}", "must be percent-encoded"),
-        (f"postgresql://h?sslpassword={QUOTED}&sslmode=1", "ssl must be one of"),
-        (f"postgresql://u:{QUOTED}@h?target_session_attrs=1", "target_session_attrs must be one of"),
+        (f"postgresql://h?sslpassword={QUOTED}&sslmode=1", "the option 'sslmode' must be one of"),
+        (f"postgresql://u:{QUOTED}@h?target_session_attrs=1", "'target_session_attrs' must be one of"),
+        *(
+            (f"postgresql://u@h?{name}={QUOTED}", f"the option '{name}' must be ")
+            for name in (
+                *("sslmode", "target_session_attrs", "gsslib", "ssl_min_protocol_version", "sslnegotiation"),
+                *("keepalives", "pgbouncer", "connection_limit", "connect_timeout", "tcp_user_timeout"),
+            )
+        ),
         (f"postgresql://u:{QUOTED}/x@h/db", "an '@' that does not end the user's name and password"),
         *((f"postgresql://u:12{mark}x=Zq7wV@h/db", "must be") for mark in "/?#@%\n"),
     ],
@@ -272,7 +283,7 @@ def test_a_service_may_be_named_by_the_environment(service_file, monkeypatch):
         (f"[mine]\npassword={CANARY}\nnope=1\n", "in the service 'mine': an unknown option"),
         (f"[mine]\npassword={CANARY}\n{CANARY}\n", "in the service 'mine': a line is not of the form option=value"),
         (f"[mine]\npassword={CANARY}\nport=x\n", "in the service 'mine': a port must be a number from 1 to 65535"),
-        (f"[other]\npassword={CANARY}\n", "in the service 'mine': it is not defined in "),
+        (f"[other]\npassword={CANARY}\n", "in the service file: the service file '"),
     ],
 )
 def test_the_error_about_a_service_shows_nothing_of_the_password(service_file, text, message):
@@ -398,6 +409,37 @@ URL = f"postgresql://u:{QUOTED}@h/db"
 def test_the_error_about_any_argument_shows_nothing_of_a_password(arguments):
     """Wherever it was put by mistake: under a misspelt name, as another argument, as a path, bytes or a list."""
     refused(None, **arguments)
+
+
+TAKE_ANY_TEXT = {"host", "user", "password", "passfile", "service", "servicefile", "database", "krbsrvname"}
+
+
+@pytest.mark.parametrize("name", [each.name for each in ARGUMENTS if each.name not in TAKE_ANY_TEXT])
+def test_a_password_under_the_name_of_another_argument_is_not_quoted(name):
+    """Whatever the argument takes: a text that is not much like what it takes may be anything."""
+    assert f"{name} must be " in str(refused(None, **{name: CANARY}))
+    with pytest.raises(ConfigurationError) as caught:
+        read(None, **{name: [CANARY, {"a": CANARY}, 5, 6]})
+    assert not any(piece in str(caught.value) for piece in PIECES)
+
+
+@pytest.mark.parametrize("variable", ["PGSERVICE", "PGSERVICEFILE", "PGTARGETSESSIONATTRS", "PGPORT"])
+def test_a_password_in_a_variable_of_the_environment_that_is_for_something_else_is_not_quoted(monkeypatch, variable):
+    """The name of a service, of a file, of a kind of server."""
+    monkeypatch.setenv("PGSERVICE", "mine")
+    monkeypatch.setenv("PGSERVICEFILE", __file__)
+    monkeypatch.setenv(variable, CANARY)
+    with pytest.raises(ConfigurationError) as caught:
+        read(None)
+    assert not any(piece in str(caught.value) for piece in PIECES)
+
+
+def test_a_service_that_is_nearly_named_is_suggested(service_file):
+    """The names that the file has are no secrets."""
+    service_file("[other]\n[mine]\nuser=u\n")
+    assert str(refused(None, service="mime")).endswith(
+        ".pg_service.conf' has no service of the name asked for; did you mean 'mine'?"
+    )
 
 
 def test_a_password_of_the_environment_is_not_shown_when_something_else_of_it_is_wrong(monkeypatch):
