@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from resilient_pool._validation import nearest
+from resilient_pool._validation import is_number_like, nearest
 from resilient_pool.config.secrets import MASK, scrub
 from resilient_pool.migrations.output import may_hold_a_password, secrets_around
 
@@ -27,7 +28,15 @@ class Parser(argparse.ArgumentParser):
         self._given = tuple(given)
 
     def error(self, message: str) -> NoReturn:
-        """Write the usage and a message without what may be secret, and exit with 2."""
+        """Write the usage and a message without what may be secret, and exit with 2.
+
+        A word of the command line is quoted only if it is a number, or much like one of the words that are taken.
+        """
+        known = [word for action in self._actions for word in action.choices or ()]
+        for argument in self._given:
+            for word in (argument, argument.partition("=")[2]):
+                if not (is_number_like(word) or get_close_matches(word, known)):
+                    message = message.replace(repr(word), MASK)
         super().error(without_arguments(message, self._given))
 
     def refuse_unknown(self, extras: Sequence[str], before: str = "") -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from types import TracebackType
-from typing import Generic, Literal, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, NoReturn, Self, TypedDict, TypeVar
 
 import asyncpg
 
@@ -143,6 +143,16 @@ class RetriedTransaction(Generic[RecordT]):
             await self._shared.context.clock.sleep(self._delay)
         self._number += 1
         return Attempt(self, self._shared, self._options, self._execution, self._number)
+
+    if not TYPE_CHECKING:  # type checkers refuse it by themselves
+
+        def __aenter__(self) -> NoReturn:
+            raise TypeError(
+                "a transaction of the pool is a loop of attempts: write `async for attempt in pool.transaction():` and in "
+                "it `async with attempt as connection:`"
+            )
+
+        __aexit__ = __aenter__
 
     @property
     def is_finished(self) -> bool:

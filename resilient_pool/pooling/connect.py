@@ -136,6 +136,8 @@ class Connector:
                 f"connect= returned a {type(connection).__name__}, not an instance of connection_class="
                 f"{self._config.connection_class.__name__}"
             )
+        if connection.is_closed():
+            raise asyncpg.InterfaceError("connect= returned a closed connection; it must open a new one at each call")
         return connection
 
     def _classes(self) -> dict[str, object]:

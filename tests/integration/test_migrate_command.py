@@ -586,11 +586,13 @@ async def test_characters_that_a_terminal_does_not_know_do_not_end_the_output(po
         (["migrate", ""], "the directory's name is empty"),
         (["migrate", "--", ""], "there is no command ''"),
         (["migrate", "--stop-within", "-1", "--", "true"], "more than 0, not '-1'"),
-        (["migrate", "--stop-within", "nan", "--", "true"], "more than 0, not 'nan'"),
-        (["migrate", "--deadline", "soon", "--", "true"], "more than 0, not 'soon'"),
+        (["migrate", "--stop-within", "nan", "--", "true"], "more than 0, not ****"),
+        (["migrate", "--deadline", "soon", "--", "true"], "more than 0, not ****"),
         (["migrate", "--lock", "", "--", "true"], "lock must be a name"),
         (["wait", "--timeout", "0"], "argument --timeout: must be a number of seconds, more than 0, not '0'"),
-        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["migrat"], "invalid choice: 'migrat'"),
+        (["nonsense"], "invalid choice: ****"),
+        (["migrate", "--attempts", "hunter2", "--", "true"], "argument --attempts: invalid int value: ****"),
     ],
 )
 def test_wrong_usage_ends_with_status_2_before_anything_happens(arguments, message, capsys, monkeypatch):

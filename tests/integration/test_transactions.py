@@ -660,3 +660,10 @@ async def test_an_option_that_is_misspelt_or_an_argument_of_the_functions_own_is
     with pytest.raises(TypeError, match="did you mean 'isolation'"):
         pool.transaction(isolaton="serializable")
     assert await rows(pool, table) == []
+
+
+async def test_a_transaction_that_is_entered_without_its_loop_says_how_it_is_written(pool):
+    """`async with pool.transaction()` is how other pools have it."""
+    with pytest.raises(TypeError, match=r"write `async for attempt in pool\.transaction\(\):`"):
+        async with pool.transaction():
+            pass

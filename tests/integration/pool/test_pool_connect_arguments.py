@@ -209,6 +209,19 @@ async def test_connect_is_called_with_the_words_that_were_set_last(dsn):
     assert calls == [("first", {"my_word": 1}), (["second"], {"my_other": 2}), (None, {})]
 
 
+async def test_a_connector_that_returns_a_closed_connection_is_refused_at_once(dsn):
+    """Waiting would not help: it returns one that it has kept."""
+    kept = await asyncpg.connect(dsn)
+    await kept.close()
+
+    async def getconn(_instance, **_options):
+        return kept
+
+    async with create_pool("somewhere", connect=getconn, min_size=0) as pool:
+        with pytest.raises(asyncpg.InterfaceError, match="connect= returned a closed connection; it must open a new"):
+            await pool.fetchval("SELECT 1")
+
+
 async def test_a_connector_that_hangs_is_cut_by_the_timeout(dsn):
     """The pool's limits hold, whatever the function does with its own."""
 
