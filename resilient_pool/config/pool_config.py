@@ -61,6 +61,12 @@ class _LenientDsn(Secret):
     __slots__ = ()
 
 
+class UnlessStated(str):
+    """A value of `ssl`, a profile's, that applies only where neither the DSN, a service file nor the environment has one."""
+
+    __slots__ = ()
+
+
 class _Settings(Mapping[str, str]):
     """Settings of the server's whose values, which may be secret, are not shown."""
 
@@ -472,6 +478,8 @@ def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str,
     merged = {**base, **over}
     if "host" in over and "port" not in over:
         merged.pop("port", None)
+    if isinstance(over.get("ssl"), UnlessStated):
+        merged["ssl"] = base.get("ssl", over["ssl"])
     for name in ("server_settings", "tls"):
         below, above = base.get(name), over.get(name)
         if isinstance(below, Mapping) and isinstance(above, Mapping):
@@ -499,6 +507,8 @@ def _with_environment(given: dict[str, object]) -> dict[str, object]:
         if name not in given:
             given = arguments_of_variable(variable, name) | given
     given = _with_ports(given, arguments_of_variable("PGPORT", "port").get("port"))
+    if isinstance(given.get("ssl"), UnlessStated) and os.environ.get("PGSSLMODE"):
+        given = {name: value for name, value in given.items() if name != "ssl"}
     given = _with_system_roots(given)
     if "credentials" in given:
         return given | {"user": None, "password": None}
@@ -512,7 +522,8 @@ def _with_system_roots(given: dict[str, object]) -> dict[str, object]:
     tls = cast("Mapping[str, str]", given.get("tls", {}))
     if (tls.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")) != SYSTEM_ROOTS:
         return given
-    mode = given.get("ssl") or os.environ.get("PGSSLMODE") or "verify-full"
+    stated = None if isinstance(given.get("ssl"), UnlessStated) else given.get("ssl")
+    mode = stated or os.environ.get("PGSSLMODE") or "verify-full"
     return {**given, "ssl": mode, "tls": {**tls, "sslrootcert": SYSTEM_ROOTS}}
 
 

@@ -36,6 +36,7 @@ from resilient_pool import (
     profiles,
     run_migration,
 )
+from resilient_pool.config.arguments import PoolArguments
 from resilient_pool.execution.transaction import Attempt, Isolation, RetriedTransaction, TransactionOptions
 from resilient_pool.testing import End, Point, Refusal, ScriptedServer
 
@@ -210,6 +211,12 @@ async def migrations() -> None:
 async def function_runtime() -> None:
     """Live with a database that sleeps, in a process that is frozen."""
     ResilientPool(DSN, **profiles.AURORA_SERVERLESS)
+    ResilientPool(DSN, **profiles.NEON)
+    ResilientPool(DSN, **(profiles.NEON_POOLED | {"timeout": 20.0, "max_size": 5}))
+    ResilientPool(DSN, **profiles.NEON_POOLED, timeout=20.0)  # type: ignore[misc]
+    assert_type(profiles.suggest(DSN), str | None)
+    assert_type(profiles.EXPLAINED["NEON"].choices["timeout"].reason, str)
+    assert_type(profiles.EXPLAINED["NEON"].arguments, PoolArguments)
     create_pool(DSN, **(profiles.AURORA_SERVERLESS | profiles.LAMBDA | {"max_size": 2}))
     async with ResilientPool(DSN, may_pause=True, fail_fast=True) as pool:
         async with pool.invocation(deadline=3.0):
