@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Literal
 
-from resilient_pool.config.pool_config import PoolConfig, SealedDsn
+from resilient_pool import profiles
+from resilient_pool.config.pool_config import PoolConfig, SealedDsn, UnlessStated
 from resilient_pool.config.secrets import Secret
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.events import Event, Observer, PoolerDetected
@@ -76,12 +78,14 @@ class Finding:
         check: What was looked at.
         level: `"ok"`, `"advice"` for what could be better, or `"problem"` for what will fail.
         text: What was found, in plain words.
+        details: What belongs to it, one thing each.
         change: The setting to change, and how; nothing where the level is `"ok"`.
     """
 
     check: str
     level: Level
     text: str
+    details: tuple[str, ...] = ()
     change: str = ""
 
 
@@ -146,6 +150,7 @@ def _refusals(dsn: SealedDsn) -> Iterator[Finding]:
 def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
     """Judge what is known of a server and of a pool's configuration, without asking the server."""
     return (
+        _profile(config),
         _version(facts),
         _idle_sessions(facts, config),
         _pausing(config),
@@ -157,6 +162,32 @@ def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
         _clock(facts),
         _role_of_server(facts, config),
     )
+
+
+def _profile(config: PoolConfig) -> Finding:
+    """Name the profile that fits, and what it would change of what is known of the application's pool."""
+    check, name = "profile", profiles.fitting(config.host or (), config.port or ())
+    if name is None:
+        return Finding(check=check, level="ok", text="no profile of this package's is known to fit the host's name")
+    profile = profiles.EXPLAINED[name]
+    fits = f"profiles.{name} fits ({profile.service})"
+    differs = tuple(
+        f"{argument}={choice.value!r} instead of {getattr(config, argument)!r}: {choice.reason}"
+        for argument, choice in profile.choices.items()
+        if not _agrees(config, argument, choice.value)
+    )
+    if not differs:
+        return Finding(check=check, level="ok", text=f"{fits}, and changes nothing of what the DSN and the options say")
+    text = f"{fits}; beside what the DSN and the options say it has"
+    change = f"ResilientPool(dsn, **profiles.{name})"
+    return Finding(check=check, level="advice", text=text, details=differs, change=change)
+
+
+def _agrees(config: PoolConfig, argument: str, value: object) -> bool:
+    """Whether a profile would leave an argument as it is."""
+    present = getattr(config, argument)
+    stated = present is not None or "PGSSLMODE" in os.environ
+    return bool(present == value or (isinstance(value, UnlessStated) and stated))
 
 
 def _with(config: PoolConfig, name: str) -> str:

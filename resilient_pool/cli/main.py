@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -77,13 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done, 1 the migration failed, 2 bad usage, 3 the database was never available; 128 and the signal's number after a signal.
     """
     _configure_streams()
+    logger = logging.getLogger("resilient_pool")
+    logger.addFilter(_is_not_printed_anyway)
     try:
         return _main(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
         _log(f"ended by {signal.SIGINT.name}")
         return 128 + signal.SIGINT
     finally:
+        logger.removeFilter(_is_not_printed_anyway)
         _redirect_broken_streams()
+
+
+def _is_not_printed_anyway(record: logging.LogRecord) -> bool:
+    """Keep back the pool's own lines about what the progress and the findings say already: an outage, a pooler."""
+    return record.module not in ("circuit_breaker", "connect")
 
 
 def _main(given: list[str]) -> int:
@@ -340,6 +349,8 @@ async def _doctor(options: argparse.Namespace) -> int:
 
 def _lines(finding: Finding) -> Iterator[str]:
     yield f"{finding.level:8}{finding.check}: {finding.text}"
+    for detail in finding.details:
+        yield f"          {detail}"
     if finding.change:
         yield f"        change: {finding.change}"
 

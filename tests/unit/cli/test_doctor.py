@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from resilient_pool import profiles
 from resilient_pool.cli.doctor import Facts, diagnose
 from resilient_pool.config.pool_config import PoolConfig
 
@@ -80,3 +81,43 @@ def test_each_finding_names_the_setting_to_change(check, facts, config, level, t
     assert found[0] == level
     assert text in found[1]
     assert change in found[2]
+
+
+NEON = "postgresql://alex@ep-cool.us-east-2.aws.neon.tech/shop"
+
+
+def profile(dsn: str, **arguments: object):
+    found = diagnose(HEALTHY, PoolConfig.from_arguments(dsn, **arguments))
+    return next(finding for finding in found if finding.check == "profile")
+
+
+def test_a_profile_that_fits_the_host_is_named_with_what_it_would_change(monkeypatch):
+    """Each value beside the present one, with its reason; what the pool has anyway is left out, and nothing is applied."""
+    monkeypatch.delenv("PGSSLMODE", raising=False)
+    finding = profile(NEON)
+    assert (finding.level, finding.change) == ("advice", "ResilientPool(dsn, **profiles.NEON)")
+    assert [detail.partition(":")[0] for detail in finding.details] == [
+        "may_pause=True instead of False",
+        "max_inactive_connection_lifetime=240.0 instead of 50.0",
+        "timeout=30.0 instead of 60.0",
+        "ssl='require' instead of None",
+    ]
+    assert "suspended after 300 s" in finding.details[1]
+
+
+def test_what_the_dsn_and_the_options_say_is_compared_with_the_profile(monkeypatch):
+    """A stricter TLS mode is no difference, since the profile leaves it."""
+    monkeypatch.delenv("PGSSLMODE", raising=False)
+    finding = profile(f"{NEON}?sslmode=verify-full&connect_timeout=30", may_pause=True)
+    assert [detail.partition("=")[0] for detail in finding.details] == ["max_inactive_connection_lifetime"]
+    finding = profile(NEON, **profiles.NEON)
+    assert (finding.level, finding.details, finding.change) == ("ok", (), "")
+    monkeypatch.setenv("PGSSLMODE", "verify-full")
+    assert "ssl" not in str(profile(NEON))
+
+
+def test_of_a_host_that_is_not_known_no_profile_is_named(monkeypatch):
+    """Which is no reason for advice."""
+    monkeypatch.delenv("AWS_LAMBDA_FUNCTION_NAME", raising=False)
+    finding = profile("postgresql://shop@db.example.com/shop")
+    assert (finding.level, finding.details, finding.change) == ("ok", (), "")
