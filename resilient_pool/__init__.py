@@ -23,6 +23,7 @@ from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.retry.classifier import PostgresClassifier
 from resilient_pool.retry.decision import RetryBudget
 from resilient_pool.retry.verdict import Classifier, Disposition, Failure, Fault, Outcome, Phase, Verdict
+from resilient_pool.single_connection import connect
 
 if TYPE_CHECKING:
     from resilient_pool.migrations.run import MigrationResult, run_migration
@@ -56,6 +57,7 @@ __all__ = [
     "UnknownArgumentError",
     "Verdict",
     "__version__",
+    "connect",
     "create_pool",
     "run_migration",
 ]

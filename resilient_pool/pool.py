@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Generator
 from enum import Enum
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack, cast
+from typing import Any, ClassVar, Generic, Self, TypeVar, Unpack, cast
 from weakref import WeakSet
 
 import asyncpg
@@ -100,6 +100,8 @@ class ResilientPool(Queries[RecordT]):
         ConfigurationError: An argument or an option of the DSN is unknown or out of range.
     """
 
+    _lease_type: ClassVar[type[ResilientConnection[Any]]] = ResilientConnection
+
     def __init__(self, dsn: str | SealedDsn = None, /, **arguments: Unpack[TypedPoolArguments[RecordT]]) -> None:
         self._state = _State.NEW
         sealed, settled = seal(dsn, arguments)
@@ -129,7 +131,7 @@ class ResilientPool(Queries[RecordT]):
             context, ReadCheck(self._reader, clock.monotonic), self._maintenance, self._connector
         )
         self._deposit = config.retry_budget.deposit
-        self._leases = LeaseManager(context, self._acquirer, self._maintenance, self._retry_loop)
+        self._leases = LeaseManager(context, self._acquirer, self._maintenance, self._retry_loop, self._lease_type)
         commit_resolver = CommitResolver(context, self._leases)
         self._transactions = Transactions(context, self._leases, commit_resolver, self._require_open)
         self._sets_up = config.setup is not None

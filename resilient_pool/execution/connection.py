@@ -52,7 +52,9 @@ TerminationListener: TypeAlias = Callable[[Any], Any]
 QueryLogger: TypeAlias = "Callable[[LoggedQuery], Any]"
 
 
-class _State(Enum):
+class LeaseState(Enum):
+    """What has been done on a lease."""
+
     FRESH = "nothing has succeeded on it yet: its connection may be replaced"
     TRYING = "fresh, and an operation is under way, which replaces the connection"
     SETTING_UP = "fresh, and the application sets it up"
@@ -62,8 +64,8 @@ class _State(Enum):
 
 
 # Looking a member up in its enumeration takes long (Python 3.11).
-_FRESH, _TRYING, _SETTING_UP, _USED = _State.FRESH, _State.TRYING, _State.SETTING_UP, _State.USED
-_RELEASED, _CLOSED = _State.RELEASED, _State.CLOSED
+_FRESH, _TRYING, _SETTING_UP, _USED = LeaseState.FRESH, LeaseState.TRYING, LeaseState.SETTING_UP, LeaseState.USED
+_RELEASED, _CLOSED = LeaseState.RELEASED, LeaseState.CLOSED
 
 
 class _Attachments:
@@ -776,6 +778,7 @@ class LeaseManager:
         acquirer: Finds healthy connections.
         maintenance: Makes them fit for the next one.
         retry_loop: Repeats what fails.
+        lease_type: What leases are, but for what `connection_class` overrides.
     """
 
     def __init__(
@@ -784,9 +787,10 @@ class LeaseManager:
         acquirer: Acquirer,
         maintenance: Maintenance,
         retry_loop: RetryLoop,
+        lease_type: type[ResilientConnection[Any]] = ResilientConnection,
     ) -> None:
         config = context.config
-        self._lease_class = lease_class(ResilientConnection, config.connection_class)
+        self._lease_class = lease_class(lease_type, config.connection_class)
         self._config = config
         self._acquirer = acquirer
         self._maintenance = maintenance
