@@ -27,7 +27,9 @@ DEVELOP := $(VENV)/.develop
 # The demo is content with the tools of development where these are installed already.
 DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 
-.PHONY: help demo test pythons chaos check bench format readme clean
+SITE := $(VENV)/.site
+
+.PHONY: help demo test pythons chaos check bench format tables charts docs dist clean
 
 help:
 	@echo "make demo   asyncpg.Pool and ResilientPool with databases that pause when idle, and under the same faults"
@@ -37,7 +39,9 @@ help:
 	@echo "make chaos  reads, writes and transactions under faults, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
 	@echo "make check  formatting, lint, types, import contracts"
 	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
-	@echo "make format / make readme / make clean"
+	@echo "make docs   the documentation, into build/site; every link is checked"
+	@echo "make dist   sdist and wheel, into dist/; both are installed into an empty environment"
+	@echo "make format / make tables / make charts / make clean"
 
 demo: $(DEMO)
 	PYTHONPATH=examples $(BIN)/python -m demo $(DEMO_ARGS)
@@ -72,18 +76,32 @@ bench: $(VENV)/.wheel
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/transactions.py
-	$(BIN)/python scripts/update_readme.py
+	$(MAKE) charts
 
 format: $(DEVELOP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-readme: $(VENV)/.wheel
-	$(BIN)/python scripts/update_readme.py
+tables: $(VENV)/.wheel
+	$(BIN)/python scripts/update_docs.py
 	$(BIN)/python scripts/draw_architecture.py
 
+charts: $(SITE)
+	$(BIN)/python scripts/draw_charts.py
+
+docs: $(SITE)
+	$(BIN)/zensical build --strict --clean
+
+# What is uploaded to an index, checked as its users get it.
+dist: $(SITE)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/python scripts/check_dist.py dist
+
 clean:
-	rm -rf $(VENV) .nox .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build dist .cache .nox .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed')"
@@ -94,6 +112,10 @@ $(VENV)/.demo $(DEVELOP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV)"
 	@$(PIP_INSTALL) --constraint constraints.txt hatchling
 	@$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation '.[$(if $(filter %.demo,$@),demo,dev)]'
+	@touch $@
+
+$(SITE): $(DEVELOP)
+	@$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation '.[docs,release]'
 	@touch $@
 
 $(VENV)/.wheel: $(DEVELOP) README.md LICENSE $(shell find resilient_pool -type f -not -name '*.pyc')

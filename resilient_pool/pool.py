@@ -76,7 +76,7 @@ if hasattr(os, "register_at_fork"):
 class ResilientPool(Queries[RecordT]):
     """A pool of connections to one PostgreSQL database, for one event loop.
 
-    It takes what `asyncpg.create_pool` takes, with the same meaning, and the further arguments listed in the README. Use
+    It takes what `asyncpg.create_pool` takes, with the same meaning, and the further arguments listed in the documentation. Use
     it as `async with ResilientPool(dsn) as pool`, or `await` it and `close()` it.
 
     The query methods (`fetch`, `execute`, ...) take what asyncpg's take, and these further arguments:
@@ -94,7 +94,7 @@ class ResilientPool(Queries[RecordT]):
 
     Args:
         dsn: `postgresql://user:password@host:port/database?option=value`. It is parsed once and not kept.
-        **arguments: See the table of arguments in the README, or `resilient_pool.config.pool_config.ARGUMENTS`.
+        **arguments: See the table of arguments in the documentation, or `resilient_pool.config.pool_config.ARGUMENTS`.
 
     Raises:
         ConfigurationError: An argument or an option of the DSN is unknown or out of range.

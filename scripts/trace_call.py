@@ -98,8 +98,8 @@ def main() -> None:
     """Print all traces, and how many files they have beside how many they should have."""
     for title, found in asyncio.run(measure()).items():
         limit = WARM_FILES if title == "warm" else REPEATED_FILES
-        print(f"a fetch, {title}: {found.total} calls, {len(found.files)} files (aim: at most {limit})")  # noqa: T201
-        print(found)  # noqa: T201
+        print(f"a fetch, {title}: {found.total} calls, {len(found.files)} files (aim: at most {limit})")
+        print(found)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ else:
 
 
 class ConnectArguments(TypedDict, total=False):
-    """What `asyncpg.connect` takes; the README has a table of units and defaults."""
+    """What `asyncpg.connect` takes; the documentation has a table of units and defaults."""
 
     dsn: str | None
     host: str | Sequence[str] | None
@@ -54,7 +54,7 @@ class ConnectArguments(TypedDict, total=False):
 
 
 class PoolArguments(ConnectArguments, total=False):
-    """What `ResilientPool` takes, but for `record_class`; the README has a table of units and defaults."""
+    """What `ResilientPool` takes, but for `record_class`; the documentation has a table of units and defaults."""
 
     min_size: int
     max_size: int

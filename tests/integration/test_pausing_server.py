@@ -18,7 +18,7 @@ import pytest
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy, PausingServer, TlsCertificates
 from resilient_pool.testing._syn_sniffer import SynSniffer
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "testing.md").read_text(encoding="utf-8")
 RESUME = 0.4
 ALL_WAYS = ("hang", "refuse", "reset", "57P03", "28000")
 NOT_THERE = (
@@ -550,13 +550,11 @@ async def test_a_closed_server_can_be_started_again(postgres, connect):
         assert (server.port, server.pauses, outcomes(server)) == (port, 0, ["served"])
 
 
-async def test_the_example_of_the_readme_runs(capsys):
+async def test_the_example_of_the_documentation_runs(capsys):
     """It passes as it stands there, and what it prints ends with the second pause."""
-    (example,) = [
-        code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "PausingServer" in code
-    ]
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL) if "PausingServer" in code]
     names: dict[str, Any] = {}
-    exec(compile(example, "README.md", "exec"), names)
+    exec(compile(example, "testing.md", "exec"), names)
     await names["test_my_application_meets_a_sleeping_database"]()
     printed = capsys.readouterr().out
     assert printed.count("paused\n") == 2

@@ -29,7 +29,7 @@ def script():
 
 
 def test_the_picture_is_that_of_the_imports(script):
-    """It is as `make readme` draws it; if this fails, run it and read what changed."""
+    """It is as `make tables` draws it; if this fails, run it and read what changed."""
     assert script.render(TEXT) == TEXT
 
 

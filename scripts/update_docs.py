@@ -1,8 +1,8 @@
-"""Rewrites the parts of README.md that are made from elsewhere: the tables of verdicts, of arguments, and of figures."""
+"""Rewrites the parts of the documentation that are made from the package: the tables of verdicts and of arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,8 +11,7 @@ from resilient_pool.retry.classifier import RULES, Rule
 from resilient_pool.retry.verdict import Fault, Outcome, Phase, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
 
 
 def verdicts() -> str:
@@ -35,26 +34,6 @@ def arguments() -> str:
     """Write the table of constructor arguments."""
     rows = [(f"`{one.name}`", one.unit, f"`{one.default}`", one.meaning) for one in ARGUMENTS]
     return _table(("argument", "unit or type", "default", "meaning"), rows)
-
-
-def benchmarks() -> str:
-    """Quote what a call costs."""
-    return _quote("overhead.md", "Aims")
-
-
-def recovery() -> str:
-    """Quote what a recovery takes: the aims, and the crowd that meets a database which sleeps."""
-    return _quote("recovery.md", "Aims", "100 callers")
-
-
-def _quote(name: str, *titles: str) -> str:
-    """Quote what `make bench` wrote: how it was measured, and the sections whose titles begin so."""
-    if not (RESULTS / name).exists():
-        return "Run `make bench` to measure it on your machine.\n"
-    head, *sections = (RESULTS / name).read_text(encoding="utf-8").split("\n## ")
-    quoted = [section.partition("\n")[2] for title in titles for section in sections if section.startswith(title)]
-    source = f"More in `benchmarks/results/{name}`; `make bench` measures your machine."
-    return "\n\n".join(part.strip() for part in (head.partition("\n")[2], *quoted, source)) + "\n"
 
 
 def _when(rule: Rule) -> str:
@@ -82,30 +61,36 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-PARTS = MappingProxyType({"verdicts": verdicts, "arguments": arguments, "benchmarks": benchmarks, "recovery": recovery})
+PARTS: Mapping[str, tuple[Path, Callable[[], str]]] = MappingProxyType(
+    {
+        "verdicts": (DOCS / "verdicts.md", verdicts),
+        "arguments": (DOCS / "reference" / "arguments.md", arguments),
+    }
+)
+"""The page on which a part stands, between its markers, and what makes it."""
 
 
-def render(text: str) -> str:
-    """Return a README's text with its generated parts made anew.
+def render(name: str, text: str) -> str:
+    """Return a page's text with its generated part made anew.
 
     Args:
-        text: The README as it is. Everything outside the markers stays.
+        name: The part's name, as in `PARTS`.
+        text: The page as it is. Everything outside the markers stays.
 
     Raises:
         ValueError: A marker is missing.
     """
-    for name, part in PARTS.items():
-        before, begin, rest = text.partition(f"<!-- {name}:begin -->\n")
-        _, end, after = rest.partition(f"<!-- {name}:end -->")
-        if not begin or not end:
-            raise ValueError(f"README.md has no markers {name}:begin and {name}:end")
-        text = f"{before}{begin}{part()}{end}{after}"
-    return text
+    before, begin, rest = text.partition(f"<!-- {name}:begin -->\n")
+    _, end, after = rest.partition(f"<!-- {name}:end -->")
+    if not begin or not end:
+        raise ValueError(f"the page has no markers {name}:begin and {name}:end")
+    return f"{before}{begin}\n{PARTS[name][1]()}\n{end}{after}"
 
 
 def main() -> None:
-    """Rewrite README.md."""
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite the pages."""
+    for name, (page, _) in PARTS.items():
+        page.write_text(render(name, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
