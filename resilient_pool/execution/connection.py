@@ -76,15 +76,22 @@ class _Attachments:
         logs: Listeners to the server's messages.
         loggers: Loggers of queries, which the connection did not have before.
         ends: Listeners to the end of the lease's connection.
+        replacements: What an adapter does with a connection before it is used.
     """
 
-    __slots__ = ("codecs", "ends", "loggers", "logs")
+    __slots__ = ("codecs", "ends", "loggers", "logs", "replacements")
 
     def __init__(self) -> None:
         self.codecs: list[Callable[[AnyConnection], Awaitable[None]]] = []
         self.logs: list[LogListener] = []
         self.loggers: list[QueryLogger] = []
         self.ends: list[TerminationListener] = []
+        self.replacements: list[Callable[[], Awaitable[None]]] = []
+
+    @property
+    def leaves_session_alone(self) -> bool:
+        """Whether nothing is attached that a reset takes away. Codecs are the driver's, and stay."""
+        return not (self.logs or self.loggers or self.ends)
 
     async def attach_to(self, driver: DriverConnection) -> None:
         """Attach everything to another connection."""
@@ -93,6 +100,8 @@ class _Attachments:
         self.loggers = [callback for callback in self.loggers if driver.add_query_logger(callback)]
         for set_codec in self.codecs:
             await set_codec(driver.connection)
+        for prepare in self.replacements:
+            await prepare()
 
     def detach_from(self, driver: DriverConnection) -> None:
         """Take the loggers of queries away: the driver would leave them to the next caller."""
@@ -237,8 +246,9 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
     @property
     def _left_session_alone(self) -> bool:
         """Whether the session is as it was when it was leased, as far as can be seen, and nothing is under way in it."""
-        driver = self._driver
-        return self._keeps_session and self._attached is None and driver is not None and driver.is_at_rest
+        driver, attached = self._driver, self._attached
+        is_alone = attached is None or attached.leaves_session_alone
+        return self._keeps_session and is_alone and driver is not None and driver.is_at_rest
 
     def _pin(self, sent: Callable[[str | None], None]) -> None:
         self._state = _USED
@@ -338,7 +348,7 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             sql: What a transaction is to know of it; `None` if it need not know.
             execute: Does it.
             keeps: Whether it leaves nothing behind when it succeeds either.
-            keeps_session: Whether what it leaves behind ends with the transaction that it begins.
+            keeps_session: Whether what it leaves in the session, if anything, ends with the transaction that it begins.
         """
         if self._state is _USED or self._state is _SETTING_UP:
             keeps_session, self._keeps_session = keeps_session and self._keeps_session, False
@@ -656,7 +666,7 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
 
     async def _set_codec(self, operation: str, execute: Callable[[AnyConnection], Awaitable[None]]) -> None:
         # Codecs belong to the driver, not to the session.
-        await self._first(operation, None, execute, keeps=True)
+        await self._first(operation, None, execute, keeps=True, keeps_session=True)
         if self._state is _FRESH:
             self._attachments().codecs.append(execute)
 
@@ -672,6 +682,8 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         require_seconds("timeout", timeout)
         if self._tracker is not None:
             self._tracker(None)  # it rolls a transaction back
+        if self._driver is not None:
+            self._driver.session_info.clear()
         await self._first("reset", None, lambda connection: connection.reset(timeout=timeout))
 
     def get_reset_query(self) -> str:

@@ -104,10 +104,12 @@ class RetriedTransaction(Generic[RecordT]):
         *,
         always_goes_on: bool = False,
         exactly_once: bool = False,
+        make_attempt: Callable[..., Attempt[RecordT]] | None = None,
     ) -> None:
         self._shared = shared
         self._options = options
         self._always_goes_on = always_goes_on
+        self._make_attempt = make_attempt or Attempt
         self._execution: Execution[None] = shared.leases.new_execution(
             "transaction",
             deadline=options.get("deadline"),
@@ -129,11 +131,12 @@ class RetriedTransaction(Generic[RecordT]):
 
     def __anext__(self) -> Awaitable[Attempt[RecordT]]:
         # Not a coroutine function: its body has to run while the loop's own frame stands right behind it.
-        if self._head is None and not self._always_goes_on:
-            self._head = FramePosition.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
-        return self._next()
+        is_known = self._head is not None or self._always_goes_on
+        return self.next_attempt(None if is_known else FramePosition.of(sys._getframe(1)))  # noqa: SLF001 - there is no public way to look back
 
-    async def _next(self) -> Attempt[RecordT]:
+    async def next_attempt(self, head: FramePosition | None = None) -> Attempt[RecordT]:
+        """Return the next attempt, for the loop whose head is at `head`; `None` if it is where it was."""
+        self._head = head or self._head
         if self._state is _State.FINISHED:
             raise StopAsyncIteration
         if self._state is _State.RUNNING:
@@ -142,7 +145,7 @@ class RetriedTransaction(Generic[RecordT]):
         if self._delay:
             await self._shared.context.clock.sleep(self._delay)
         self._number += 1
-        return Attempt(self, self._shared, self._options, self._execution, self._number)
+        return self._make_attempt(self, self._shared, self._options, self._execution, self._number)
 
     if not TYPE_CHECKING:  # type checkers refuse it by themselves
 
@@ -249,6 +252,7 @@ class Attempt(Generic[RecordT]):
         lease = await self._shared.leases.lease_for(self._execution)
         begun = False
         try:
+            await self._prepare(lease)
             await self._begin_on(_driver_of(self._execution))
             self._shared.leases.pin(lease, self._sent.sent)
             begun = True
@@ -256,6 +260,9 @@ class Attempt(Generic[RecordT]):
             if not begun:
                 self._shared.leases.release(lease)
         return lease
+
+    async def _prepare(self, lease: ResilientConnection[RecordT]) -> None:
+        """Do what an adapter does with a connection before a transaction begins on it."""
 
     async def _begin_on(self, driver: DriverConnection) -> None:
         options, leases = self._options, self._shared.leases
@@ -283,20 +290,31 @@ class Attempt(Generic[RecordT]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         # Noted before anything else: a frame that is resumed by an error stands elsewhere.
-        position = FramePosition.of(sys._getframe(1))  # noqa: SLF001 - there is no public way to look back
+        return await self.leave(error, FramePosition.of(sys._getframe(1)))  # noqa: SLF001 - there is no public way to look back
+
+    async def leave(self, error: BaseException | None, position: FramePosition) -> bool:
+        """End the attempt, and say whether another one follows.
+
+        Args:
+            error: What was raised in the block, if anything. When another attempt follows, it is to be swallowed.
+            position: Where the `__aexit__` of the block is awaited.
+        """
         swallow = False
         try:
-            failure = None
-            if not self._is_leased:
-                self._require_error(error)
-            else:
-                failure = await (self._commit() if error is None else self._roll_back(error))
+            failure = await self._end(error)
             swallow = failure is not None and self._decide_retry(failure, error, position)
         finally:
             if not swallow:
                 self._loop.finish()
             await self._release()
         return swallow
+
+    async def _end(self, error: BaseException | None) -> Exception | None:
+        """Commit, or roll back after `error`, and return what another attempt may cure."""
+        if not self._is_leased:
+            self._require_error(error)
+            return None
+        return await (self._commit() if error is None else self._roll_back(error))
 
     def _decide_retry(self, failure: Exception, error: BaseException | None, position: FramePosition) -> bool:
         """Decide whether another attempt follows `failure`; what was raised in the block, `error`, is then swallowed."""

@@ -159,6 +159,8 @@ class DriverConnection:
         capabilities: What can be asked about transactions on it; `None` until that was found out.
         opened_at: When it was opened, on the line of `Clock.monotonic()`.
         pid: The process id the server gave in the handshake.
+        connection_info: What adapters keep with it.
+        session_info: What adapters keep with it until its session is reset.
     """
 
     __slots__ = (
@@ -169,6 +171,7 @@ class DriverConnection:
         "_reset_roles",
         "capabilities",
         "connection",
+        "connection_info",
         "ended",
         "has_served",
         "invalidated",
@@ -177,6 +180,7 @@ class DriverConnection:
         "opened_at",
         "pid",
         "read_only",
+        "session_info",
     )
 
     def __init__(self, connection: AnyConnection) -> None:
@@ -188,6 +192,8 @@ class DriverConnection:
         self.capabilities: Capabilities | None = None
         self.is_pooled = False
         self.read_only: ReadOnly | None = None
+        self.connection_info: dict[object, Any] = {}
+        self.session_info: dict[object, Any] = {}
         self.pid = connection.get_server_pid()
         self.is_customized = overrides_statements(type(connection))
         # Of a connection that is closed, too: the driver lets go of it.
@@ -310,6 +316,7 @@ class DriverConnection:
         """
         connection: Any = self.connection
         protocol = connection._protocol  # noqa: SLF001
+        self.session_info.clear()
         if reset is None and not protocol._is_cancelling():  # noqa: SLF001
             if not self._resets_in_one_query():
                 await connection.reset(timeout=seconds)
