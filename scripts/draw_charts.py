@@ -88,7 +88,7 @@ def finish(figure: plt.Figure, axes: plt.Axes, name: str, largest: float) -> Non
     axes.xaxis.set_visible(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    figure.savefig(ASSETS / name, metadata={"Date": None})
+    figure.savefig(ASSETS / name, metadata={"Date": None}, facecolor="white")
     plt.close(figure)
 
 
