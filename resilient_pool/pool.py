@@ -131,7 +131,9 @@ class ResilientPool(Queries[RecordT]):
             context, ReadCheck(self._reader, clock.monotonic), self._maintenance, self._connector
         )
         self._deposit = config.retry_budget.deposit
-        self._leases = LeaseManager(context, self._acquirer, self._maintenance, self._retry_loop, self._lease_type)
+        self._leases = LeaseManager(
+            context, self._acquirer, self._maintenance, self._retry_loop, self._connector, self._lease_type
+        )
         commit_resolver = CommitResolver(context, self._leases)
         self._transactions = Transactions(context, self._leases, commit_resolver, self._require_open)
         self._sets_up = config.setup is not None

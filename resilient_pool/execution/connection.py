@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
@@ -23,6 +24,7 @@ from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransact
 from resilient_pool.execution.query_methods import OtherRecord, Queries
 from resilient_pool.execution.retry_loop import Execution, Operation, RetryLoop, do_nothing
 from resilient_pool.pooling.acquire import Acquirer
+from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import (
     AnyConnection,
@@ -34,6 +36,7 @@ from resilient_pool.pooling.driver import (
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.verdict import Phase
+from resilient_pool.sql.session_state import SessionState, session_state
 
 if TYPE_CHECKING:
     from asyncpg.connection import LoggedQuery
@@ -774,6 +777,47 @@ def _remove(callbacks: list[T], callback: T) -> None:
         callbacks.remove(callback)
 
 
+class _OfSharedSessions(ResilientConnection[RecordT]):
+    """A lease of a connection that a pooler may give another session for every transaction."""
+
+    __slots__ = ()
+
+    async def _run(
+        self,
+        operation: str,
+        sql: str | None,
+        execute: Callable[[AnyConnection], Awaitable[T]],
+        **options: Any,
+    ) -> T:
+        await self._require_session_for(sql)
+        return await super()._run(operation, sql, execute, **options)
+
+    async def _first(
+        self,
+        operation: str,
+        sql: str | None,
+        execute: Callable[[AnyConnection], Awaitable[T]],
+        *,
+        keeps: bool = False,
+        keeps_session: bool = False,
+    ) -> T:
+        await self._require_session_for(sql)
+        return await super()._first(operation, sql, execute, keeps=keeps, keeps_session=keeps_session)
+
+    async def _require_session_for(self, sql: str | None) -> None:
+        state = None if sql is None or self.is_released or self._leases.keeps_session(sql) else session_state(sql)
+        if state is not None and not (state.serves_transaction and self.is_in_transaction()):
+            await self._leases.require_session(state)
+
+
+def _of_shared_sessions(lease_type: type[ResilientConnection[Any]]) -> type[ResilientConnection[Any]]:
+    if lease_type is ResilientConnection:
+        return _OfSharedSessions
+    return types.new_class(
+        lease_type.__name__, (_OfSharedSessions, lease_type), exec_body=lambda body: body.update({"__slots__": ()})
+    )
+
+
 class LeaseManager:
     """Leases connections and takes them back.
 
@@ -790,6 +834,7 @@ class LeaseManager:
         acquirer: Finds healthy connections.
         maintenance: Makes them fit for the next one.
         retry_loop: Repeats what fails.
+        connector: Knows whether a pooler keeps what is left in a session.
         lease_type: What leases are, but for what `connection_class` overrides.
     """
 
@@ -799,10 +844,13 @@ class LeaseManager:
         acquirer: Acquirer,
         maintenance: Maintenance,
         retry_loop: RetryLoop,
+        connector: Connector,
         lease_type: type[ResilientConnection[Any]] = ResilientConnection,
     ) -> None:
         config = context.config
         self._lease_class = lease_class(lease_type, config.connection_class)
+        self._pooled_lease_class = lease_class(_of_shared_sessions(lease_type), config.connection_class)
+        self._connector = connector
         self._config = config
         self._acquirer = acquirer
         self._maintenance = maintenance
@@ -891,7 +939,8 @@ class LeaseManager:
         self, entry: PoolEntry[DriverConnection], execution: Execution[T]
     ) -> ResilientConnection[Any]:
         """Lease the connection of an entry, set up for the application. If that fails the connection is closed."""
-        lease = self._lease_class(self, entry)
+        pooled = entry.resource is not None and entry.resource.is_pooled
+        lease = (self._pooled_lease_class if pooled else self._lease_class)(self, entry)
         leased = False
         try:
             await lease._attach(execution)  # noqa: SLF001
@@ -924,6 +973,19 @@ class LeaseManager:
             raise AcquireTimeoutError(
                 f"setup= did not end within the {left:.3g} s that were left of the time to acquire a connection; "
                 "raise timeout or deadline, or bound what it does"
+            )
+
+    async def require_session(self, state: SessionState) -> None:
+        """Refuse what a pooler would leave in a session that is another client's next.
+
+        Raises:
+            asyncpg.InterfaceError: It was seen that the pooler gives sessions away with every transaction.
+        """
+        if not await self._connector.keeps_session_state():
+            raise asyncpg.InterfaceError(
+                f"{state.name} was not sent: a pooler in transaction mode gives this connection another session for every "
+                f"transaction, and its next client would have what this leaves behind; {state.instead}or connect to the "
+                "server, or to a pooler in session mode, with a pool of its own"
             )
 
     def is_untouched(self, execution: Execution[T], error: Exception | None = None, *, harmless: bool = False) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import logging
 import math
+import secrets
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ _LOGGER = logging.getLogger("resilient_pool")
 
 # So long a second client may take that is opened to find out what a proxy does: a pooler may let it wait for the first one.
 _SECOND_CLIENT_LIMIT = 2.0
+# So often two clients are asked which of them has the session with a listener: a busy pooler may give it to neither.
+_LISTENER_ROUNDS = 5
 _STANDBYS = frozenset({"standby", "read-only", "prefer-standby"})
 
 
@@ -55,6 +58,7 @@ class Connector:
         self._credentials = Credentials(context.config)
         self._clock = context.clock
         self._unanswered = UnansweredHosts(context.clock)
+        self._keeps_state: bool | None = None
         self.server_info: ServerInfo | None = None
         self.read_only: ReadOnly | None = None
 
@@ -69,6 +73,7 @@ class Connector:
         self._target = target
         self._credentials = Credentials(target)
         self.server_info = None  # something else may stand there
+        self._keeps_state = None
 
     def distrust_proxy(self) -> bool:
         """Take a proxy that seemed to keep a session for each client for a pooler: a prepared statement was not there.
@@ -288,6 +293,29 @@ class Connector:
             return "another client was given the same session"
         return None if other[1] < took else "another client was given a session that was there before it"
 
+    async def keeps_session_state(self) -> bool:
+        """Whether what a client leaves in its session is there for its next transaction, as far as two more clients can see.
+
+        Some poolers give a session away with every transaction, others keep it for a client that has left something in it.
+        One client listens; if the other is given that session nevertheless, or the first another one, it is not kept. Found
+        out when it is asked for, once: an answer that was not to be had counts as yes.
+        """
+        if self._keeps_state is None:
+            until = self._clock.monotonic() + _SECOND_CLIENT_LIMIT
+            channel = f"resilient_pool_{secrets.token_hex(8)}"
+            clients: list[DriverConnection] = []
+            try:
+                clients.append(first := DriverConnection(await self._connect(self._target, until)))
+                clients.append(second := DriverConnection(await self._connect(self._target, until)))
+                with anyio.fail_after(self._left(until)):
+                    self._keeps_state = await _keeps_listener(first, second, channel)
+            except Exception:  # noqa: BLE001 - there may be no room for two more, or none of them is served
+                return True
+            finally:
+                for client in clients:
+                    client.terminate()
+        return self._keeps_state
+
     def _emit_pooler_detected(self, target: PoolConfig, info: ServerInfo, seen: str | None) -> None:
         self._context.events.emit(
             PoolerDetected(
@@ -303,6 +331,20 @@ class Connector:
                 "each client, or follows prepared statements (PgBouncer 1.21 and up), pass statement_cache_size=100",
                 seen,
             )
+
+
+async def _keeps_listener(first: DriverConnection, second: DriverConnection, channel: str) -> bool:
+    await first.execute(f"LISTEN {channel}")
+    listens = f"SELECT '{channel}' IN (SELECT pg_catalog.pg_listening_channels())"
+    kept = all(
+        [
+            not await second.fetchval_uncached(listens) and await first.fetchval_uncached(listens)
+            for _ in range(_LISTENER_ROUNDS)
+        ]
+    )
+    for client in (second, first):  # whichever is given that session
+        await client.execute(f"UNLISTEN {channel}")
+    return kept
 
 
 def _is_mismatched(error: Exception) -> bool:
