@@ -17,6 +17,7 @@ from resilient_pool.execution.connection import LeaseManager
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.pooling.resource_pool import PoolEntry
+from resilient_pool.retry.classifier import refuses_question
 from resilient_pool.retry.commit_status import (
     Capabilities,
     CommitStatus,
@@ -165,9 +166,10 @@ class CommitResolver:
         except asyncpg.PostgresError as error:
             if driver.connection.is_closed():
                 raise
-            # Databases that only speak PostgreSQL's protocol lack some of these functions.
-            if _state(error)[:2] in _UNSUPPORTED:
+            if refuses_question(error):
                 driver.capabilities = Capabilities()
+                if self._log is not None:
+                    self._warn(f"the server does not say whether it can be ({error})")
             return
         if row is None:
             return
@@ -227,7 +229,12 @@ class CommitResolver:
             raise
 
     async def _prepare_in_savepoint(self, driver: DriverConnection, known: Capabilities, *, logs: bool) -> CommitToken:
-        await asyncpg.Connection.execute(driver.connection, f"SAVEPOINT {_SAVEPOINT}")
+        try:
+            await asyncpg.Connection.execute(driver.connection, f"SAVEPOINT {_SAVEPOINT}")
+        except asyncpg.PostgresError as error:
+            if is_fault_of_our_query(error, driver):
+                driver.capabilities = Capabilities()  # nothing can be asked that could be refused
+            raise
         for attempt, with_log in ((known, True), (known, False), (replace(known, epoch=False), False)):
             if with_log and not logs:
                 continue

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import asyncpg
 
 from resilient_pool.pooling.driver import DriverConnection
+from resilient_pool.retry.classifier import refuses_question
 from resilient_pool.sql.function_effects import FUNCTIONS_WITH_EFFECTS, HARMLESS_FUNCTIONS
 from resilient_pool.sql.read_only import StatementReader
 
@@ -210,12 +211,15 @@ class ReadCheck:
         asked_at = self._now()
         if remembered is not None and asked_at < remembered[1] + _KEPT:
             return remembered[0]
+        if not driver.has_catalog:
+            return False
         try:
             answer = await self._ask(driver, names, operators, timeout)
-        except asyncpg.PostgresError:
+        except asyncpg.PostgresError as error:
             # Databases that only speak PostgreSQL's protocol have other catalogs. What could not be asked is not allowed.
             if driver.connection.is_closed():
                 raise
+            driver.has_catalog = not refuses_question(error)
             return False
         if len(self._answers) >= _REMEMBERED:
             self._answers.clear()

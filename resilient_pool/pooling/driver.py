@@ -23,6 +23,7 @@ import anyio
 import asyncpg
 from asyncpg.connection import _ConnectionProxy
 
+from resilient_pool.pooling import reset_text
 from resilient_pool.retry.classifier import reports_closed_connection
 from resilient_pool.retry.commit_status import Capabilities
 
@@ -46,17 +47,16 @@ _WATCHED = getattr(select, "POLLIN", 0) | _RDHUP
 # From asyncpg 0.32 on, waiting for a pending cancellation takes a time limit.
 _WAITS_WITHIN_A_LIMIT = tuple(map(int, asyncpg.__version__.split(".")[:2])) >= (0, 32)
 
-# asyncpg's own reset leaves both alone: RESET ALL does not touch them. RESET ROLE returns to what the role was given at login.
-_RESET_ROLES = "RESET SESSION AUTHORIZATION;\nRESET ROLE;"
-_ROLES = "SELECT session_user::text, pg_catalog.current_setting('role')"
+_ROLES = "SELECT session_user::text, current_user::text"
 
-_SERVER_INFO = """
-    SELECT pg_catalog.pg_backend_pid(),
-           pg_catalog.pg_is_in_recovery(),
-           EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8,
+_BACKEND_PID = "SELECT pg_catalog.pg_backend_pid()"
+_IN_RECOVERY = "SELECT pg_catalog.pg_is_in_recovery()"
+_LIMITS = """
+    SELECT EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8,
            EXTRACT(epoch FROM pg_catalog.current_setting('idle_in_transaction_session_timeout', true)::interval)::float8,
            EXTRACT(epoch FROM pg_catalog.current_setting('transaction_timeout', true)::interval)::float8
 """
+_SERVER_INFO = ", ".join((_BACKEND_PID, _IN_RECOVERY.removeprefix("SELECT "), _LIMITS.strip().removeprefix("SELECT ")))
 # Whether read-only is the default, and whether by what every server has alike: the session, the role or the database.
 _READ_ONLY = """
     SELECT pg_catalog.pg_is_in_recovery(), setting = 'on',
@@ -154,6 +154,7 @@ class DriverConnection:
         is_customized: Whether an application's class may send more than one statement where one is asked for.
         is_pooled: Whether a pooler may let another server answer from one query to the next.
         read_only: Why it has refused to write, if it was asked.
+        has_catalog: Whether its server has not refused to be asked, from its catalog, what a text can do.
         has_served: Whether it has answered anything since it was opened, or was closed by the application itself.
         ended: Whether the application closed it itself.
         capabilities: What can be asked about transactions on it; `None` until that was found out.
@@ -165,14 +166,17 @@ class DriverConnection:
 
     __slots__ = (
         "__weakref__",
+        "_is_resettable",
         "_poll",
         "_protocol",
         "_proxy",
         "_reset_roles",
+        "_reset_session",
         "capabilities",
         "connection",
         "connection_info",
         "ended",
+        "has_catalog",
         "has_served",
         "invalidated",
         "is_customized",
@@ -187,6 +191,7 @@ class DriverConnection:
         self.connection = connection
         self.invalidated = False
         self.has_served = False
+        self.has_catalog = True
         self.ended = False
         self.opened_at = 0.0
         self.capabilities: Capabilities | None = None
@@ -206,17 +211,22 @@ class DriverConnection:
             inside._pool_holder = weakref.ref(self)  # noqa: SLF001
         resume = partial(_resume_writing, inside._protocol, inside._loop)  # noqa: SLF001
         asyncpg.Connection.add_termination_listener(connection, resume)
-        self._reset_roles = ""
+        self._reset_roles: tuple[str, ...] = ()
+        self._reset_session: tuple[str, ...] = ()
+        self._is_resettable = True
         capabilities: Any = connection._server_caps  # type: ignore[attr-defined] # noqa: SLF001
-        if capabilities.sql_reset and capabilities.plpgsql:  # Redshift, CockroachDB and CrateDB lack one of the two
-            self._reset_roles_with(_RESET_ROLES)
+        # Redshift and CrateDB lack one of the two. CockroachDB has what asyncpg does not ask it for.
+        if capabilities.sql_reset and capabilities.plpgsql:
+            query: str = asyncpg.Connection.get_reset_query(connection)
+            self._reset_with(reset_text.ROLES, reset_text.statements_of(query))
+        elif hasattr(connection.get_settings(), "crdb_version"):
+            self._reset_with(reset_text.ROLES, reset_text.POSTGRESQL)
 
-    def _reset_roles_with(self, text: str) -> None:
+    def _reset_with(self, roles: tuple[str, ...], session: tuple[str, ...]) -> None:
         # In the query that asyncpg keeps, so that the driver's own reset() sends it too, in one round trip.
         connection: Any = self.connection
-        connection._reset_query = None  # noqa: SLF001
-        connection._reset_query = f"{text}\n{asyncpg.Connection.get_reset_query(connection)}"  # noqa: SLF001
-        self._reset_roles = text
+        connection._reset_query = reset_text.as_text((*roles, *session))  # noqa: SLF001
+        self._reset_roles, self._reset_session = roles, session
 
     def __repr__(self) -> str:
         state = "closed" if self.connection.is_closed() else "open"
@@ -317,29 +327,55 @@ class DriverConnection:
         connection: Any = self.connection
         protocol = connection._protocol  # noqa: SLF001
         self.session_info.clear()
-        if reset is None and not protocol._is_cancelling():  # noqa: SLF001
-            if not self._resets_in_one_query():
-                await connection.reset(timeout=seconds)
-                return
+        if not self._is_resettable:
+            raise asyncpg.InterfaceError("the server does not say which role init= has left the session with")
+        if reset is None and not protocol._is_cancelling() and self._resets_in_one_query():  # noqa: SLF001
             # What follows every write: the same, without a time limit of the driver's kind around it.
             await connection._reset()  # noqa: SLF001
-            await asyncpg.Connection.execute(connection, self._reset_query(), timeout=None if watched else seconds)
+            await self._send_reset(timeout=None if watched else seconds)
             return
         with anyio.fail_after(seconds):
             if protocol._is_cancelling():  # noqa: SLF001
                 await protocol._wait_for_cancellation(*((seconds,) if _WAITS_WITHIN_A_LIMIT else ()))  # noqa: SLF001
-            if reset is None:
-                await self.connection.reset()
-            else:
-                await connection._reset()  # noqa: SLF001
-                if self._reset_roles:
-                    await asyncpg.Connection.execute(connection, self._reset_roles)
+            if reset is None and type(connection).reset is not asyncpg.Connection.reset:
+                await connection.reset(timeout=seconds)
+                return
+            await connection._reset()  # noqa: SLF001
+            await self._send_reset(only_roles=reset is not None)
+            if reset is not None:
                 await reset(connection)
 
     def _reset_query(self) -> str:
         query: str = self.connection.get_reset_query()
-        # An application's class may have a query of its own.
-        return query if query.startswith(self._reset_roles) else f"{self._reset_roles}\n{query}"
+        roles = reset_text.as_text(self._reset_roles)
+        # An application's class may have a query of its own, or none.
+        return query if not query or query.startswith(roles) else f"{roles}\n{query}"
+
+    async def _send_reset(self, *, only_roles: bool = False, timeout: float | None = None) -> None:
+        """Reset the session, from now on without what the server refuses, of our own text, because it has no such thing."""
+        connection: Any = self.connection
+        execute = partial(asyncpg.Connection.execute, connection)
+        text = reset_text.as_text(self._reset_roles) if only_roles else self._reset_query()
+        try:
+            if text:
+                await execute(text, timeout=timeout)
+        except asyncpg.PostgresError as error:
+            if (
+                connection.is_closed()
+                or not self._reset_roles + self._reset_session
+                or not reset_text.is_lacking(error)
+            ):
+                raise
+        else:
+            return
+        with anyio.fail_after(timeout):
+            self._reset_with(await reset_text.execute_each(execute, self._reset_roles), self._reset_session)
+            if only_roles:
+                return
+            if type(connection).get_reset_query is not asyncpg.Connection.get_reset_query:
+                await execute(connection.get_reset_query())
+            else:
+                self._reset_with(self._reset_roles, await reset_text.execute_each(execute, self._reset_session))
 
     async def keep_roles(self) -> None:
         """Take the role that the session has now, rather than the one it logged in with, for the one to return to.
@@ -348,11 +384,18 @@ class DriverConnection:
         """
         if not self._reset_roles:
             return
-        with self._uncached():
-            user, role = await asyncpg.Connection.fetchrow(self.connection, _ROLES)  # type: ignore[misc]
-        if role != "none" or user != self.connection._params.user:  # type: ignore[attr-defined] # noqa: SLF001
-            role = "NONE" if role == "none" else _quoted(role)
-            self._reset_roles_with(f"SET SESSION AUTHORIZATION {_quoted(user)};\nSET ROLE {role};")
+        try:
+            with self._uncached():
+                user, role = await asyncpg.Connection.fetchrow(self.connection, _ROLES)  # type: ignore[misc]
+        except asyncpg.PostgresError as error:
+            if self.connection.is_closed() or not reset_text.is_lacking(error):
+                raise
+            self._is_resettable = False
+            return
+        if role != user or user != self.connection._params.user:  # type: ignore[attr-defined] # noqa: SLF001
+            role = "NONE" if role == user else _quoted(role)
+            roles = (f"SET SESSION AUTHORIZATION {_quoted(user)}", f"SET ROLE {role}")
+            self._reset_with(roles, self._reset_session)
 
     def _resets_in_one_query(self) -> bool:
         # In a transaction there is a ROLLBACK before. And what an application's class does instead is not to be guessed.
@@ -401,10 +444,10 @@ class DriverConnection:
             with self._uncached():
                 row = await asyncpg.Connection.fetchrow(self.connection, _SERVER_INFO, timeout=seconds)
         except asyncpg.PostgresError:
-            # Databases that only speak PostgreSQL's protocol lack some of these functions.
+            # Databases that only speak PostgreSQL's protocol lack some of these functions, but not the same ones.
             if self.connection.is_closed():
                 raise
-            row = None
+            row = await self._fetch_what_there_is(seconds)
         backend_pid, in_recovery, idle, idle_in_transaction, transaction = row or (self.pid, False, None, None, None)
         return ServerInfo(
             version=self.connection.get_server_version().major,
@@ -415,6 +458,19 @@ class DriverConnection:
             handshake_pid=self.pid,
             backend_pid=backend_pid,
         )
+
+    async def _fetch_what_there_is(self, seconds: float | None) -> tuple[Any, ...]:
+        found: list[Any] = []
+        for query, absent in ((_BACKEND_PID, (self.pid,)), (_IN_RECOVERY, (False,)), (_LIMITS, (None, None, None))):
+            try:
+                with self._uncached():
+                    row = await asyncpg.Connection.fetchrow(self.connection, query, timeout=seconds)
+            except asyncpg.PostgresError:
+                if self.connection.is_closed():
+                    raise
+                row = None
+            found.extend(row or absent)
+        return tuple(found)
 
     async def learn_why_read_only(self) -> None:
         """Find out, after the server has refused a write (25006), whether it was a standby, or was asked to be read-only.

@@ -474,6 +474,21 @@ class PostgresClassifier:
         return _settle(next(rule for rule in rules if rule.matches(seen)).verdict, seen)
 
 
+# Syntax, names and privileges; a feature; a schema; an internal error, which is how some say that they have no such thing.
+_REFUSALS_FOR_GOOD = ("42", "0A", "3F", "XX")
+
+
+def refuses_question(error: BaseException) -> bool:
+    """Say whether a server has refused a question of the pool's own in a way in which it will the next time, too.
+
+    Databases that only speak PostgreSQL's protocol lack some of its functions and catalogs, and a role may not use all of them.
+
+    Args:
+        error: What the driver has raised, while the connection is still open.
+    """
+    return isinstance(error, driver.PostgresError) and sqlstate_of(error)[:2] in _REFUSALS_FOR_GOOD
+
+
 def _see(failure: Failure, error: BaseException) -> Sighting:
     """Find what speaks for a failure, once it is unwrapped, and whether the connection is gone."""
     last_word, sqlstate, severity = error, _sqlstate_of(error), _severity_of(error)
