@@ -115,7 +115,7 @@ _ISOLATION = """
     FROM pg_catalog.pg_settings WHERE name = 'default_transaction_isolation'
 """
 
-# The server does not support the query, or the role may not send it. Any other error may not occur the next time.
+# The server does not support the query, or the role may not send it. After a COMMIT any other error is worth another try.
 _UNSUPPORTED = ("42", "0A", "3F")
 _DENIED, _READ_ONLY = "42501", "25006"
 # Errors of the pool's own query: without it the transaction could have gone on.

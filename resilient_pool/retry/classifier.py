@@ -486,7 +486,7 @@ def refuses_question(error: BaseException) -> bool:
     Args:
         error: What the driver has raised, while the connection is still open.
     """
-    return isinstance(error, driver.PostgresError) and sqlstate_of(error)[:2] in _REFUSALS_FOR_GOOD
+    return isinstance(error, driver.PostgresError) and _sqlstate_of(error)[:2] in _REFUSALS_FOR_GOOD
 
 
 def _see(failure: Failure, error: BaseException) -> Sighting:

@@ -1,0 +1,301 @@
+"""Servers that speak PostgreSQL's protocol and have little else: what the pool asks by itself may be refused, each part of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+
+import asyncpg
+import pytest
+
+from resilient_pool import OutcomeUnknownError, ResilientPool
+from resilient_pool.events import DiscardReason
+from resilient_pool.pooling import reset_text
+from resilient_pool.testing import EmbeddedPostgres, End, Point, Refusal, ScriptedServer
+
+LIMIT = 20.0
+LACKING = ("0A000", "42883", "42704", "42P01", "42601")
+CODES = (*LACKING, "XX000", "42501")
+# Everything that the pool asks, and nothing that the tests do.
+OURS = re.compile(
+    rb"pg_catalog|pg_advisory|current_setting|set_config|SAVEPOINT|^\s*(RESET|SET (SESSION|ROLE)|CLOSE ALL|UNLISTEN|DISCARD)|session_user"
+)
+
+
+def lines(matching, sqlstate: str = "0A000", **fields) -> tuple[Refusal, Refusal]:
+    """Refuse statements when they are prepared, and when they are sent as they are."""
+    fields = {"severity": "ERROR", "sqlstate": sqlstate, "message": "not supported", "then": End.READY, **fields}
+    return (
+        Refusal(at=Point.PARSE, matching=matching, **fields),
+        Refusal(at=Point.QUERY, matching=matching, **fields),
+    )
+
+
+def everything(sql: bytes) -> bool:
+    return OURS.search(sql) is not None
+
+
+def containing(*texts: str):
+    return lambda sql: any(text.encode() in sql for text in texts)
+
+
+@pytest.fixture
+async def table(postgres: EmbeddedPostgres):
+    """An empty table, and a look at it that does not pass the script."""
+    async with postgres.admin() as connection:
+        await connection.execute("DROP TABLE IF EXISTS elsewhere; CREATE TABLE elsewhere (entry int)")
+
+        async def entries() -> list[int]:
+            return [row["entry"] for row in await connection.fetch("SELECT entry FROM elsewhere ORDER BY entry")]
+
+        yield entries
+        await connection.execute("DROP TABLE elsewhere")
+
+
+def in_front_of(postgres: EmbeddedPostgres, *script: Refusal) -> ScriptedServer:
+    return ScriptedServer(*script, host=postgres.host, port=postgres.port)
+
+
+async def insert(pool: ResilientPool, entry: int) -> None:
+    async for attempt in pool.transaction():
+        async with attempt as connection:
+            await connection.execute("INSERT INTO elsewhere VALUES ($1)", entry)
+
+
+async def use(pool: ResilientPool, entry: int) -> None:
+    """Do one of each: a read, a write, a lease, a transaction, an exactly-once write; three entries."""
+    assert await pool.fetchval("SELECT $1::int", entry) == entry
+    await pool.execute("INSERT INTO elsewhere VALUES ($1)", entry)
+    async with pool.acquire() as connection, connection.transaction():
+        assert await connection.fetchval("SELECT 7") == 7
+    await insert(pool, entry)
+    await pool.execute("INSERT INTO elsewhere VALUES ($1)", entry, exactly_once=True)
+
+
+# Nothing that is refused is missed
+
+
+@pytest.mark.parametrize("sqlstate", CODES)
+async def test_a_server_that_refuses_all_that_the_pool_asks_serves_all_the_same(postgres, table, sqlstate):
+    """And what it has refused once is not asked again on the same connection, whatever is done there."""
+    with in_front_of(postgres, *lines(everything, sqlstate)) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(postgres.dsn()), max_size=1) as pool:
+            await use(pool, 1)
+            refused = len(server.sent)
+            assert refused > 0
+            for entry in range(2, 6):
+                await use(pool, entry)
+            assert len(server.sent) == refused
+            assert pool.stats().opened == 1
+    assert await table() == sorted([*range(1, 6)] * 3)
+
+
+@pytest.mark.parametrize("sqlstate", CODES)
+async def test_no_caller_sees_a_reset_that_is_refused_for_good(postgres, sqlstate):
+    """A server without settings to reset: each session is used once, which is all that is certain."""
+    with in_front_of(postgres, *lines(everything, sqlstate)) as server:
+        async with asyncio.timeout(LIMIT):
+            async with ResilientPool(server.dsn(postgres.dsn()), max_size=1, session_reset="background") as pool:
+                for number in range(5):
+                    assert await pool.fetchval("SELECT $1::int", number) == number
+                assert pool.stats().discarded.get(DiscardReason.RESET_FAILED, 0) >= 4
+
+
+# What a session is reset with
+
+
+MARK = "SET application_name = 'left behind'"
+LOOK = "SELECT current_setting('application_name')"
+
+
+@pytest.mark.parametrize("sqlstate", LACKING)
+async def test_a_reset_does_without_what_the_server_lacks(postgres, sqlstate):
+    """As Aurora DSQL, which has RESET ALL and none of the rest: it is found out once a connection, and settings are reset."""
+    parts = ("RESET SESSION", "RESET ROLE", "SET SESSION", "SET ROLE", "pg_advisory", "CLOSE ALL", "UNLISTEN")
+    with in_front_of(postgres, *lines(containing(*parts), sqlstate)) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(postgres.dsn()), max_size=1) as pool:
+            for _ in range(4):
+                await pool.execute(MARK)
+                assert await pool.fetchval(LOOK) == ""
+            assert pool.stats().opened == 1
+        sent = [sql for sql in server.statements if "RESET ALL" in sql]
+    assert len(sent[0].splitlines()) == 6
+    assert [sql.rstrip(";") for sql in sent[1:]] == ["RESET ALL"] * 4
+
+
+@pytest.mark.parametrize("left_out", reset_text.ROLES)
+async def test_a_role_is_reset_in_the_words_that_the_server_has(postgres, left_out):
+    """It does not outlive its use where RESET is refused and SET is not."""
+    async with postgres.admin() as admin:
+        await admin.execute("DROP ROLE IF EXISTS elsewhere_tenant; CREATE ROLE elsewhere_tenant")
+    with in_front_of(postgres, *lines(containing(left_out))) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(postgres.dsn()), max_size=1) as pool:
+            for statement in ("SET ROLE elsewhere_tenant", "SET SESSION AUTHORIZATION elsewhere_tenant"):
+                await pool.execute(statement)
+                assert await pool.fetchval("SELECT session_user || '/' || current_user") == "postgres/postgres"
+            assert pool.stats().opened == 1
+
+
+@pytest.mark.parametrize(
+    ("refused", "sqlstate"), [("RESET ALL", "0A000"), ("pg_advisory", "42501"), ("UNLISTEN", "XX000")]
+)
+async def test_what_cannot_be_reset_is_not_handed_on(postgres, refused, sqlstate):
+    """Settings that may stay, locks that the role may not release, and an internal error: the session ends with its use."""
+    with in_front_of(postgres, *lines(containing(refused), sqlstate)) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(postgres.dsn()), max_size=1) as pool:
+            for _ in range(3):
+                await pool.execute(MARK)
+                assert await pool.fetchval(LOOK) == ""
+            assert pool.stats().discarded[DiscardReason.RESET_FAILED] == 3
+
+
+async def test_a_class_with_a_reset_of_its_own_keeps_it(postgres):
+    """Of the pool's own part is left out what the server lacks; the application's is sent as it is, or fails."""
+
+    class Asking(asyncpg.Connection):
+        def get_reset_query(self) -> str:
+            return "SET application_name = 'asked'"
+
+    with in_front_of(postgres, *lines(containing("RESET SESSION", "SET SESSION"))) as server:
+        async with asyncio.timeout(LIMIT):
+            async with ResilientPool(server.dsn(postgres.dsn()), max_size=1, connection_class=Asking) as pool:
+                for _ in range(3):
+                    await pool.execute(MARK)
+                    assert await pool.fetchval(LOOK) == "asked"
+                assert pool.stats().opened == 1
+
+
+async def test_an_applications_own_reset_is_called_where_roles_are_lacking(postgres):
+    """After all that is left of the pool's own part, which may be nothing."""
+    calls = []
+
+    async def reset(connection: asyncpg.Connection) -> None:
+        calls.append(await connection.fetchval("SELECT 1"))
+
+    with in_front_of(postgres, *lines(containing("RESET SESSION", "SET SESSION", "RESET ROLE", "SET ROLE"))) as server:
+        async with asyncio.timeout(LIMIT):
+            async with ResilientPool(
+                server.dsn(postgres.dsn()), max_size=1, reset=reset, session_reset="on_release"
+            ) as pool:
+                for _ in range(3):
+                    await pool.fetchval("SELECT 1")
+                assert pool.stats().opened == 1
+    assert calls == [1, 1, 1]
+    assert sum("ROLE" in sql for sql in server.statements) == 3  # the first reset, and each form alone
+
+
+async def test_a_role_that_cannot_be_asked_after_init_is_not_guessed(postgres):
+    """Who may be in the session then is not known, so no reset gives it back: it is closed."""
+
+    async def init(connection: asyncpg.Connection) -> None:
+        await connection.execute("SELECT 1")
+
+    with in_front_of(postgres, *lines(containing("session_user"))) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(postgres.dsn()), max_size=1, init=init) as pool:
+            await pool.execute(MARK)
+            assert await pool.fetchval(LOOK) == ""
+            assert pool.stats().discarded[DiscardReason.RESET_FAILED] == 1
+
+
+# What became of a COMMIT
+
+
+@pytest.mark.parametrize("executed", [True, False])
+@pytest.mark.parametrize("sqlstate", CODES)
+async def test_a_lost_commit_is_unknown_where_the_server_cannot_be_asked(postgres, table, sqlstate, executed):
+    """Neither committed nor rolled back is claimed, and nothing is applied twice."""
+    lost = Refusal(at=Point.COMMIT, then=End.RESET, executed=executed, times=1)
+    with in_front_of(postgres, *lines(everything, sqlstate), lost) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(postgres.dsn()), deadline=3.0) as pool:
+            with pytest.raises(OutcomeUnknownError) as caught:
+                await insert(pool, 1)
+            assert caught.value.xid is None
+    assert sum("INSERT" in sql for sql in server.statements) == 1
+    assert await table() == [1] * executed
+
+
+async def test_a_server_without_savepoints_is_not_asked_for_one_again(postgres, table):
+    """Where it was not found out in time what a server has, a refusal costs one attempt, not all of them."""
+    busy = lines(containing("to_regprocedure"), "57014")
+    with in_front_of(postgres, *busy, *lines(containing("SAVEPOINT"))) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(postgres.dsn()), max_size=1) as pool:
+            for entry in (1, 2, 3):
+                await insert(pool, entry)
+        assert sum("SAVEPOINT" in sql for sql in server.statements) == 1
+    assert await table() == [1, 2, 3]
+
+
+async def test_another_server_is_asked_again(postgres, table):
+    """After a failover to one that has everything, a lost COMMIT is resolved there."""
+    lost = Refusal(at=Point.COMMIT, then=End.RESET, executed=True, times=1, nth=1)
+    with (
+        in_front_of(postgres, *lines(everything), Refusal(at=Point.QUERY, matching="gone", then=End.RESET)) as poor,
+        in_front_of(postgres, lost) as rich,
+    ):
+        where = {"host": [poor.host, rich.host], "port": [poor.port, rich.port], "user": "postgres", "ssl": False}
+        async with asyncio.timeout(LIMIT), ResilientPool(**where, database="postgres", max_size=1) as pool:
+            assert await pool.fetchval("SELECT 1") == 1
+            poor.close()
+            await insert(pool, 1)
+            assert pool.stats().outcomes_unknown == 0
+        assert any("pg_xact_status" in sql for sql in rich.statements)
+    assert await table() == [1]
+
+
+async def test_a_commit_log_that_the_server_cannot_have_is_warned_of(postgres, table, caplog):
+    """Once; transactions go on without it."""
+    with in_front_of(postgres, *lines(everything)) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(postgres.dsn()), commit_log="public.log") as pool:
+            await insert(pool, 1)
+            await insert(pool, 2)
+    assert [record.levelno for record in caplog.records if "commit log" in record.getMessage()] == [logging.WARNING]
+    assert await table() == [1, 2]
+
+
+# Reads that were lost
+
+
+@pytest.mark.parametrize("sqlstate", CODES)
+async def test_a_lost_read_is_not_repeated_where_the_catalog_cannot_be_asked(postgres, sqlstate):
+    """What it can do is not known there; one that the application calls idempotent is repeated."""
+    lost = Refusal(at=Point.QUERY, matching="lower", then=End.RESET, times=1)
+    with in_front_of(postgres, *lines(everything, sqlstate), lost) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(postgres.dsn()), max_size=1) as pool:
+            with pytest.raises((asyncpg.PostgresConnectionError, ConnectionError, OutcomeUnknownError)):
+                await pool.fetchval("SELECT lower('A')")
+            assert await pool.fetchval("SELECT lower('A')", idempotent=True) == "a"
+    assert sum("lower" in sql for sql in server.statements) == 2
+
+
+async def test_a_catalog_that_was_refused_is_not_asked_for_again_on_the_same_connection(postgres):
+    """Whatever is to be read next; a catalog that has just failed for another reason is."""
+    busy = lines(containing("pg_proc"), "57014", times=1)[:1]
+    with in_front_of(postgres, *busy, *lines(containing("pg_proc"))) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(postgres.dsn())) as pool, pool.acquire() as lease:
+            check, driver = pool._leases.read_check, lease._current_driver
+            for number in range(4):
+                assert not await check.allows(driver, [f"SELECT elsewhere{number}()"])
+    assert len(server.sent) == 2
+
+
+# What stands there
+
+
+@pytest.mark.parametrize("sqlstate", CODES)
+async def test_each_fact_is_learned_although_others_are_refused(postgres, sqlstate):
+    """A server that does not say whether it is a standby still says when it closes idle sessions."""
+    async with postgres.admin() as admin:
+        await admin.execute("CREATE ROLE elsewhere_idle LOGIN SUPERUSER PASSWORD 'x'")
+        await admin.execute("ALTER ROLE elsewhere_idle SET idle_session_timeout = '36s'")
+    try:
+        with in_front_of(postgres, *lines(containing("pg_is_in_recovery"), sqlstate)) as server:
+            async with ResilientPool(server.dsn(postgres.dsn(None, "elsewhere_idle", "x"))) as pool:
+                await pool.fetchval("SELECT 1")
+                info = pool._connector.server_info
+                assert (info.idle_session_timeout, info.in_recovery) == (36.0, False)
+                assert info.backend_pid == info.handshake_pid
+                assert pool.stats().pooler is False
+    finally:
+        async with postgres.admin() as admin:
+            await admin.execute("DROP ROLE elsewhere_idle")
