@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
+
+import asyncpg
 
 from resilient_pool import profiles
 from resilient_pool.config.pool_config import PoolConfig, SealedDsn, UnlessStated
@@ -16,6 +18,7 @@ from resilient_pool.errors import ConfigurationError
 from resilient_pool.events import Event, Observer, PoolerDetected
 from resilient_pool.pool import ResilientPool
 from resilient_pool.retry.backoff import BackoffPolicy
+from resilient_pool.retry.classifier import refuses_question
 
 Level = Literal["ok", "advice", "problem"]
 
@@ -25,26 +28,34 @@ _MARGIN = 5.0
 _CONNECT_TIMEOUT = 10.0
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 
-_QUERY = """
-    SELECT pg_catalog.current_setting('server_version_num')::int AS version,
-           pg_catalog.pg_is_in_recovery() AS standby,
-           EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8 AS idle,
-           pg_catalog.current_setting('synchronous_commit') AS synchronous_commit,
-           COALESCE(s.ssl, false) AS tls, s.version AS tls_version,
-           COALESCE(pg_catalog.host(pg_catalog.inet_client_addr()) !~ '^(127[.]|::1$)', false) AS remote,
-           r.rolsuper OR pg_catalog.pg_has_role(r.rolname, 'pg_signal_backend', 'MEMBER') AS may_terminate,
-           r.rolname AS role, EXTRACT(epoch FROM pg_catalog.clock_timestamp())::float8 AS clock
-    FROM pg_catalog.pg_roles r LEFT JOIN pg_catalog.pg_stat_ssl s ON s.pid = pg_catalog.pg_backend_pid()
-    WHERE r.rolname = current_user
-"""
+# One query each, since a server that only speaks PostgreSQL's protocol may refuse any of them.
+_QUESTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "version": "pg_catalog.current_setting('server_version_num')::int",
+        "resolves": "pg_catalog.to_regprocedure('pg_catalog.pg_xact_status(xid8)') IS NOT NULL",
+        "standby": "pg_catalog.pg_is_in_recovery()",
+        "idle": "EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8",
+        "synchronous_commit": "pg_catalog.current_setting('synchronous_commit')",
+        "tls": "EXISTS (SELECT FROM pg_catalog.pg_stat_ssl WHERE ssl AND pid = pg_catalog.pg_backend_pid())",
+        "tls_version": "(SELECT version FROM pg_catalog.pg_stat_ssl WHERE pid = pg_catalog.pg_backend_pid())",
+        "remote": "COALESCE(pg_catalog.host(pg_catalog.inet_client_addr()) !~ '^(127[.]|::1$)', false)",
+        "role": "current_user::text",
+        "may_terminate": (
+            "(SELECT rolsuper OR pg_catalog.pg_has_role(rolname, 'pg_signal_backend', 'MEMBER') "
+            "FROM pg_catalog.pg_roles WHERE rolname = current_user)"
+        ),
+        "clock": "EXTRACT(epoch FROM pg_catalog.clock_timestamp())::float8",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is known of a server.
+    """What is known of a server. What it does not say is `None`.
 
     Attributes:
         version: Its number, as in `server_version_num`.
+        resolves: Whether it can be asked what became of a transaction.
         standby: Whether it is in recovery.
         idle: After how many idle seconds it ends a session; 0 or `None` for never.
         synchronous_commit: Its `synchronous_commit`.
@@ -55,19 +66,22 @@ class Facts:
         role: Our role.
         skew: By how many seconds its clock is ahead of ours.
         pooler: Whether a pooler stands in between.
+        unsaid: What it has refused to say, by these names.
     """
 
-    version: int
-    standby: bool
+    version: int | None
+    resolves: bool | None
+    standby: bool | None
     idle: float | None
-    synchronous_commit: str
-    tls: bool
+    synchronous_commit: str | None
+    tls: bool | None
     tls_version: str | None
-    remote: bool
-    may_terminate: bool
-    role: str
-    skew: float
+    remote: bool | None
+    may_terminate: bool | None
+    role: str | None
+    skew: float | None
     pooler: bool
+    unsaid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,13 +140,29 @@ async def examine(
         observers=[record_pooler, *observers],
     )
     async with pool:
-        await pool.fetchval("SELECT 1")  # so that the next one measures a round trip, and no connecting
-        before = datetime.now(UTC).timestamp()
-        row = dict(await pool.fetchrow(_QUERY) or {})
-        after = datetime.now(UTC).timestamp()
-    skew = row.pop("clock") - (before + after) / 2
-    facts = Facts(**row, skew=skew, pooler=bool(poolers))
+        await pool.fetchval("SELECT 1")  # so that the next ones measure a round trip, and no connecting
+        answers, unsaid = await _ask(pool)
+    facts = Facts(**answers, pooler=bool(poolers), unsaid=unsaid)
     return (*_refusals(dsn), *diagnose(facts, config))
+
+
+async def _ask(pool: ResilientPool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return what the server says, by the names of `Facts`, and the names of what it has refused to say."""
+    answers: dict[str, Any] = {}
+    unsaid: list[str] = []
+    before = after = 0.0
+    for name, question in _QUESTIONS.items():
+        before = datetime.now(UTC).timestamp()
+        try:
+            answers[name] = await pool.fetchval(f"SELECT {question}")
+        except asyncpg.PostgresError as error:
+            if not refuses_question(error):
+                raise
+            answers[name] = None
+            unsaid.append(name)
+        after = datetime.now(UTC).timestamp()
+    clock = answers.pop("clock")  # the last one asked
+    return {**answers, "skew": None if clock is None else clock - (before + after) / 2}, tuple(unsaid)
 
 
 def _refusals(dsn: SealedDsn) -> Iterator[Finding]:
@@ -149,8 +179,9 @@ def _refusals(dsn: SealedDsn) -> Iterator[Finding]:
 
 def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
     """Judge what is known of a server and of a pool's configuration, without asking the server."""
-    return (
+    found = (
         _profile(config),
+        _server(facts),
         _version(facts),
         _idle_sessions(facts, config),
         _pausing(config),
@@ -161,6 +192,16 @@ def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
         _permissions(facts),
         _clock(facts),
         _role_of_server(facts, config),
+    )
+    return tuple(finding for finding in found if finding is not None)
+
+
+def _server(facts: Facts) -> Finding | None:
+    if not facts.unsaid:
+        return None
+    text = f"it does not say what PostgreSQL says, or not to our role ({', '.join(facts.unsaid)}): nothing is found out about that"
+    return Finding(
+        check="server", level="advice", text=text, change="see docs/services.md, if it is not PostgreSQL itself"
     )
 
 
@@ -196,11 +237,17 @@ def _with(config: PoolConfig, name: str) -> str:
     return f"with the default {name} ({value:g})" if value == default else f"with {name}={value:g}"
 
 
-def _version(facts: Facts) -> Finding:
+def _version(facts: Facts) -> Finding | None:
+    if facts.version is None:
+        return None
     check, major = "server version", facts.version // 10000
     if major < _RESOLVES_COMMITS:
         text = f"PostgreSQL {major} cannot be asked what became of a COMMIT in the way that this package asks"
         return Finding(check=check, level="problem", text=text, change="upgrade, or pass resolve_commit=False")
+    if not facts.resolves:
+        text = f"it says that it is PostgreSQL {major}, but cannot be asked what became of a COMMIT: if lost, it is unknown"
+        change = "let what must not be applied twice find out by itself whether it was: by a unique key, say"
+        return Finding(check=check, level="advice", text=text, change=change)
     text = f"PostgreSQL {major}: a COMMIT whose answer was lost can be resolved, except after a crash or a failover"
     if major >= _OLDEST_TESTED:
         return Finding(check=check, level="ok", text=f"{text}; a pool with commit_log= resolves it then too")
@@ -208,7 +255,9 @@ def _version(facts: Facts) -> Finding:
     return Finding(check=check, level="advice", text=text, change=f"upgrade to PostgreSQL {_OLDEST_TESTED} or newer")
 
 
-def _idle_sessions(facts: Facts, config: PoolConfig) -> Finding:
+def _idle_sessions(facts: Facts, config: PoolConfig) -> Finding | None:
+    if "idle" in facts.unsaid:
+        return None
     check, lifetime = "idle sessions", config.max_inactive_connection_lifetime
     if not facts.idle:
         return Finding(check=check, level="ok", text="the server ends no idle sessions by itself")
@@ -254,7 +303,9 @@ def _pooler(facts: Facts, config: PoolConfig) -> Finding:
     return Finding(check="pooler", level="ok", text=text)
 
 
-def _encryption(facts: Facts) -> Finding:
+def _encryption(facts: Facts) -> Finding | None:
+    if facts.tls is None:
+        return None
     if facts.tls:
         return Finding(check="encryption", level="ok", text=f"the connection is encrypted ({facts.tls_version})")
     if facts.remote and not facts.pooler:
@@ -264,7 +315,9 @@ def _encryption(facts: Facts) -> Finding:
     return Finding(check="encryption", level="ok", text=text)
 
 
-def _durability(facts: Facts) -> Finding:
+def _durability(facts: Facts) -> Finding | None:
+    if facts.synchronous_commit is None:
+        return None
     if facts.synchronous_commit != "off":
         text = f"synchronous_commit is {facts.synchronous_commit}: what was committed survives a crash of the server"
         return Finding(check="durability", level="ok", text=text)
@@ -272,7 +325,9 @@ def _durability(facts: Facts) -> Finding:
     return Finding(check="durability", level="advice", text=text, change="synchronous_commit=on")
 
 
-def _permissions(facts: Facts) -> Finding:
+def _permissions(facts: Facts) -> Finding | None:
+    if facts.may_terminate is None:
+        return None
     if facts.may_terminate:
         return Finding(check="permissions", level="ok", text=f"{facts.role} may terminate other roles' sessions")
     text = (
@@ -282,7 +337,9 @@ def _permissions(facts: Facts) -> Finding:
     return Finding(check="permissions", level="ok", text=text)
 
 
-def _clock(facts: Facts) -> Finding:
+def _clock(facts: Facts) -> Finding | None:
+    if facts.skew is None:
+        return None
     text = f"the server's clock and this machine's differ by {abs(facts.skew):.1f} s"
     if abs(facts.skew) <= _TOLERATED_SKEW:
         return Finding(check="clock", level="ok", text=text)
@@ -290,7 +347,9 @@ def _clock(facts: Facts) -> Finding:
     return Finding(check="clock", level="advice", text=text, change=change)
 
 
-def _role_of_server(facts: Facts, config: PoolConfig) -> Finding:
+def _role_of_server(facts: Facts, config: PoolConfig) -> Finding | None:
+    if facts.standby is None:
+        return None
     wanted = config.target_session_attrs
     if facts.standby and wanted not in ("standby", "read-only", "prefer-standby"):
         text = "the server is a standby and accepts no writes"

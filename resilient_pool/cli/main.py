@@ -317,7 +317,9 @@ async def _wait(options: argparse.Namespace) -> int:
     clock = SystemClock()
     started = clock.monotonic()
     async with _waiting_pool(options) as pool:
-        version = await pool.fetchval("SELECT pg_catalog.current_setting('server_version')")
+        await pool.fetchval("SELECT 1")
+        async with pool.acquire() as connection:
+            version = getattr(connection.get_settings(), "server_version", None)
     waited = clock.monotonic() - started
     _log(f"the database answers, after {waited:.1f} s")
     if options.json:

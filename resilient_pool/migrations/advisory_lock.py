@@ -9,12 +9,15 @@ import os
 import socket
 from collections.abc import AsyncIterator
 
+import asyncpg
+
 from resilient_pool.clock import Clock
-from resilient_pool.errors import MigrationLockedError
+from resilient_pool.errors import ConfigurationError, MigrationLockedError
 from resilient_pool.events import MigrationLockLost, MigrationLockWaited
 from resilient_pool.execution.connection import ResilientConnection
 from resilient_pool.pool import ResilientPool
 from resilient_pool.pooling.context import Dispatcher
+from resilient_pool.retry.classifier import refuses_question
 
 _POLL_SECONDS = 0.5
 _RELEASE_TIMEOUT = 5.0
@@ -88,6 +91,7 @@ class MigrationLock:
 
         Raises:
             MigrationLockedError: Another migration held it all that time.
+            ConfigurationError: The server has no such lock, or not for our role.
         """
         watch: asyncio.Task[None] | None = None
         try:
@@ -122,7 +126,7 @@ class MigrationLock:
         acquired = False
         try:
             await connection.execute("BEGIN")
-            if await connection.fetchval(_TRY_LOCK, self._key):
+            if await self._ask_for_lock(connection):
                 await self._hold_on(connection)
                 acquired = True
                 return None
@@ -135,17 +139,39 @@ class MigrationLock:
             if not acquired:
                 await self._release_connection(connection)
 
+    async def _ask_for_lock(self, connection: ResilientConnection) -> object:
+        try:
+            return await connection.fetchval(_TRY_LOCK, self._key)
+        except asyncpg.PostgresError as error:
+            if connection.is_closed() or not refuses_question(error):
+                raise
+            raise ConfigurationError(
+                f"the server has no advisory lock for this role to take ({error}), so nothing was run: let only one migration "
+                "run at a time yourself, and pass lock=None, or --no-lock"
+            ) from error
+
     async def _hold_on(self, connection: ResilientConnection) -> None:
         name = f"resilient-pool migrate on {socket.gethostname()} (process {os.getpid()})"
         settings = {**_SETTINGS, "application_name": name[:_MAX_NAME_BYTES]}
-        await connection.fetch(_SET_CONFIG, list(settings), list(settings.values()))
+        await connection.execute("SAVEPOINT settings")
+        try:
+            await connection.fetch(_SET_CONFIG, list(settings), list(settings.values()))
+        except asyncpg.PostgresError as error:
+            if connection.is_closed() or not refuses_question(error):
+                raise
+            await connection.execute("ROLLBACK TO SAVEPOINT settings")  # the lock is as good without them
         # The driver leaves the portal of its last query open, and that has a snapshot for as long as the transaction
         # lasts; a query by the simple protocol takes its place, and leaves none.
         await connection.execute("SELECT 1")
         self._connection = connection
 
     async def _holder(self, connection: ResilientConnection) -> str:
-        row = await connection.fetchrow(_HOLDER, *divmod(self._key % 2**64, 2**32))
+        try:
+            row = await connection.fetchrow(_HOLDER, *divmod(self._key % 2**64, 2**32))
+        except asyncpg.PostgresError as error:
+            if connection.is_closed() or not refuses_question(error):
+                raise
+            return "a session that the server does not name"
         if row is None:
             return "a session that has just released it"
         return f"{row['application_name'] or 'an application without a name'}, server process {row['pid']}"

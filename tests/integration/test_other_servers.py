@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 
 import asyncpg
 import pytest
+from migration_tools import program, run
+from test_poolers import Proxy
 
-from resilient_pool import OutcomeUnknownError, ResilientPool
+from resilient_pool import (
+    ConfigurationError,
+    MigrationLockedError,
+    OutcomeUnknownError,
+    ResilientPool,
+    run_migration,
+)
 from resilient_pool.events import DiscardReason
 from resilient_pool.pooling import reset_text
 from resilient_pool.testing import EmbeddedPostgres, End, Point, Refusal, ScriptedServer
@@ -299,3 +308,104 @@ async def test_each_fact_is_learned_although_others_are_refused(postgres, sqlsta
     finally:
         async with postgres.admin() as admin:
             await admin.execute("DROP ROLE elsewhere_idle")
+
+
+async def test_a_proxy_whose_server_cannot_be_asked_who_it_is_is_taken_for_a_pooler(postgres):
+    """The safe choice: a process id that differs, and a second client that learns nothing. A profile says otherwise."""
+    script = lines(containing("pg_stat_get_activity"), "42883")
+    with in_front_of(postgres, *script) as server:
+        for arguments, size in (({}, 0), ({"statement_cache_size": 100}, 2)):
+            async with Proxy(server.host, server.port) as proxy:
+                where = {"host": "127.0.0.1", "port": proxy.port, "user": "postgres", "database": "postgres"}
+                async with ResilientPool(**where, ssl=False, max_size=1, **arguments) as pool, pool.acquire() as lease:
+                    await lease.fetchval("SELECT $1::int", 1)
+                    assert await lease.fetchval("SELECT count(*) FROM pg_prepared_statements") == size
+
+
+async def test_cockroachdb_is_sent_a_whole_reset():
+    """asyncpg sends it none, so that one caller's settings would be the next one's."""
+    with ScriptedServer(parameters={"crdb_version": "CockroachDB CCL v25.2.1"}) as server:
+        async with asyncio.timeout(LIMIT), ResilientPool(server.dsn(), max_size=1) as pool:
+            await pool.execute(MARK)
+            await pool.execute(MARK)
+            assert pool.stats().opened == 1
+    assert sum(sql.endswith("RESET ALL;") and "RESET ROLE;" in sql for sql in server.statements) >= 1
+
+
+async def test_a_role_without_rights_on_the_functions_works_on_a_real_server(postgres, table):
+    """REVOKE is a way to have none of it, on PostgreSQL itself: nothing is claimed, nothing fails, one role's reset suffices."""
+    functions = "pg_is_in_recovery() pg_current_xact_id() pg_xact_status(xid8) pg_control_system() pg_current_wal_lsn()"
+    database = "elsewhere_poor"
+    await postgres.create_database(database)
+    async with postgres.admin(database) as admin:
+        await admin.execute("DROP ROLE IF EXISTS elsewhere_poor; CREATE ROLE elsewhere_poor LOGIN PASSWORD 'x'")
+        await admin.execute("CREATE TABLE elsewhere (entry int); GRANT ALL ON elsewhere TO elsewhere_poor")
+        for function in functions.split():
+            await admin.execute(f"REVOKE EXECUTE ON FUNCTION pg_catalog.{function} FROM PUBLIC")
+        await admin.execute("REVOKE SELECT ON pg_catalog.pg_proc, pg_catalog.pg_settings FROM PUBLIC")
+    try:
+        lost = Refusal(at=Point.COMMIT, then=End.RESET, executed=True, times=1, nth=9)
+        with in_front_of(postgres, lost) as server:
+            dsn = server.dsn(postgres.dsn(database, "elsewhere_poor", "x"))
+            async with asyncio.timeout(LIMIT), ResilientPool(dsn, max_size=1, deadline=3.0) as pool:
+                for entry in (1, 2):
+                    await use(pool, entry)
+                await pool.execute(MARK)
+                assert await pool.fetchval(LOOK) == ""
+                assert pool.stats().opened == 1
+                with pytest.raises(OutcomeUnknownError):
+                    for entry in range(3, 9):
+                        await insert(pool, entry)
+    finally:
+        async with postgres.admin() as admin:
+            await admin.execute(f"DROP DATABASE {database} WITH (FORCE)")
+            await admin.execute("DROP ROLE elsewhere_poor")
+
+
+# Deployments
+
+
+@pytest.mark.parametrize("sqlstate", ["0A000", "42883", "42501"])
+async def test_a_migration_says_that_the_server_has_no_lock_and_runs_without_one_when_told(
+    postgres, tmp_path, sqlstate
+):
+    """It is never run unlocked by itself."""
+    (tmp_path / "1.sql").write_text("SELECT 1;\n")
+    with in_front_of(postgres, *lines(containing("pg_try_advisory_xact_lock"), sqlstate)) as server:
+        dsn = server.dsn(postgres.dsn())
+        with pytest.raises(ConfigurationError, match=r"no advisory lock .*--no-lock"):
+            await run_migration(program("print(1)"), dsn=dsn, on_line=lambda _: None)
+        result = await run_migration(program("print(1)"), dsn=dsn, lock=None, on_line=lambda _: None)
+        assert result.output == ("1",)
+        status, _, errors = await run("migrate", "--", *program("print(1)"), dsn=dsn)
+        assert (status, "--no-lock" in errors, "Traceback" in errors) == (2, True, False), errors
+
+
+async def test_a_migration_holds_its_lock_without_the_settings_that_are_refused(postgres):
+    """And is locked all the same: a second one waits for it."""
+    script = lines(containing("set_config", "pg_stat_activity", "pg_stat_database"), "42601")
+    with in_front_of(postgres, *script) as server:
+        dsn = server.dsn(postgres.dsn())
+
+        async def migrate() -> None:
+            with pytest.raises(MigrationLockedError, match="does not name"):
+                await run_migration(program("print(2)"), dsn=dsn, deadline=0.5, on_line=lambda _: None)
+
+        result = await run_migration(migrate, dsn=dsn)
+        assert result.attempts == 1
+
+
+async def test_the_command_line_makes_do_with_what_the_server_says(postgres):
+    """It answers, which is all that `wait` waits for; the doctor names what it could not find out."""
+    with in_front_of(postgres, *lines(everything)) as server:
+        dsn = server.dsn(postgres.dsn())
+        status, output, errors = await run("wait", "--json", dsn=dsn)
+        assert (status, json.loads(output)["server_version"][:2]) == (0, "18"), errors
+        status, output, errors = await run("doctor", dsn=dsn)
+    assert (status, errors) == (0, "")
+    assert "advice  server: it does not say what PostgreSQL says" in output
+    assert "server version" not in output
+    with in_front_of(postgres, *lines(containing("to_regprocedure"))) as server:
+        status, output, errors = await run("doctor", dsn=server.dsn(postgres.dsn()))
+    assert (status, errors) == (0, "")
+    assert "cannot be asked what became of a COMMIT" in output

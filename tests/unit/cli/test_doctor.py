@@ -12,6 +12,7 @@ from resilient_pool.config.pool_config import PoolConfig
 
 HEALTHY = Facts(
     version=180001,
+    resolves=True,
     standby=False,
     idle=None,
     synchronous_commit="on",
@@ -71,6 +72,9 @@ def test_of_a_healthy_database_all_is_well():
         ("durability", {"synchronous_commit": "off"}, {}, "advice", "loses", "synchronous_commit=on"),
         ("permissions", {"may_terminate": False}, {}, "ok", "GRANT pg_signal_backend TO shop", ""),
         ("clock", {"skew": -7.2}, {}, "advice", "7.2 s", "NTP"),
+        ("server version", {"resolves": False}, {}, "advice", "if lost, it is unknown", "unique key"),
+        ("server version", {"resolves": None}, {}, "advice", "if lost, it is unknown", "unique key"),
+        ("server", {"unsaid": ("idle", "clock")}, {}, "advice", "(idle, clock)", "docs/services.md"),
         ("role", {"standby": True}, {}, "problem", "no writes", "target_session_attrs=primary"),
         ("role", {"standby": True}, {"target_session_attrs": "standby"}, "ok", "a standby", ""),
     ],
@@ -121,3 +125,12 @@ def test_of_a_host_that_is_not_known_no_profile_is_named(monkeypatch):
     monkeypatch.delenv("AWS_LAMBDA_FUNCTION_NAME", raising=False)
     finding = profile("postgresql://shop@db.example.com/shop")
     assert (finding.level, finding.details, finding.change) == ("ok", (), "")
+
+
+def test_of_what_the_server_does_not_say_nothing_is_found():
+    """Neither that all is well nor that it is not."""
+    unsaid = ("version", "resolves", "standby", "idle", "synchronous_commit", "tls", "remote", "may_terminate", "role")
+    facts = {**dict.fromkeys(unsaid), "tls_version": None, "skew": None}
+    assert findings({}, **facts, unsaid=(*unsaid, "clock")).keys() == {
+        *("profile", "server", "pausing", "keepalive", "pooler")
+    }

@@ -32,7 +32,7 @@ class FakeDriver:
     """A connection that notes what it is sent, to a server on which every function is stable, or none is."""
 
     def __init__(self, *, stable: bool = True, opened_at=None, read_only=None) -> None:
-        self.invalidated, self.has_served, self.sent, self.asked = False, True, [], 0
+        self.invalidated, self.has_served, self.has_catalog, self.sent, self.asked = False, True, True, [], 0
         self.opened_at, self.read_only, self.queries, self.is_customized = opened_at, read_only, 0, False
         self.connection = SimpleNamespace(is_closed=lambda: True, execute=self.execute)
         self.stable = stable
