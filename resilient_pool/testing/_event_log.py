@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-from array import array
 from typing import Final, Literal
 
 Phase = Literal["awake", "paused", "resuming"]
@@ -22,7 +20,7 @@ class Attempt:
         at: When it arrived, in seconds of `time.monotonic()`.
         phase: What the server was doing then; the attempt that wakes it finds it "paused".
         outcome: "pending" while it has no answer; "served" when its session was ready for a first statement; "reset";
-            "refused"; "gave up" if the client disconnected without an answer; the SQLSTATE it was refused with; "cancel" for
+            "gave up" if the client disconnected without an answer; the SQLSTATE it was refused with; "cancel" for
             a request to cancel; "failed" if it ended otherwise.
         settled_at: When that was known, likewise, or None while it is pending.
     """
@@ -75,8 +73,7 @@ class EventLog:
         self._began = now
         self._awake_since = now
         self._awake_total = 0.0
-        self._received_at = array("d")
-        self._received_total = array("Q")
+        self._received: list[tuple[float, int]] = []
         self.record("started", now)
 
     def record(self, event: str, now: float, attempt: int | None = None) -> None:
@@ -121,12 +118,6 @@ class EventLog:
         self.record("arrived", now, number)
         return number
 
-    def attempt_refused(self, now: float) -> None:
-        """Count an attempt that the kernel refused."""
-        number = len(self._attempts) + 1
-        self._attempts.append(Attempt(number=number, at=now, phase=self.phase, outcome="refused", settled_at=now))
-        self.record("refused", now, number)
-
     def set_outcome(self, number: int, outcome: str, now: float) -> None:
         """Record the outcome of an attempt; only the first one counts."""
         if number in self._pending:
@@ -154,11 +145,8 @@ class EventLog:
 
     def bytes_received(self, count: int, now: float) -> None:
         """Count bytes that a client sent."""
-        self._received_at.append(now)
-        self._received_total.append(count + (self._received_total[-1] if self._received_total else 0))
+        self._received.append((now, count))
 
     def bytes_since(self, moment: float) -> int:
         """Return how many bytes have arrived at that moment or later."""
-        before = bisect.bisect_left(self._received_at, moment)
-        total = self._received_total[-1] if self._received_total else 0
-        return total - (self._received_total[before - 1] if before else 0)
+        return sum(count for at, count in self._received if at >= moment)

@@ -19,6 +19,9 @@ Ending = Literal["fin", "rst", "hang"]
 _CHUNK = 1 << 20
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _KEY_DATA = struct.Struct("!i")
+# Without the first two the client would never send the data that the statement is waiting for; the third is no answer.
+_NEVER_WITHHELD = frozenset({_messages.COPY_IN, _messages.COPY_BOTH, _messages.PARAMETER})
+_ENDS_OF_ANSWERS = frozenset({_messages.COMPLETE, _messages.ERROR, _messages.EMPTY, _messages.SUSPENDED})
 
 
 class State(enum.Enum):
@@ -53,55 +56,73 @@ class ArmedFault:
     Attributes:
         matches: Predicate on a request: its SQL and its arguments, as bytes.
         reaches_server: Whether the server gets the request.
+        instead: What it gets in the place of the request; nothing by default.
         after_bytes: How much of the answer the client gets.
-        then: How the connection ends for the client.
+        error_response: An ErrorResponse to send after that much of the answer.
+        then: How the connection ends for the client; "ready": it goes on, with the server's own ReadyForQuery.
         server_sees_close: Whether the server's side is closed too.
-        error_response: An ErrorResponse to send after that much of the answer, before the end.
     """
 
-    matches: Callable[[bytes], bool]
+    matches: Callable[[bytes], bool] = lambda _: True
     reaches_server: bool
-    after_bytes: int
-    then: Ending
-    server_sees_close: bool
+    instead: bytes = b""
+    after_bytes: int = 0
     error_response: bytes = b""
+    then: Ending | Literal["ready"]
+    server_sees_close: bool
 
 
-class ProxyState:
+class Traffic:
+    """What passes, or is held back, on one connection or on all of a proxy.
+
+    Attributes:
+        delay: For how many seconds everything is held back, in either direction.
+        passable: Whether anything passes at all.
+        armed: Faults that wait for their request.
+        bytes_to_server: How many bytes were passed to the server.
+        bytes_to_client: How many bytes were passed to clients.
+    """
+
+    def __init__(self) -> None:
+        self.delay = 0.0
+        self.passable = asyncio.Event()
+        self.passable.set()
+        self.armed: list[ArmedFault] = []
+        self.bytes_to_server = 0
+        self.bytes_to_client = 0
+
+    def undo(self) -> None:
+        """Let everything pass again, and disarm what has not happened yet."""
+        self.delay = 0.0
+        self.armed.clear()
+        self.passable.set()
+
+
+class ProxyState(Traffic):
     """Settings and counters that all connections of one proxy share."""
 
     def __init__(self, target: tuple[str, int], tls: ssl.SSLContext | None) -> None:
+        super().__init__()
         self.target = target
         self.tls = tls
         self.tls_refused = False
         self.accept_mode = AcceptMode.SERVE
         self.error = b""
-        self.delay = 0.0
-        self.passable = asyncio.Event()
-        self.passable.set()
-        self.armed: list[ArmedFault] = []
         self.accepted = 0
         self.fired = 0
-        self.bytes_to_server = 0
-        self.bytes_to_client = 0
 
 
-class Relay:
+class Relay(Traffic):
     """One connection: a client's side, the server's side, and what passes between them, message by message."""
 
     def __init__(self, proxy_state: ProxyState, client: Stream, number: int) -> None:
+        super().__init__()
         self.number = number
         self.state = State.OPEN
         self.client_connected = True
         self.parameters: dict[str, str] = {}
         self.backend_pid: int | None = None
         self.startup_error: str | None = None
-        self.delay = 0.0
-        self.passable = asyncio.Event()
-        self.passable.set()
-        self.armed: list[ArmedFault] = []
-        self.bytes_to_server = 0
-        self.bytes_to_client = 0
         self._proxy_state = proxy_state
         self._client = client
         self._server: Stream | None = None
@@ -114,6 +135,16 @@ class Relay:
         self._firing_round = 0
         self._withheld = b""
         self._withheld_length = 0
+
+    @property
+    def accept_mode(self) -> AcceptMode:
+        """How the client is answered."""
+        return self._proxy_state.accept_mode
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a server would count it as a connection."""
+        return self.client_connected and self.state is State.OPEN
 
     @property
     def is_ready(self) -> bool:
@@ -157,42 +188,38 @@ class Relay:
 
     async def _handshake(self) -> None:
         await self._wait_until_passable()
-        accept_mode = self._proxy_state.accept_mode
-        if accept_mode is AcceptMode.HANG:
+        mode = self.accept_mode
+        if mode is AcceptMode.HANG:
             self.state = State.FORGOTTEN
             await self._discard_input()
-        elif accept_mode in {AcceptMode.FIN, AcceptMode.RST}:
-            await self._reject("rst" if accept_mode is AcceptMode.RST else "fin")
+        elif mode in {AcceptMode.FIN, AcceptMode.RST}:
+            await self._reject("rst" if mode is AcceptMode.RST else "fin")
         else:
             await self._start_session(await self._first_request())
 
     async def _first_request(self) -> _messages.Message:
         while True:
             message = await self._first_message()
-            if (
-                message.code == _messages.TLS_REQUEST
-                and self._proxy_state.tls is not None
-                and not self._proxy_state.tls_refused
-            ):
-                await self._send(b"S")
-                await self._client.writer.start_tls(self._proxy_state.tls)
-            elif message.code in {_messages.TLS_REQUEST, _messages.GSS_REQUEST}:
-                await self._send(b"N")
-            else:
+            if message.code not in {_messages.TLS_REQUEST, _messages.GSS_REQUEST}:
                 return message
+            shared = self._proxy_state
+            if message.code == _messages.TLS_REQUEST and shared.tls is not None and not shared.tls_refused:
+                await self._send(b"S")
+                await self._client.writer.start_tls(shared.tls)
+            else:
+                await self._send(b"N")
 
     async def _first_message(self) -> _messages.Message:
         while (message := self._from_client.next()) is None:
-            data = await self._client.reader.read(_CHUNK)
+            data = await self._receive()
             if not data:
                 raise EOFError
-            await self._wait_until_passable()
             self._from_client.feed(data)
         return message
 
     async def _start_session(self, request: _messages.Message) -> None:
-        if self._proxy_state.accept_mode is AcceptMode.ERROR and request.code != _messages.CANCEL_REQUEST:
-            await self._send(self._proxy_state.error)
+        if self.accept_mode is AcceptMode.ERROR and request.code != _messages.CANCEL_REQUEST:
+            await self._send(self._refusal(request))
             await self._reject("fin")
             return
         try:
@@ -209,7 +236,12 @@ class Relay:
             self.parameters = _messages.startup_parameters(request)
         self._from_client.session_started()
         self._pass_to_server(self._server, request)
-        await self._relay(self._server)
+        async with asyncio.TaskGroup() as directions:
+            directions.create_task(self._relay_requests(self._server))
+            directions.create_task(self._relay_answers(self._server))
+
+    def _refusal(self, _request: _messages.Message) -> bytes:
+        return self._proxy_state.error
 
     async def _connect_to_server(self) -> Stream:
         return Stream(*await asyncio.open_connection(*self._proxy_state.target, limit=_CHUNK))
@@ -219,8 +251,14 @@ class Relay:
         await self._discard_input()
 
     async def _discard_input(self) -> None:
-        while await self._client.reader.read(_CHUNK):
+        while await self._receive():
             pass
+
+    async def _receive(self) -> bytes:
+        """Read what the client sends, and hold it back for as long as it must be; nothing at its end."""
+        data = await _read(self._client.reader)
+        await self._wait_until_passable()
+        return data
 
     async def _send(self, data: bytes) -> None:
         if self.state is State.ENDED:  # by a fault during the handshake
@@ -230,20 +268,13 @@ class Relay:
 
     # Relaying
 
-    async def _relay(self, server: Stream) -> None:
-        async with asyncio.TaskGroup() as directions:
-            directions.create_task(self._relay_requests(server))
-            directions.create_task(self._relay_answers(server))
-
     async def _relay_requests(self, server: Stream) -> None:
         self._read_requests(server)
-        while data := await _read(self._client.reader):
-            await self._wait_until_passable()
+        while data := await self._receive():
             if self.state is State.OPEN:
                 self._from_client.feed(data)
                 self._read_requests(server)
                 await _drain(server.writer)
-        await self._wait_until_passable()
         self.client_connected = False
         if self.state is State.OPEN:
             server.writer.close()
@@ -257,28 +288,37 @@ class Relay:
                 self._read_answers()
                 await _drain(self._client.writer)
         await self._wait_until_passable()
-        if self.state is State.OPEN:
-            self._server_closed()
+        if self.state is not State.OPEN:
+            return
+        if self._firing is not None and self._rounds_answered == self._firing_round:
+            self._fire(self._firing)
+        else:
+            self._pass_to_client(self._from_server.rest())
+            self.end("fin", server_sees_close=True)
 
     def _read_requests(self, server: Stream) -> None:
         while self.state is State.OPEN and (message := self._from_client.next()) is not None:
-            self._match_fault(message)
-            if self._firing is not None and not self._firing.reaches_server:
-                self._fire(self._firing)
-                return
-            self._pass_to_server(server, message)
+            sent = message
+            if (fault := self._fault_for(message)) is not None:
+                self._firing, self._firing_round = fault, self._requests.round
+                if not fault.reaches_server and not fault.instead:
+                    self._fire(fault)
+                    return
+                if not fault.reaches_server:
+                    sent = _messages.Message(kind=message.kind, data=fault.instead)
+            self._pass_to_server(server, sent)
             self._requests.passed(message)
 
-    def _match_fault(self, message: _messages.Message) -> None:
+    def _fault_for(self, message: _messages.Message) -> ArmedFault | None:
         subject = self._requests.read(message)
         if subject is None or self._firing is not None:
-            return
+            return None
         for waiting in (self.armed, self._proxy_state.armed):
             for fault in waiting:
                 if fault.matches(subject):
                     waiting.remove(fault)
-                    self._firing, self._firing_round = fault, self._requests.round
-                    return
+                    return fault
+        return None
 
     def _read_answers(self) -> None:
         while self.state is State.OPEN and (message := self._from_server.next()) is not None:
@@ -292,38 +332,29 @@ class Relay:
                 self._in_transaction = message.body != _messages.NO_TRANSACTION
 
     def _deliver(self, message: _messages.Message) -> None:
-        if self._is_withheld(message):
-            self._withhold(message)
-        else:
-            self._pass_to_client(message.data)
-
-    def _is_withheld(self, message: _messages.Message) -> bool:
-        if self._firing is None or self._rounds_answered != self._firing_round:
-            return False
-        # Without these the client would never send the data that the statement is waiting for.
-        return message.kind not in {_messages.COPY_IN, _messages.COPY_BOTH}
-
-    def _withhold(self, message: _messages.Message) -> None:
+        """Pass a message on, or withhold it; ReadyForQuery ends the answer that is withheld."""
         fault = self._firing
-        assert fault is not None  # noqa: S101 - _is_withheld() has seen it
+        if fault is None or self._rounds_answered != self._firing_round or message.kind in _NEVER_WITHHELD:
+            self._pass_to_client(message.data)
+            return
         self._withheld += message.data[: max(fault.after_bytes - len(self._withheld), 0)]
         self._withheld_length += len(message.data)
+        if fault.then == "ready" and message.kind in _ENDS_OF_ANSWERS:
+            # At once: a client that has sent Flush waits for it, before it sends Sync.
+            self._pass_to_client(fault.error_response)
+            fault = self._firing = dataclasses.replace(fault, error_response=b"")
         if message.kind == _messages.READY:
             self._fire(fault)
+            if fault.then == "ready":
+                self._pass_to_client(message.data)
 
     def _fire(self, fault: ArmedFault) -> None:
         # Never the whole answer, however much was asked for.
         self._pass_to_client(self._withheld[: max(self._withheld_length - 1, 0)] + fault.error_response)
         self._proxy_state.fired += 1
-        self._firing = None
-        self.end(fault.then, server_sees_close=fault.server_sees_close)
-
-    def _server_closed(self) -> None:
-        if self._firing is not None and self._rounds_answered == self._firing_round:
-            self._fire(self._firing)
-        else:
-            self._pass_to_client(self._from_server.rest())
-            self.end("fin", server_sees_close=True)
+        self._firing, self._withheld, self._withheld_length = None, b"", 0
+        if fault.then != "ready":
+            self.end(fault.then, server_sees_close=fault.server_sees_close)
 
     def _pass_to_server(self, server: Stream, message: _messages.Message) -> None:
         _write(server, message.data)

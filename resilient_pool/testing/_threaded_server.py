@@ -18,8 +18,7 @@ RelayType = TypeVar("RelayType", bound=Relay)
 
 _PATIENCE = 30.0
 _LISTEN_BACKLOG = 512
-READ_LIMIT = 1 << 20
-"""How many bytes a client may send ahead of what is read."""
+_READ_LIMIT = 1 << 20
 
 
 class LoopbackService(abc.ABC, Generic[RelayType]):
@@ -96,9 +95,6 @@ class LoopbackService(abc.ABC, Generic[RelayType]):
     @abc.abstractmethod
     def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None: ...
 
-    def _new_reader(self) -> asyncio.StreamReader:
-        return asyncio.StreamReader(limit=READ_LIMIT)
-
     async def _started(self) -> None:
         await self._listen()
 
@@ -110,7 +106,7 @@ class LoopbackService(abc.ABC, Generic[RelayType]):
     async def _listen(self) -> None:
         if self._reserved is not None:
             self._listener = await asyncio.get_running_loop().create_server(
-                lambda: asyncio.StreamReaderProtocol(self._new_reader(), self._on_connection),
+                lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=_READ_LIMIT), self._on_connection),
                 sock=self._reserved,
                 backlog=_LISTEN_BACKLOG,
             )

@@ -18,15 +18,15 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Literal, TypeVar, get_args
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, get_args
 
 from resilient_pool._validation import constructor_names_nearest
+from resilient_pool.testing import _protocol as _messages
 from resilient_pool.testing._event_log import Attempt, EventLog, LogEntry, Phase
-from resilient_pool.testing._pausable_relay import CountingReader, PausableRelay
-from resilient_pool.testing._relay import ProxyState, Stream
-from resilient_pool.testing._syn_sniffer import SynSniffer
-from resilient_pool.testing._threaded_server import READ_LIMIT, LoopbackService
+from resilient_pool.testing._relay import AcceptMode, Ending, ProxyState, Relay, Stream
+from resilient_pool.testing._threaded_server import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
 Result = TypeVar("Result")
@@ -34,8 +34,128 @@ Away = Literal["hang", "refuse", "reset", "57P03", "28000"]
 """How an attempt is answered while the server is away."""
 
 _REFUSAL_SECONDS = 0.5
-_TIME_TO_BE_ACCEPTED = 0.1
 _POLL = 0.005
+_TEXTS = MappingProxyType(
+    {
+        "53300": "sorry, too many clients already",
+        "57P03": "the database system is starting up",
+        "57P05": "terminating connection due to idle-session timeout",
+    }
+)
+
+
+class PausableRelay(Relay):
+    """A relay that holds the client until `decide()` is called.
+
+    Args:
+        proxy_state: Where the server is, and whether TLS is offered.
+        client: The client's side.
+        number: Which attempt it is.
+        settings: What to add to the client's startup parameters.
+        on_outcome: Called with the number and the outcome; only the first outcome of a relay counts.
+        on_bytes: Called with the number of bytes that the client has sent.
+    """
+
+    def __init__(
+        self,
+        proxy_state: ProxyState,
+        client: Stream,
+        number: int,
+        settings: Mapping[str, str],
+        on_outcome: Callable[[int, str], None],
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        super().__init__(proxy_state, client, number)
+        self._settings = settings
+        self._on_outcome = on_outcome
+        self._on_bytes = on_bytes
+        self._has_left = False
+        self._code = ""
+        self._decision: asyncio.Future[AcceptMode] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it is known how the client is answered."""
+        return self._decision.done()
+
+    @property
+    def accept_mode(self) -> AcceptMode:
+        """How the client is answered, once that is decided."""
+        return self._decision.result()
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it has, or is about to get, a session on the server."""
+        return self.is_open and self.is_decided and self.accept_mode is AcceptMode.SERVE
+
+    def decide(self, accept_mode: AcceptMode, sqlstate: str = "") -> None:
+        """Answer the client so; for `AcceptMode.ERROR` with that SQLSTATE."""
+        self._code = sqlstate
+        if not self._decision.done():
+            self._decision.set_result(accept_mode)
+
+    def end_idle_session(self) -> None:
+        """End an idle session as a server's `idle_session_timeout` does."""
+        self._pass_to_client(_messages.fatal_error("57P05", _TEXTS["57P05"]))
+        self.end("fin", server_sees_close=True)
+
+    def end(self, how: Ending, *, server_sees_close: bool) -> None:
+        """End the connection, and report the outcome."""
+        super().end(how, server_sees_close=server_sees_close)
+        self._on_outcome(self.number, "reset" if self.accept_mode is AcceptMode.RST else self._code or "failed")
+
+    async def run(self) -> None:
+        """Serve the connection to its end."""
+        try:
+            await super().run()
+        finally:
+            self._on_outcome(self.number, "gave up" if self._has_left else "failed")
+
+    async def _handshake(self) -> None:
+        reading = asyncio.ensure_future(self._read_ahead())
+        reading_or_decision: list[asyncio.Future[Any]] = [reading, self._decision]
+        try:
+            await asyncio.wait(reading_or_decision, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            reading.cancel()
+        await asyncio.wait([reading])
+        if self._decision.done():
+            await super()._handshake()
+
+    async def _read_ahead(self) -> None:
+        while data := await self._receive():
+            self._from_client.feed(data)
+
+    async def _receive(self) -> bytes:
+        data = await super()._receive()
+        self._on_bytes(len(data))
+        self._has_left = not data
+        return data
+
+    async def _start_session(self, request: _messages.Message) -> None:
+        if request.code != _messages.CANCEL_REQUEST:
+            await super()._start_session(_messages.with_parameters(request, self._settings))
+        elif self.accept_mode is AcceptMode.SERVE:
+            self._on_outcome(self.number, "cancel")
+            await super()._start_session(request)
+
+    def _refusal(self, request: _messages.Message) -> bytes:
+        said = _messages.startup_parameters(request)
+        user = said.get("user", "")
+        host = self._client.writer.get_extra_info("peername")[0]
+        encrypted = self._client.writer.get_extra_info("ssl_object") is not None
+        not_let_in = (
+            f'no pg_hba.conf entry for host "{host}", user "{user}", database "{said.get("database", user)}", '
+            f"{'SSL encryption' if encrypted else 'no encryption'}"
+        )
+        return _messages.fatal_error(self._code, _TEXTS.get(self._code, not_let_in))
+
+    def _read_answers(self) -> None:
+        super()._read_answers()
+        if self.startup_error:
+            self._on_outcome(self.number, self.startup_error)
+        elif self.is_ready:
+            self._on_outcome(self.number, "served")
 
 
 @constructor_names_nearest
@@ -53,9 +173,8 @@ class PausingServer(LoopbackService[PausableRelay]):
     * "57P03": FATAL "the database system is starting up";
     * "28000": FATAL "no pg_hba.conf entry for host ...", though the credentials may be right.
 
-    The errors answer the startup message, after an answer to a request for TLS. Attempts that the kernel refuses are
-    counted where this process may read packets, that is as root or with CAP_NET_RAW on Linux: see `counts_refusals`.
-    Everything happens in a thread with an event loop of its own, so a program under test may block. Counts and the
+    The errors answer the startup message, after an answer to a request for TLS. Attempts that the kernel refuses cannot
+    be counted here, only by the client. Everything happens in a thread with an event loop of its own, so a program under test may block. Counts and the
     log can be read from any thread, also after `close()`.
 
     Args:
@@ -93,7 +212,7 @@ class PausingServer(LoopbackService[PausableRelay]):
         listen_port: int = 0,
     ) -> None:
         super().__init__(listen_port)
-        self._target = (host, port)
+        self._proxy_state = ProxyState((host, port), None if tls is None else tls.server_context())
         self._pause_after = None if pause_after is None else _at_least(0, "pause_after", pause_after)
         self._resume_seconds = _at_least(0, "resume_seconds", resume_seconds)
         self._away = _away_modes(away)
@@ -101,12 +220,11 @@ class PausingServer(LoopbackService[PausableRelay]):
         self._settings = _settings(idle_session_timeout)
         self._capacity = None if capacity is None else _at_least(1, "capacity", capacity)
         self._capacity_seconds = _at_least(0, "capacity_seconds", capacity_seconds)
-        self._tls = None if tls is None else tls.server_context()
         self._log_if_started: EventLog | None = None
         self._stopped_at: float | None = None
 
     def __repr__(self) -> str:
-        host, port = self._target
+        host, port = self._proxy_state.target
         return f"<PausingServer {self.host}:{self._listen_port} before {host}:{port}>"
 
     # Pause and resume
@@ -173,18 +291,13 @@ class PausingServer(LoopbackService[PausableRelay]):
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
-        """Every attempt to connect, requests to cancel included; refused ones only if `counts_refusals`."""
+        """Every attempt to connect, requests to cancel included, without those that the kernel refused."""
         return self._read_log(lambda log: log.attempts)
 
     @property
     def outage_attempts(self) -> tuple[Attempt, ...]:
         """Those of the last outage: from the last pause until the server was up again; likewise."""
         return self._read_log(lambda log: log.outage_attempts)
-
-    @property
-    def counts_refusals(self) -> bool:
-        """Whether attempts are counted that the kernel refuses; if not, only the client can count them."""
-        return self._can_count_refusals
 
     @property
     def in_flight(self) -> int:
@@ -216,12 +329,7 @@ class PausingServer(LoopbackService[PausableRelay]):
     def _read_log(self, read: Callable[[EventLog], Result]) -> Result:
         if self._loop is None:
             return read(self._events)
-
-        def act() -> Result:
-            self._record_refusals()
-            return read(self._events)
-
-        return self._call_in_loop(act)
+        return self._call_in_loop(lambda: read(self._events))
 
     def _has_reached(self, phase: Phase, deadline: float, timeout: float) -> bool:
         now = self.phase
@@ -249,15 +357,10 @@ class PausingServer(LoopbackService[PausableRelay]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._port_lock = asyncio.Lock()
         self._capacity_limited = False
-        self._sniffer = SynSniffer.open(self.host, self.port) if "refuse" in self._away else None
-        self._can_count_refusals = self._sniffer is not None
-        if self._sniffer is not None:
-            asyncio.get_running_loop().add_reader(self._sniffer, self._record_refusals)
         await self._listen()
         self._schedule_pause()
 
     async def _shut_down(self) -> None:
-        self._record_refusals()
         self._stopped_at = self._now()
         for timer in self._timers.values():
             timer.cancel()
@@ -265,9 +368,6 @@ class PausingServer(LoopbackService[PausableRelay]):
             work.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await super()._shut_down()
-        if self._sniffer is not None:
-            asyncio.get_running_loop().remove_reader(self._sniffer)
-            self._sniffer.close()
 
     def _set_timer(self, name: str, seconds: float, action: Callable[[], object]) -> None:
         if name in self._timers:
@@ -318,7 +418,6 @@ class PausingServer(LoopbackService[PausableRelay]):
     async def _resume(self) -> None:
         async with self._port_lock:
             if self._events.phase != "awake":
-                self._record_refusals()
                 self._finish_resuming()
                 await self._open_port()
 
@@ -342,15 +441,11 @@ class PausingServer(LoopbackService[PausableRelay]):
 
     # Attempts
 
-    def _new_reader(self) -> asyncio.StreamReader:
-        return CountingReader(lambda count: self._events.bytes_received(count, self._now()), READ_LIMIT)
-
     def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._cancel_pause()
-        self._mark_accepted(writer)
         number = self._events.attempt_started(self._now())
         relay = PausableRelay(
-            ProxyState(self._target, self._tls), Stream(reader, writer), number, self._settings, self._on_outcome
+            self._proxy_state, Stream(reader, writer), number, self._settings, self._on_outcome, self._on_bytes
         )
         self._run(relay).add_done_callback(lambda _: self._on_disconnect(relay))
         if self._events.phase == "awake":
@@ -358,25 +453,26 @@ class PausingServer(LoopbackService[PausableRelay]):
             return
         if self._events.phase == "paused":
             self._start_resuming()
-        self._answer_while_away(relay, self._random.choice(self._away))
+        away = self._random.choice(self._away)
+        if away in {"57P03", "28000"}:
+            relay.decide(AcceptMode.ERROR, away)
+        elif away != "hang":
+            relay.decide(AcceptMode.RST)
+        if away == "refuse":
+            self._spawn(self._close_port())
 
     def _admit(self, relay: PausableRelay) -> None:
         served = sum(each.is_served for each in self._running)
         if self._capacity_limited and self._capacity is not None and served >= self._capacity:
-            relay.refuse("53300")
+            relay.decide(AcceptMode.ERROR, "53300")
         else:
-            relay.serve()
+            relay.decide(AcceptMode.SERVE)
 
-    def _answer_while_away(self, relay: PausableRelay, away: Away) -> None:
-        if away in {"57P03", "28000"}:
-            relay.refuse(away)
-        elif away != "hang":
-            relay.reset()
-        if away == "refuse":
-            self._spawn(self._close_port())
+    def _on_bytes(self, count: int) -> None:
+        self._events.bytes_received(count, self._now())
 
-    def _on_outcome(self, relay: PausableRelay, outcome: str) -> None:
-        self._events.set_outcome(relay.number, outcome, self._now())
+    def _on_outcome(self, number: int, outcome: str) -> None:
+        self._events.set_outcome(number, outcome, self._now())
         self._schedule_pause()
 
     def _on_disconnect(self, relay: PausableRelay) -> None:
@@ -397,27 +493,12 @@ class PausingServer(LoopbackService[PausableRelay]):
 
     async def _reopen_port(self) -> None:
         async with self._port_lock:
-            self._record_refusals()
             await self._open_port()
 
     async def _open_port(self) -> None:
         if self._listener is None:
             await self._listen()
             self._events.record("port open", self._now())
-
-    def _mark_accepted(self, writer: asyncio.StreamWriter) -> None:
-        if self._sniffer is not None:
-            self._sniffer.drain(self._now())
-            self._sniffer.accepted(writer.get_extra_info("peername")[1])
-
-    def _record_refusals(self) -> None:
-        if self._sniffer is None or self._stopped_at is not None:
-            return
-        self._sniffer.drain(self._now())
-        # While the port is open, what was not accepted yet may still be; what came as it closed will never be.
-        grace = 0.0 if self._reserved is not None else _TIME_TO_BE_ACCEPTED
-        for at in self._sniffer.take(self._now() - grace):
-            self._events.attempt_refused(at)
 
 
 def _at_least(least: float, name: str, value: float) -> float:

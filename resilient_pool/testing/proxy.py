@@ -27,7 +27,7 @@ from typing import Literal, TypeVar
 
 from resilient_pool._validation import constructor_names_nearest
 from resilient_pool.testing._protocol import Matcher, fatal_error, matcher
-from resilient_pool.testing._relay import AcceptMode, ArmedFault, Ending, ProxyState, Relay, State, Stream
+from resilient_pool.testing._relay import AcceptMode, ArmedFault, Ending, ProxyState, Relay, State, Stream, Traffic
 from resilient_pool.testing._threaded_server import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
@@ -37,17 +37,35 @@ Result = TypeVar("Result")
 class _Faults(abc.ABC):
     """The faults that a whole proxy and a single connection have in common."""
 
+    _proxy: FaultProxy
+    _traffic: Traffic
+
     @abc.abstractmethod
     def _relays(self) -> list[Relay]: ...
 
-    @abc.abstractmethod
-    def _armed(self) -> list[ArmedFault]: ...
+    def _act(self, action: Callable[[], Result]) -> Result:
+        return self._proxy._call_in_loop(action)  # noqa: SLF001 - its own proxy, or itself
 
-    @abc.abstractmethod
-    def _call_in_loop(self, action: Callable[[], Result]) -> Result: ...
+    def _closing(self, server_sees_close: bool | None) -> bool:
+        return self._proxy._server_sees_close if server_sees_close is None else server_sees_close  # noqa: SLF001
 
-    @abc.abstractmethod
-    def _closing(self, server_sees_close: bool | None) -> bool: ...
+    @property
+    def bytes_to_server(self) -> int:
+        """How many bytes were passed to the server."""
+        return self._traffic.bytes_to_server
+
+    @property
+    def bytes_to_client(self) -> int:
+        """How many bytes were passed to clients."""
+        return self._traffic.bytes_to_client
+
+    def delay(self, seconds: float) -> None:
+        """Hold everything back that long, in either direction, a connection's own delay on top of its proxy's; 0 ends it."""
+        self._traffic.delay = seconds
+
+    def blackhole(self) -> None:
+        """Let nothing pass until `restore()`, on connections that are still to come too; then everything held back arrives."""
+        self._act(self._traffic.passable.clear)
 
     def fin(self, *, server_sees_close: bool | None = None) -> None:
         """Close in an orderly way, as a server that shuts down does.
@@ -127,7 +145,7 @@ class _Faults(abc.ABC):
             for relay in self._relays():
                 relay.end(how, server_sees_close=closing)
 
-        self._call_in_loop(end)
+        self._act(end)
 
     def _arm(
         self,
@@ -146,7 +164,7 @@ class _Faults(abc.ABC):
             then=then,
             server_sees_close=self._closing(server_sees_close),
         )
-        self._call_in_loop(lambda: self._armed().extend([fault] * times))
+        self._act(lambda: self._traffic.armed.extend([fault] * times))
 
 
 @constructor_names_nearest
@@ -177,12 +195,13 @@ class FaultProxy(LoopbackService[Relay], _Faults):
         listen_port: int = 0,
     ) -> None:
         super().__init__(listen_port)
-        self._proxy_state = ProxyState((host, port), None if tls is None else tls.server_context())
+        self._proxy = self
+        self._traffic: ProxyState = ProxyState((host, port), None if tls is None else tls.server_context())
         self._server_sees_close = server_sees_close
         self._attempted_at: list[float] = []
 
     def __repr__(self) -> str:
-        host, port = self._proxy_state.target
+        host, port = self._traffic.target
         return f"<FaultProxy {self.host}:{self._listen_port} to {host}:{port}>"
 
     # What there is to see
@@ -190,7 +209,7 @@ class FaultProxy(LoopbackService[Relay], _Faults):
     @property
     def connections(self) -> list[ProxiedConnection]:
         """The connections whose client is still there, oldest first."""
-        return self._call_in_loop(lambda: [ProxiedConnection(self, relay) for relay in self._relays()])
+        return self._act(lambda: [ProxiedConnection(self, relay) for relay in self._relays()])
 
     def connection(self, backend_pid: int) -> ProxiedConnection:
         """Find a connection by its session's process id, as `asyncpg.Connection.get_server_pid()` returns it.
@@ -216,27 +235,17 @@ class FaultProxy(LoopbackService[Relay], _Faults):
     @property
     def accepted(self) -> int:
         """How many of them were passed on to the server, requests to cancel included."""
-        return self._proxy_state.accepted
+        return self._traffic.accepted
 
     @property
     def fired(self) -> int:
         """How many armed faults have happened."""
-        return self._proxy_state.fired
+        return self._traffic.fired
 
     @property
     def armed(self) -> int:
         """How many faults that were armed for any connection still wait for their request."""
-        return len(self._proxy_state.armed)
-
-    @property
-    def bytes_to_server(self) -> int:
-        """How many bytes were passed to the server."""
-        return self._proxy_state.bytes_to_server
-
-    @property
-    def bytes_to_client(self) -> int:
-        """How many bytes were passed to clients."""
-        return self._proxy_state.bytes_to_client
+        return len(self._traffic.armed)
 
     # How new connections are met
 
@@ -258,58 +267,39 @@ class FaultProxy(LoopbackService[Relay], _Faults):
 
     def answer_with_error(self, sqlstate: str = "57P03", text: str = "the database system is starting up") -> None:
         """Turn new connections away with a FATAL error in answer to their startup message."""
-        self._proxy_state.error = fatal_error(sqlstate, text)
+        self._traffic.error = fatal_error(sqlstate, text)
         self._meet(AcceptMode.ERROR)
 
     def refuse_tls(self) -> None:
         """Answer requests for TLS with "N" from now on."""
-        self._proxy_state.tls_refused = True
+        self._traffic.tls_refused = True
 
     def retarget(self, host: str, port: int) -> None:
         """Lead new connections to another server, as a name does after a fail-over."""
-        self._proxy_state.target = (host, port)
-
-    # How all are treated
-
-    def delay(self, seconds: float) -> None:
-        """Hold everything back that long, in either direction; 0 ends it."""
-        self._proxy_state.delay = seconds
-
-    def blackhole(self) -> None:
-        """Let nothing pass, on present and new connections, until `restore()`; then everything held back arrives."""
-        self._call_in_loop(self._proxy_state.passable.clear)
+        self._traffic.target = (host, port)
 
     def restore(self) -> None:
         """Serve again: undo all but what is final, and disarm what has not happened yet."""
         self.accept()
-        self._call_in_loop(self._undo)
+        self._act(self._undo)
 
     # Inside
 
     def _undo(self) -> None:
-        proxy_state = self._proxy_state
-        proxy_state.accept_mode, proxy_state.delay, proxy_state.tls_refused = AcceptMode.SERVE, 0.0, False
-        proxy_state.armed.clear()
-        proxy_state.passable.set()
-        for relay in self._running:
-            _undo(relay)
+        self._traffic.accept_mode, self._traffic.tls_refused = AcceptMode.SERVE, False
+        for traffic in (self._traffic, *self._running):
+            traffic.undo()
 
     def _meet(self, accept_mode: AcceptMode) -> None:
         self.accept()
-        self._proxy_state.accept_mode = accept_mode
+        self._traffic.accept_mode = accept_mode
 
     def _relays(self) -> list[Relay]:
         return [relay for relay in self._running if relay.client_connected and relay.state is not State.ENDED]
 
-    def _armed(self) -> list[ArmedFault]:
-        return self._proxy_state.armed
-
-    def _closing(self, server_sees_close: bool | None) -> bool:
-        return self._server_sees_close if server_sees_close is None else server_sees_close
-
     def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._attempted_at.append(asyncio.get_running_loop().time())
-        self._run(Relay(self._proxy_state, Stream(reader, writer), len(self._attempted_at)))
+        self._run(Relay(self._traffic, Stream(reader, writer), len(self._attempted_at)))
 
 
 class ProxiedConnection(_Faults):
@@ -317,7 +307,7 @@ class ProxiedConnection(_Faults):
 
     def __init__(self, proxy: FaultProxy, relay: Relay) -> None:
         self._proxy = proxy
-        self._relay = relay
+        self._traffic: Relay = relay
 
     def __repr__(self) -> str:
         return f"<ProxiedConnection {self.number} {self.state} backend={self.backend_pid}>"
@@ -325,59 +315,26 @@ class ProxiedConnection(_Faults):
     @property
     def number(self) -> int:
         """Which of the proxy's connections it is, counted from 1."""
-        return self._relay.number
+        return self._traffic.number
 
     @property
     def state(self) -> str:
         """What became of it: "open", "forgotten" (it hangs for ever) or "ended"."""
-        return self._relay.state.value if self._relay.client_connected else State.ENDED.value
+        return self._traffic.state.value if self._traffic.client_connected else State.ENDED.value
 
     @property
     def backend_pid(self) -> int | None:
         """Its session's process id, known once the server has let the client in."""
-        return self._relay.backend_pid
+        return self._traffic.backend_pid
 
     @property
     def parameters(self) -> dict[str, str]:
         """What the client said of itself at the start: `user`, `database`, `application_name` and others."""
-        return dict(self._relay.parameters)
-
-    @property
-    def bytes_to_server(self) -> int:
-        """How many bytes were passed to the server."""
-        return self._relay.bytes_to_server
-
-    @property
-    def bytes_to_client(self) -> int:
-        """How many bytes were passed to the client."""
-        return self._relay.bytes_to_client
-
-    def delay(self, seconds: float) -> None:
-        """Hold everything back that long, on top of the proxy's own delay; 0 ends it."""
-        self._relay.delay = seconds
-
-    def blackhole(self) -> None:
-        """Let nothing pass until `restore()`."""
-        self._call_in_loop(self._relay.passable.clear)
+        return dict(self._traffic.parameters)
 
     def restore(self) -> None:
         """Undo what this connection's own methods did, as far as it is not final."""
-        self._call_in_loop(lambda: _undo(self._relay))
+        self._act(self._traffic.undo)
 
     def _relays(self) -> list[Relay]:
-        return [self._relay]
-
-    def _armed(self) -> list[ArmedFault]:
-        return self._relay.armed
-
-    def _call_in_loop(self, action: Callable[[], Result]) -> Result:
-        return self._proxy._call_in_loop(action)  # noqa: SLF001 - its own proxy
-
-    def _closing(self, server_sees_close: bool | None) -> bool:
-        return self._proxy._closing(server_sees_close)  # noqa: SLF001 - its own proxy
-
-
-def _undo(relay: Relay) -> None:
-    relay.delay = 0.0
-    relay.armed.clear()
-    relay.passable.set()
+        return [self._traffic]

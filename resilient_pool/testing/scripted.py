@@ -29,16 +29,340 @@ async with EmbeddedPostgres() as postgres:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import dataclasses
+import enum
+import re
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from typing import cast
 
-from resilient_pool.testing._relay import ProxyState, State, Stream
-from resilient_pool.testing._script import End, Point, Refusal, Script
-from resilient_pool.testing._scripted_relay import ScriptedRelay
-from resilient_pool.testing._stub_server import Login, StubServer
+from resilient_pool.testing import _protocol as _messages
+from resilient_pool.testing._protocol import Matcher
+from resilient_pool.testing._relay import ArmedFault, Ending, ProxyState, Relay, State, Stream
+from resilient_pool.testing._stub_server import INVALID, Login, StubServer
 from resilient_pool.testing._threaded_server import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
-__all__ = ["End", "Point", "Refusal", "ScriptedServer"]
+_COMMIT = re.compile(rb"\s*(?:COMMIT|END)\b", re.IGNORECASE)
+_CODE = struct.Struct("!i")
+_AUTHENTICATION_OK = 0
+
+
+class Point(enum.Enum):
+    """How far a connection gets before it is answered by the script.
+
+    Attributes:
+        TLS: The client asks for TLS: instead of "S" or "N". A client that does not ask never gets there.
+        STARTUP: The client has sent its startup message: instead of any answer.
+        AUTHENTICATION: The client has proved who it is, or need not: instead of AuthenticationOk.
+        LOGIN: The client was let in: after AuthenticationOk, instead of the first ReadyForQuery.
+        PARSE: A statement is to be prepared: instead of preparing it.
+        QUERY: A statement is to be executed, prepared or not: instead of its answer.
+        COMMIT: A statement is to be executed that begins with COMMIT or END: instead of its answer.
+        IDLE: A statement has been answered: after the answer, in a transaction or outside.
+    """
+
+    TLS = "tls"
+    STARTUP = "startup"
+    AUTHENTICATION = "authentication"
+    LOGIN = "login"
+    PARSE = "parse"
+    QUERY = "query"
+    COMMIT = "commit"
+    IDLE = "idle"
+
+
+class End(enum.Enum):
+    """What happens to the connection after a scripted answer.
+
+    Attributes:
+        READY: It goes on: ReadyForQuery follows.
+        CLOSE: It is closed in an orderly way.
+        RESET: It is reset. What was sent before may be lost on the way.
+        SILENCE: Nothing more is sent, and nothing read, for ever.
+    """
+
+    READY = "ready"
+    CLOSE = "fin"
+    RESET = "rst"
+    SILENCE = "hang"
+
+
+_STATEMENTS = frozenset({Point.PARSE, Point.QUERY, Point.COMMIT})
+_EXECUTIONS = frozenset({Point.QUERY, Point.COMMIT})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """One line of a script: an ErrorResponse, and what comes after it.
+
+    Without `message`, `detail`, `hint` and `sqlstate` nothing is sent, and the connection just ends as `then` has it.
+
+    Attributes:
+        at: Where it is sent.
+        message: The text (field M).
+        severity: The severity (field S), translated or not, or None to leave it out; "FATAL" by default.
+        severity_en: The severity untranslated (field V); by default the same as `severity`. Empty to leave it out, as
+            servers before 9.6 do, and some proxies.
+        sqlstate: The code (field C), or None to leave it out.
+        detail: The detail (field D).
+        hint: The hint (field H).
+        bare: Whether it is sent in the format of protocol version 2, "E" and the message alone, as a server says it that
+            has not read, or cannot serve, the client's first message. False by default.
+        then: What becomes of the connection; `End.CLOSE` by default. `End.READY` is for PARSE, QUERY and COMMIT.
+        executed: Whether the real server carries out the statement all the same; False by default. For QUERY and COMMIT.
+        matching: Which statements are meant, at PARSE, QUERY, COMMIT and IDLE: text that their SQL or their arguments
+            contain (at PARSE the SQL alone), a function of both as bytes, or None: all.
+        nth: At which occasion it is sent first, counted from 1 over all connections; 1 by default.
+        times: How often it is sent; None by default: every time.
+        seconds: For how long it is sent, from the first attempt to connect; None by default: for ever.
+        beyond: How many clients must have been let in, and still be there, for it to be sent; 0 by default.
+
+    Raises:
+        ValueError: The parts do not fit together, or a number is out of range.
+    """
+
+    at: Point
+    message: str | None = None
+    severity: str | None = "FATAL"
+    severity_en: str | None = None
+    sqlstate: str | None = None
+    detail: str | None = None
+    hint: str | None = None
+    bare: bool = False
+    then: End = End.CLOSE
+    executed: bool = False
+    matching: Matcher = None
+    nth: int = 1
+    times: int | None = None
+    seconds: float | None = None
+    beyond: int = 0
+
+    def __post_init__(self) -> None:
+        where = f"at {self.at.name}"
+        if self.then is End.READY and self.at not in _STATEMENTS:
+            raise ValueError(f"then=End.READY is for PARSE, QUERY and COMMIT, not {where}")
+        if self.then is End.READY and not self.error_response:
+            raise ValueError(f"then=End.READY needs something to say {where}: message= or sqlstate=")
+        if self.executed and self.at not in _EXECUTIONS:
+            raise ValueError(f"executed=True is for QUERY and COMMIT, not {where}")
+        if self.matching is not None and self.at not in _STATEMENTS | {Point.IDLE}:
+            raise ValueError(f"matching= is for PARSE, QUERY, COMMIT and IDLE: there is no statement {where}")
+        if self.bare and self.message is None:
+            raise ValueError(f"bare=True needs a message= {where}")
+        for name, value, least in (("nth", self.nth, 1), ("times", self.times, 1), ("beyond", self.beyond, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value!r}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds must be more than 0, not {self.seconds!r}")
+
+    @property
+    def error_response(self) -> bytes:
+        """The encoded ErrorResponse; empty if there is nothing to send."""
+        if self.bare:
+            return f"E{self.message}\0".encode()
+        if self.message is None and self.sqlstate is None and self.detail is None and self.hint is None:
+            return b""
+        english = self.severity if self.severity_en is None else self.severity_en
+        fields = {
+            "S": self.severity,
+            "V": english or None,
+            "C": self.sqlstate,
+            "M": self.message,
+            "D": self.detail,
+            "H": self.hint,
+        }
+        return _messages.error_response({code: value for code, value in fields.items() if value is not None})
+
+    def is_meant_for(self, sql: bytes) -> bool:
+        """Whether a statement matches; `sql` is its SQL followed by its arguments."""
+        if self.at is Point.COMMIT and not _COMMIT.match(sql):
+            return False
+        return _messages.matcher(self.matching)(sql)
+
+
+class Script:
+    """The lines of a script, and how often each has had its occasion.
+
+    Args:
+        lines: Asked in their order: the first that applies is sent, and the others have no occasion then.
+        count_admitted: Counts the clients that have been let in and are still there.
+
+    Attributes:
+        sent: What was sent, in order.
+    """
+
+    def __init__(self, lines: tuple[Refusal, ...], count_admitted: Callable[[], int]) -> None:
+        self.sent: list[Refusal] = []
+        self._lines = lines
+        self._occasions = [0] * len(lines)
+        self._count_admitted = count_admitted
+        self._began: float | None = None
+
+    def begin(self, now: float) -> None:
+        """Take note of an attempt to connect; the first starts the time."""
+        if self._began is None:
+            self._began = now
+
+    def next(self, at: Point, now: float, sql: bytes = b"") -> Refusal | None:
+        """Find what is to be sent, and count it as sent.
+
+        Args:
+            at: Where a connection is.
+            now: The time, in seconds.
+            sql: The statement with its arguments, where there is one.
+        """
+        for number, line in enumerate(self._lines):
+            if line.at is at and self._is_active(line, now) and line.is_meant_for(sql):
+                self._occasions[number] += 1
+                occasion = self._occasions[number] - line.nth
+                if occasion >= 0 and (line.times is None or occasion < line.times):
+                    self.sent.append(line)
+                    return line
+        return None
+
+    def _is_active(self, line: Refusal, now: float) -> bool:
+        in_time = line.seconds is None or self._began is None or now - self._began <= line.seconds
+        return in_time and (not line.beyond or self._count_admitted() >= line.beyond)
+
+
+class ScriptedRelay(Relay):
+    """A relay whose client is answered by a script where a line applies.
+
+    Args:
+        proxy_state: Where the server is, and whether TLS is offered.
+        client: The client's side.
+        number: Which connection it is, counted from 1.
+        script: The scripted answers.
+        statements: List to which the SQL of each execution is appended.
+        stub_server: What answers the rest, or None: the server of `proxy_state`.
+
+    Attributes:
+        was_admitted: Whether the script let the client's startup message pass.
+    """
+
+    def __init__(
+        self,
+        proxy_state: ProxyState,
+        client: Stream,
+        number: int,
+        script: Script,
+        statements: list[str],
+        stub_server: StubServer | None,
+    ) -> None:
+        super().__init__(proxy_state, client, number)
+        self.was_admitted = False
+        self._script = script
+        self._statements = statements
+        self._stub_server = stub_server
+        self._stub_task: asyncio.Task[None] | None = None
+        self._after_answer: Refusal | None = None
+
+    async def run(self) -> None:
+        """Serve the connection to its end."""
+        try:
+            await super().run()
+        finally:
+            if self._stub_task is not None:
+                self._stub_task.cancel()
+
+    # Before there is a session
+
+    async def _first_message(self) -> _messages.Message:
+        message = await super()._first_message()
+        if message.code == _messages.TLS_REQUEST:
+            await self._refuse_at(Point.TLS)
+        return message
+
+    async def _start_session(self, request: _messages.Message) -> None:
+        if request.code != _messages.CANCEL_REQUEST:
+            await self._refuse_at(Point.STARTUP)
+            self.was_admitted = True
+        await super()._start_session(request)
+
+    async def _connect_to_server(self) -> Stream:
+        if self._stub_server is None:
+            return await super()._connect_to_server()
+        near, far = socket.socketpair()
+        served = Stream(*await asyncio.open_connection(sock=far))
+        self._stub_task = asyncio.get_running_loop().create_task(self._stub_server.serve(*served))
+        return Stream(*await asyncio.open_connection(sock=near))
+
+    async def _refuse_at(self, point: Point) -> None:
+        if (line := self._next(point)) is not None:
+            await self._send(line.error_response)
+            await self._reject(_ending(line))
+            raise EOFError
+
+    # Requests and answers
+
+    def _fault_for(self, message: _messages.Message) -> ArmedFault | None:
+        subject = self._requests.read(message)
+        line = None
+        if message.kind == b"P":
+            line = self._next(Point.PARSE, message.body.split(b"\0")[1])
+        elif subject is not None:
+            self._statements.append(subject.partition(b"\0")[0].decode(errors="replace"))
+            line = self._next(Point.COMMIT, subject) or self._next(Point.QUERY, subject)
+            if line is None:
+                self._after_answer = self._next(Point.IDLE, subject)
+        if line is None:
+            return None
+        return ArmedFault(
+            reaches_server=line.executed,
+            instead=_instead(line, message) if line.then is End.READY else b"",
+            error_response=line.error_response,
+            then="ready" if line.then is End.READY else _ending(line),
+            server_sees_close=True,
+        )
+
+    def _deliver(self, message: _messages.Message) -> None:
+        line = None
+        if not self.is_ready and message.kind == _messages.READY:
+            line = self._next(Point.LOGIN)
+        elif not self.is_ready and self._ends_authentication(message):
+            line = self._next(Point.AUTHENTICATION)
+        if line is None:
+            super()._deliver(message)
+            if message.kind == _messages.READY:
+                line, self._after_answer = self._after_answer, None
+        if line is not None:
+            self._pass_to_client(line.error_response)
+            self.end(_ending(line), server_sees_close=True)
+
+    def _ends_authentication(self, message: _messages.Message) -> bool:
+        if message.kind == _messages.AUTHENTICATION:
+            return bool(_CODE.unpack_from(message.body)[0] == _AUTHENTICATION_OK)
+        # The stub server refuses every proof by SCRAM. A real server's refusal takes precedence over the script.
+        return message.kind == _messages.ERROR and self._stub_server is not None
+
+    def _next(self, point: Point, sql: bytes = b"") -> Refusal | None:
+        return self._script.next(point, asyncio.get_running_loop().time(), sql)
+
+
+def _ending(line: Refusal) -> Ending:
+    return cast("Ending", line.then.value)
+
+
+def _instead(line: Refusal, message: _messages.Message) -> bytes:
+    """Compose what the server gets in the place of a request that is refused: one of the same kind that fails.
+
+    In the place of a COMMIT it is a ROLLBACK, since a server that refuses a COMMIT has rolled back.
+    """
+    execute = _messages.compose(b"E", b"\0" + _CODE.pack(0))
+    match message.kind, line.at:
+        case b"E", Point.COMMIT:
+            bind = _messages.compose(b"B", b"\0\0" + b"\0\0" * 3)
+            return _messages.compose(b"P", b"\0ROLLBACK\0\0\0") + bind + execute
+        case _, Point.COMMIT:
+            return _messages.compose(b"Q", b"ROLLBACK\0")
+        case b"P", _:
+            return _messages.compose(b"P", b"\0" + INVALID + b"\0\0\0")
+        case b"E", _:
+            return _messages.compose(b"E", INVALID + b"\0" + _CODE.pack(0))
+        case _:
+            return _messages.compose(b"Q", INVALID + b"\0")
 
 
 class ScriptedServer(LoopbackService[ScriptedRelay]):

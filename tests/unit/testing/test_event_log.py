@@ -38,7 +38,7 @@ def test_the_peak_is_counted_anew_from_each_resume():
 
 
 def test_an_outage_has_the_attempts_between_pause_and_resume():
-    """Refused ones are among them, never in flight; each attempt keeps the phase that it met."""
+    """Each attempt keeps the phase that it met."""
     log = EventLog(0.0)
     log.attempt_started(1.0)
     assert log.outage_attempts == ()
@@ -47,12 +47,12 @@ def test_an_outage_has_the_attempts_between_pause_and_resume():
         assert log.outage_attempts == ()
         log.attempt_started(start + 1)
         log.resuming(start + 1)
-        log.attempt_refused(start + 2)
+        log.set_outcome(log.attempt_started(start + 2), "reset", start + 2)
         assert len(log.outage_attempts) == 2
         log.resumed(start + 3)
         log.attempt_started(start + 4)
         seen = [(attempt.at, attempt.phase, attempt.outcome) for attempt in log.outage_attempts]
-        assert seen == [(start + 1, "paused", "pending"), (start + 2, "resuming", "refused")]
+        assert seen == [(start + 1, "paused", "pending"), (start + 2, "resuming", "reset")]
     assert [attempt.number for attempt in log.attempts] == list(range(1, 8))
     assert (log.in_flight, log.pauses) == (5, 2)
 

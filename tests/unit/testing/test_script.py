@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from resilient_pool.testing import End, Point, Refusal
-from resilient_pool.testing._script import Script
+from resilient_pool.testing.scripted import Script
 
 
 def error_response(**fields) -> bytes:
