@@ -20,6 +20,9 @@ class UnknownArgumentError(ConfigurationError, TypeError):
 class AcquireTimeoutError(ResilientPoolError, TimeoutError):
     """No connection became free within the deadline. Nothing was sent to the server."""
 
+    def __str__(self) -> str:
+        return f"{super().__str__()}; see docs/symptoms.md#acquire-timeout"
+
 
 class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnknownError):
     """It is not known whether a statement, or a transaction, took effect, and it must not be repeated.
@@ -45,7 +48,7 @@ class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnkno
             advice = ""
         super().__init__(
             f"it is not known whether {operation}{known_as} took effect: the cause of this error is all that was seen. "
-            f"It was not repeated, because repeating it could apply it twice{advice}"
+            f"It was not repeated, because repeating it could apply it twice{advice}; see docs/symptoms.md#outcome-unknown"
         )
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -52,7 +52,7 @@ class _State(Enum):
     CLOSED = "is closed"
     FORKED = (
         "was opened in the process that this one was forked from, and its connections belong there: "
-        "open a pool in each process"
+        "open a pool in each process; see docs/symptoms.md#forked"
     )
 
 
@@ -108,7 +108,7 @@ class ResilientPool(Queries[RecordT]):
         del dsn, arguments  # a report that shows this frame must not show them
         config = PoolConfig.from_arguments(sealed, **settled)
         for reason in config.keeps_awake():
-            warnings.warn(f"the database will not pause: {reason}", stacklevel=2)
+            warnings.warn(f"the database will not pause: {reason}; see docs/symptoms.md#will-not-pause", stacklevel=2)
         clock: Clock = config.clock or SystemClock()
         self._config = config
         self._clock = clock
@@ -520,7 +520,8 @@ class ResilientPool(Queries[RecordT]):
     def _require_loop(self) -> None:
         if _running_loop() is not self._loop:
             raise asyncpg.InterfaceError(
-                "pool is used from another event loop than the one it was opened in; make one pool for each loop"
+                "pool is used from another event loop than the one it was opened in; make one pool for each loop; "
+                "see docs/symptoms.md#other-loop"
             )
 
     # What else asyncpg's pool has

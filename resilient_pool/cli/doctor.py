@@ -28,6 +28,25 @@ _MARGIN = 5.0
 _CONNECT_TIMEOUT = 10.0
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 
+_PAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "dsn": "docs/reference/arguments.md",
+        "server": "docs/services.md",
+        "profile": "docs/services.md",
+        "server version": "docs/transactions.md",
+        "idle sessions": "docs/connections.md",
+        "pausing": "docs/serverless.md",
+        "keepalive": "docs/connections.md",
+        "pooler": "docs/poolers.md",
+        "encryption": "docs/symptoms.md#certificate",
+        "durability": "docs/transactions.md",
+        "permissions": "docs/transactions.md",
+        "clock": "docs/transactions.md",
+        "role": "docs/symptoms.md#read-only",
+    }
+)
+"""What explains each check."""
+
 # One query each, since a server that only speaks PostgreSQL's protocol may refuse any of them.
 _QUESTIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -101,6 +120,11 @@ class Finding:
     text: str
     details: tuple[str, ...] = ()
     change: str = ""
+
+    @property
+    def page(self) -> str:
+        """The page of the documentation that explains it."""
+        return _PAGES[self.check]
 
 
 async def examine(
@@ -200,9 +224,7 @@ def _server(facts: Facts) -> Finding | None:
     if not facts.unsaid:
         return None
     text = f"it does not say what PostgreSQL says, or not to our role ({', '.join(facts.unsaid)}): nothing is found out about that"
-    return Finding(
-        check="server", level="advice", text=text, change="see docs/services.md, if it is not PostgreSQL itself"
-    )
+    return Finding(check="server", level="advice", text=text, change="a profile, if it is not PostgreSQL itself")
 
 
 def _profile(config: PoolConfig) -> Finding:

@@ -354,7 +354,7 @@ def _lines(finding: Finding) -> Iterator[str]:
     for detail in finding.details:
         yield f"          {detail}"
     if finding.change:
-        yield f"        change: {finding.change}"
+        yield f"        change: {finding.change} (see {finding.page})"
 
 
 def _waiting_pool(options: argparse.Namespace) -> ResilientPool:

@@ -97,3 +97,16 @@ def test_every_page_stands_in_the_navigation():
         re.findall(r"[\w./-]+\.md\b", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2])
     )
     assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_every_page_that_an_error_names_is_there():
+    """An error's text leads to a page, and to a heading on it."""
+    named = {
+        match
+        for module in (ROOT / "resilient_pool").rglob("*.py")
+        for match in re.findall(r"docs/([\w/-]+\.md)(?:#([\w-]+))?", module.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 3
+    for page, anchor in named:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        assert not anchor or f"{{ #{anchor} }}" in text, (page, anchor)

@@ -278,7 +278,9 @@ def test_what_would_keep_a_pausing_database_awake_is_warned_of_once(arguments, r
     """With the reason and what to do, at the line that makes the pool."""
     with pytest.warns(UserWarning, match="will not pause") as caught:
         ResilientPool(DSN, **(profiles.AURORA_SERVERLESS | arguments))
-    assert [(str(warning.message), warning.filename) for warning in caught] == [(reason, __file__)]
+    assert [(str(warning.message), warning.filename) for warning in caught] == [
+        (f"{reason}; see docs/symptoms.md#will-not-pause", __file__)
+    ]
 
 
 def test_nothing_is_warned_of_otherwise():

@@ -74,7 +74,7 @@ def test_of_a_healthy_database_all_is_well():
         ("clock", {"skew": -7.2}, {}, "advice", "7.2 s", "NTP"),
         ("server version", {"resolves": False}, {}, "advice", "if lost, it is unknown", "unique key"),
         ("server version", {"resolves": None}, {}, "advice", "if lost, it is unknown", "unique key"),
-        ("server", {"unsaid": ("idle", "clock")}, {}, "advice", "(idle, clock)", "docs/services.md"),
+        ("server", {"unsaid": ("idle", "clock")}, {}, "advice", "(idle, clock)", "a profile"),
         ("role", {"standby": True}, {}, "problem", "no writes", "target_session_attrs=primary"),
         ("role", {"standby": True}, {"target_session_attrs": "standby"}, "ok", "a standby", ""),
     ],
