@@ -30,7 +30,7 @@ async def test_the_doctor_names_the_profile_of_the_service_and_applies_nothing(p
         assert "advice  profile: profiles.COCKROACHDB fits" in output
         assert "          max_lifetime=900.0 instead of 1800.0: 5 to 30 min are advised" in output
         assert "timeout" not in output.partition("change: ")[0]
-        assert "        change: ResilientPool(dsn, **profiles.COCKROACHDB)\n" in output
+        assert "        change: ResilientPool(dsn, **profiles.COCKROACHDB) (see docs/services.md)\n" in output
         status, output, _ = await run("doctor", "--json", dsn=dsn)
         (finding,) = [each for each in json.loads(output)["findings"] if each["check"] == "profile"]
         assert [detail.partition("=")[0] for detail in finding["details"]] == [
