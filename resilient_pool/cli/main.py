@@ -34,7 +34,7 @@ from resilient_pool.events import (
     MigrationStarted,
     RetryScheduled,
 )
-from resilient_pool.migrations.output import print_line, secrets_around
+from resilient_pool.migrations.command import print_line, secrets_around
 from resilient_pool.migrations.run import (
     CONNECT_TIMEOUT,
     DEADLINE,

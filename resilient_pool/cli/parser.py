@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from resilient_pool._validation import is_number_like, nearest
 from resilient_pool.config.secrets import MASK, scrub
-from resilient_pool.migrations.output import may_hold_a_password, secrets_around
+from resilient_pool.migrations.command import may_hold_a_password, secrets_around
 
 _LONG_OPTION = re.compile(r"--[a-z][a-z0-9-]{0,40}", re.IGNORECASE)
 

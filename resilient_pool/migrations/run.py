@@ -13,9 +13,9 @@ import shutil
 import signal
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import backoff as waiting
 
@@ -26,18 +26,19 @@ from resilient_pool.config.secrets import Secret, scrub
 from resilient_pool.errors import ConfigurationError, MigrationFailedError
 from resilient_pool.events import MigrationRepeated, MigrationStarted, Observer
 from resilient_pool.migrations.advisory_lock import MigrationLock
-from resilient_pool.migrations.command import request_to_run, run_command, wait_until_done
-from resilient_pool.migrations.connect_failures import failed_to_connect
-from resilient_pool.migrations.output import (
+from resilient_pool.migrations.command import (
     LineSink,
     OutputLines,
     may_hold_a_password,
     never_failing,
     print_line,
+    request_to_run,
+    run_command,
     secrets_around,
+    wait_until_done,
 )
-from resilient_pool.migrations.server_activity import ServerActivity, read_activity, reason_for_doubt
-from resilient_pool.migrations.sql_directory import SqlDirectory, read_directory
+from resilient_pool.migrations.evidence import ServerActivity, failed_to_connect, read_activity, reason_for_doubt
+from resilient_pool.migrations.sql_directory import SqlFile, apply_files, read_directory
 from resilient_pool.pool import ResilientPool
 from resilient_pool.pooling.context import Dispatcher
 from resilient_pool.retry.backoff import BackoffPolicy
@@ -201,15 +202,11 @@ class _Task(Protocol):
     may_be_repeated: bool
 
     async def prepare(self, config: PoolConfig) -> None:
-        """Get ready, before the database is woken.
-
-        Raises:
-            ConfigurationError: It cannot be run.
-        """
+        """Get ready, or raise `ConfigurationError`, before the database is woken."""
         ...
 
-    async def attempt(self, pool: ResilientPool, progress: _Progress) -> MigrationResult:
-        """Run it.
+    async def attempt(self, pool: ResilientPool) -> _Facts:
+        """Run it, and return what there is to say of its end.
 
         Raises:
             _ConnectFailed: It may be run again, if the server confirms that it did nothing.
@@ -218,13 +215,12 @@ class _Task(Protocol):
         ...
 
 
-@dataclass(slots=True, kw_only=True)
-class _Progress:
-    """How far a run has come."""
+class _Facts(TypedDict, total=False):
+    """What a `MigrationResult` says of one kind of task."""
 
-    attempts: int = 0
-    running: float = 0.0
-    waited: float = 0.0
+    exit_code: int
+    output: tuple[str, ...]
+    applied: tuple[str, ...]
 
 
 def _make_task(migration: object, dsn: Secret | None, on_line: LineSink, stop_within: float) -> _Task | str:
@@ -278,29 +274,24 @@ class _Command:
         self._secrets = (*config.secrets(), *self._secrets)
         self.name = scrub(self.name, self._secrets)
 
-    async def attempt(self, _pool: ResilientPool, progress: _Progress) -> MigrationResult:
+    async def attempt(self, _pool: ResilientPool) -> _Facts:
         lines = OutputLines(self._secrets, self._on_line)
         code = await run_command(self._request, lines, stop_within=self._stop_within)
         emitted = tuple(lines.emitted)
         if not code:
-            return MigrationResult(attempts=progress.attempts, waited=progress.waited, exit_code=code, output=emitted)
+            return {"exit_code": code, "output": emitted}
         failed = MigrationFailedError(
-            f"{self.name} failed with exit status {code}{_signal_in(code)}",
-            exit_code=code,
-            output=emitted,
-            attempts=progress.attempts,
-            waited=progress.waited,
+            f"{self.name} failed with exit status {code}{_signal_in(code)}", exit_code=code, output=emitted
         )
         connect_failure, work_started = lines.scanner.connect_failure, lines.scanner.work_started
-        if connect_failure is None:
-            raise failed
-        if work_started is not None:
-            work_started = scrub(work_started, self._secrets)
+        if connect_failure is not None and work_started is None:
+            raise _ConnectFailed(scrub(connect_failure, self._secrets), failed)
+        if connect_failure is not None and work_started is not None:
             failed.add_note(
-                f"resilient_pool: it could not connect, but was not run again: it had begun ({work_started!r})"
+                "resilient_pool: it could not connect, but was not run again: it had begun "
+                f"({scrub(work_started, self._secrets)!r})"
             )
-            raise failed
-        raise _ConnectFailed(scrub(connect_failure, self._secrets), failed)
+        raise failed
 
 
 def _signal_in(code: int) -> str:
@@ -319,20 +310,14 @@ class _Directory:
         self.name = str(directory)
         self._directory = directory
         self._on_line = on_line
-        self._files = SqlDirectory((), on_line, SystemClock())
+        self._files: tuple[SqlFile, ...] = ()
 
     async def prepare(self, _config: PoolConfig) -> None:
         # In a thread: to read millions of characters of SQL takes seconds.
-        files = await asyncio.to_thread(read_directory, self._directory)
-        self._files = SqlDirectory(files, self._on_line, SystemClock())
+        self._files = await asyncio.to_thread(read_directory, self._directory)
 
-    async def attempt(self, pool: ResilientPool, progress: _Progress) -> MigrationResult:
-        try:
-            applied = await self._files.apply(pool)
-        except MigrationFailedError as error:
-            error.attempts, error.waited = progress.attempts, progress.waited
-            raise
-        return MigrationResult(attempts=progress.attempts, waited=progress.waited, applied=applied)
+    async def attempt(self, pool: ResilientPool) -> _Facts:
+        return {"applied": await apply_files(pool, self._files, self._on_line, SystemClock())}
 
 
 class _Function:
@@ -350,7 +335,7 @@ class _Function:
         self._classifier = config.classifier
         self._secrets = tuple(config.secrets())
 
-    async def attempt(self, _pool: ResilientPool, progress: _Progress) -> MigrationResult:
+    async def attempt(self, _pool: ResilientPool) -> _Facts:
         try:
             await self._call()
         except Exception as error:
@@ -358,7 +343,7 @@ class _Function:
             if reason is None:
                 raise
             raise _ConnectFailed(scrub(reason, self._secrets), error) from error
-        return MigrationResult(attempts=progress.attempts, waited=progress.waited)
+        return {}
 
     async def _call(self) -> None:
         if inspect.iscoroutinefunction(getattr(self._function, "func", self._function)):
@@ -404,7 +389,8 @@ class _Run:
         self._started = self._clock.monotonic()
         self._ends = None if deadline is None else self._started + deadline
         self._state = RetryState(reconnect=policy, started=self._started)
-        self._progress = _Progress()
+        self._attempts = 0
+        self._running = self._waited = 0.0
 
     async def run(self, lock: str | None) -> MigrationResult:
         await self._wait_for_database()
@@ -418,29 +404,32 @@ class _Run:
         while True:
             before = await read_activity(self._pool, self._remaining()) if self._task.may_be_repeated else None
             try:
-                result = await self._attempt()
+                facts = await self._attempt()
             except _ConnectFailed as failure:
                 delay = await self._delay_until_next(failure, before)
             else:
-                return replace(result, lock_losses=losses())
+                return MigrationResult(attempts=self._attempts, waited=self._waited, lock_losses=losses(), **facts)
             await self._clock.sleep(delay)
             await self._wait_for_database()
 
     async def _wait_for_database(self) -> None:
         await self._pool.fetchval("SELECT 1", deadline=self._remaining())
 
-    async def _attempt(self) -> MigrationResult:
+    async def _attempt(self) -> _Facts:
         began = self._clock.monotonic()
         elapsed = began - self._started
-        self._progress.attempts += 1
-        self._progress.waited = elapsed - self._progress.running
-        self._dispatcher.emit(
-            MigrationStarted(migration=self._task.name, attempt=self._progress.attempts, elapsed=elapsed)
-        )
+        self._attempts += 1
+        self._waited = elapsed - self._running
+        self._dispatcher.emit(MigrationStarted(migration=self._task.name, attempt=self._attempts, elapsed=elapsed))
         try:
-            return await self._task.attempt(self._pool, self._progress)
+            return await self._task.attempt(self._pool)
+        except (MigrationFailedError, _ConnectFailed) as error:
+            final = error.final if isinstance(error, _ConnectFailed) else error
+            if isinstance(final, MigrationFailedError):
+                final.attempts, final.waited = self._attempts, self._waited
+            raise
         finally:
-            self._progress.running += self._clock.monotonic() - began
+            self._running += self._clock.monotonic() - began
 
     async def _delay_until_next(self, failure: _ConnectFailed, before: ServerActivity | None) -> float:
         """Return how long to wait until the next attempt; raise what is final if there is none."""
@@ -455,7 +444,7 @@ class _Run:
             budget=None,
         )
         if not isinstance(decision, Retry):
-            failure.final.add_note(f"resilient_pool: it could not connect in {count(self._progress.attempts)}")
+            failure.final.add_note(f"resilient_pool: it could not connect in {count(self._attempts)}")
             raise failure.final
         why_not = reason_for_doubt(before, await read_activity(self._pool, self._remaining()))
         if why_not is not None:
@@ -466,7 +455,7 @@ class _Run:
         self._dispatcher.emit(
             MigrationRepeated(
                 reason=failure.reason,
-                attempt=self._progress.attempts,
+                attempt=self._attempts,
                 delay=decision.delay,
                 elapsed=self._clock.monotonic() - self._started,
             )

@@ -13,8 +13,7 @@ import asyncpg
 from resilient_pool.clock import Clock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError, OutcomeUnknownError
 from resilient_pool.execution.connection import ResilientConnection
-from resilient_pool.migrations.invalid_objects import InvalidObjects, find_invalid_objects
-from resilient_pool.migrations.output import LineSink
+from resilient_pool.migrations.command import LineSink
 from resilient_pool.pool import ResilientPool
 from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.sql.lexer import Backslash, Kind, Token, tokens
@@ -46,6 +45,22 @@ _DELETE_RECORD = f"DELETE FROM {TABLE} WHERE name = $1 AND checksum = $2 AND fin
 _CREATED_CONCURRENTLY = (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError)
 _NUMBER = re.compile(r"(\d+)")
 _COMMAND_OF_PSQL = re.compile(r"^[ \t]*\\[A-Za-z!?]", re.MULTILINE)
+_MAX_NAME_BYTES = 63
+
+# The index of a partitioned table is invalid until all of its partitions have one, and rightly so.
+# `inhdetachpending` came with PostgreSQL 14.
+_INVALID = """
+    SELECT 'index' AS kind, c.oid, c.oid::pg_catalog.regclass::text AS name, c.relname AS plain, t.relname AS owner
+    FROM pg_catalog.pg_index i
+    JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid JOIN pg_catalog.pg_class t ON t.oid = i.indrelid
+    WHERE NOT i.indisvalid AND c.relkind = 'i'
+    UNION ALL
+    SELECT 'partition', c.oid, c.oid::pg_catalog.regclass::text, c.relname, t.relname
+    FROM pg_catalog.pg_inherits h
+    JOIN pg_catalog.pg_class c ON c.oid = h.inhrelid JOIN pg_catalog.pg_class t ON t.oid = h.inhparent
+    WHERE (pg_catalog.to_jsonb(h) ->> 'inhdetachpending')::boolean
+    ORDER BY 1, 3
+"""
 _ATTEMPTS = 5
 # 0.5, 1, 2 and 4 s, at least half of each: while one waits, those pass that its lock would have kept waiting.
 _BETWEEN_ATTEMPTS = BackoffPolicy(base=0.5, factor=2, jitter=lambda delay: delay / 2, max_attempts=_ATTEMPTS)
@@ -208,50 +223,43 @@ def _statements(sql: str) -> Statements:
     )
 
 
-class SqlDirectory:
-    """A directory of SQL files, to be applied by `apply`.
+async def apply_files(pool: ResilientPool, files: Sequence[SqlFile], emit: LineSink, clock: Clock) -> tuple[str, ...]:
+    """Apply the files that are not recorded yet, and return their names.
 
     Args:
-        files: What is in it, as `read_directory` returns it.
+        pool: Where to apply them.
+        files: As `read_directory` returns them.
         emit: Is given one line for each file applied.
         clock: Waits between the attempts of a file.
+
+    Raises:
+        MigrationFailedError: A recorded file has changed or was renamed, or was begun outside a transaction and not
+            finished, or our role may not record anything; then nothing was applied. Or a file failed: those before it
+            stay applied.
     """
+    recorded = await _recorded(pool)
+    unfinished = any(not row["finished"] for row in recorded.values())
+    _check(files, recorded, await find_invalid_objects(pool) if unfinished else frozenset())
+    applied = []
+    for file in files:
+        if file.name not in recorded and await _apply(pool, file, clock):
+            emit(f"applied {file.name}")
+            applied.append(file.name)
+    return tuple(applied)
 
-    def __init__(self, files: Sequence[SqlFile], emit: LineSink, clock: Clock) -> None:
-        self._files = tuple(files)
-        self._emit = emit
-        self._clock = clock
 
-    async def apply(self, pool: ResilientPool) -> tuple[str, ...]:
-        """Apply what is not recorded yet, and return the names.
-
-        Raises:
-            MigrationFailedError: A recorded file has changed or was renamed, or was begun outside a transaction and not
-                finished, or our role may not record anything; then nothing was applied. Or a file failed: those before it
-                stay applied.
-        """
-        recorded = await _recorded(pool)
-        unfinished = any(not row["finished"] for row in recorded.values())
-        _check(self._files, recorded, await find_invalid_objects(pool) if unfinished else InvalidObjects())
-        applied = []
-        for file in self._files:
-            if file.name not in recorded and await self._apply(pool, file):
-                self._emit(f"applied {file.name}")
-                applied.append(file.name)
-        return tuple(applied)
-
-    async def _apply(self, pool: ResilientPool, file: SqlFile) -> bool:
-        try:
-            if file.transactional:
-                return await _in_transaction(pool, file, self._clock)
-            return await _outside_transaction(pool, file)
-        except MigrationFailedError:
-            raise
-        except OutcomeUnknownError as error:
-            raise _unknown(file) from error
-        except Exception as error:
-            # The database was there when the file began, so this is no failure to connect.
-            raise _failed(file, error) from error
+async def _apply(pool: ResilientPool, file: SqlFile, clock: Clock) -> bool:
+    try:
+        if file.transactional:
+            return await _in_transaction(pool, file, clock)
+        return await _outside_transaction(pool, file)
+    except MigrationFailedError:
+        raise
+    except OutcomeUnknownError as error:
+        raise _unknown(file) from error
+    except Exception as error:
+        # The database was there when the file began, so this is no failure to connect.
+        raise _failed(file, error) from error
 
 
 async def _recorded(pool: ResilientPool) -> dict[str, asyncpg.Record]:
@@ -271,7 +279,7 @@ async def _recorded(pool: ResilientPool) -> dict[str, asyncpg.Record]:
         ) from error
 
 
-def _check(files: Iterable[SqlFile], recorded: Mapping[str, asyncpg.Record], invalid: InvalidObjects) -> None:
+def _check(files: Iterable[SqlFile], recorded: Mapping[str, asyncpg.Record], invalid: Iterable[InvalidObject]) -> None:
     present = {file.name for file in files}
     gone = {row["checksum"]: name for name, row in recorded.items() if name not in present}
     for file in files:
@@ -294,13 +302,13 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _check_recorded(file: SqlFile, recorded: asyncpg.Record, invalid: InvalidObjects) -> None:
+def _check_recorded(file: SqlFile, recorded: asyncpg.Record, invalid: Iterable[InvalidObject]) -> None:
     if not recorded["finished"]:
-        left = invalid.named_in(file.sql)
+        left = _named_in(file.sql, invalid)
         raise MigrationFailedError(
             f"{file.name}, which runs outside a transaction, was begun before and its end is not known: see whether its "
             f"statement has taken effect. If it has, set finished_at in its row of the table {TABLE}; if it has not, delete "
-            f"that row{'. ' if left else ''}{left.describe()}"
+            f"that row{'. ' if left else ''}{_described(left)}"
         )
     if recorded["checksum"] != file.checksum:
         raise MigrationFailedError(
@@ -310,60 +318,49 @@ def _check_recorded(file: SqlFile, recorded: asyncpg.Record, invalid: InvalidObj
 
 
 async def _in_transaction(pool: ResilientPool, file: SqlFile, clock: Clock) -> bool:
-    attempts = _Attempts(file)
+    """Record the file and run it; again after a lost connection, a conflict, or a lock time-out."""
+    begun = 0
+
+    async def record_and_run(connection: ResilientConnection) -> bool:
+        nonlocal begun
+        begun += 1
+        try:
+            return await _record_and_run(connection, file)
+        except Exception as error:
+            if begun >= _ATTEMPTS:
+                raise _failed(file, error, f" (in each of {_ATTEMPTS} attempts)") from error
+            raise
+
     delays = _BETWEEN_ATTEMPTS.delays()
     while True:
         try:
-            return await pool.run_in_transaction(attempts.record_and_run)
+            return await pool.run_in_transaction(record_and_run)
         except OutcomeUnknownError:
             # The outcome of the COMMIT could not be resolved, but the record is part of that transaction: it is
             # there if, and only if, the file took effect.
             if await _is_recorded(pool, file):
                 return True
-            if attempts.is_exhausted:
+            if begun >= _ATTEMPTS:
                 raise
         except asyncpg.LockNotAvailableError:
             # Undone as a whole. A lock_timeout is set so that others need not wait behind this: it is tried again later.
-            if attempts.is_exhausted:
+            if begun >= _ATTEMPTS:
                 raise
             await clock.sleep(next(delays))
 
 
-class _Attempts:
-    """The attempts of one file's transaction: repeated after a lost connection, a conflict, or a lock time-out."""
-
-    def __init__(self, file: SqlFile) -> None:
-        self._file = file
-        self._begun = 0
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether no further attempt is allowed."""
-        return self._begun >= _ATTEMPTS
-
-    async def record_and_run(self, connection: ResilientConnection) -> bool:
-        """Record the file and run it, unless it is recorded; its last attempt's error is final."""
-        self._begun += 1
-        try:
-            # First the record: afterwards the file may have changed the search path.
-            if not await connection.fetchval(_INSERT_RECORD, self._file.name, self._file.checksum, True):
-                return False
-            if self._file.statements.any:
-                await _execute(connection, self._file.sql)
-        except Exception as error:
-            if self.is_exhausted:
-                raise _failed(self._file, error, f" (in each of {_ATTEMPTS} attempts)") from error
-            raise
-        return True
-
-
-async def _execute(connection: ResilientConnection, sql: str) -> None:
+async def _record_and_run(connection: ResilientConnection, file: SqlFile) -> bool:
+    # First the record: afterwards the file may have changed the search path.
+    if not await connection.fetchval(_INSERT_RECORD, file.name, file.checksum, True):
+        return False
     # By the driver's own connection: the lease would read millions of characters once more, in the event loop and inside the
     # transaction, to learn what is known already: that they do not end it. That they write the record has said.
     driver = connection._driver  # noqa: SLF001
     if driver is None:
         raise asyncpg.InterfaceError("the connection was lost")
-    await driver.connection.execute(sql)
+    if file.statements.any:
+        await driver.connection.execute(file.sql)
+    return True
 
 
 async def _outside_transaction(pool: ResilientPool, file: SqlFile) -> bool:
@@ -375,7 +372,7 @@ async def _outside_transaction(pool: ResilientPool, file: SqlFile) -> bool:
         after = await find_invalid_objects(pool)
     except Exception as error:  # noqa: BLE001 - what failed before it says more
         raise _failed(file, failure or error, "\nWhat it left behind could not be asked for") from (failure or error)
-    invalid = after.named_in(file.sql)
+    invalid = _named_in(file.sql, after)
     if failure is None and not invalid:
         await pool.execute(_MARK_FINISHED, file.name, file.checksum, idempotent=True)
         return True
@@ -384,10 +381,10 @@ async def _outside_transaction(pool: ResilientPool, file: SqlFile) -> bool:
         await pool.execute(_DELETE_RECORD, file.name, file.checksum, idempotent=True)
     if failure is None:
         raise MigrationFailedError(
-            f"{file.name}: the statement was skipped, or did not do all of its work: {invalid.describe()}"
+            f"{file.name}: the statement was skipped, or did not do all of its work: {_described(invalid)}"
         )
-    left = after.without(before) or invalid
-    raise _failed(file, failure, f"\nSomething is left behind: {left.describe()}" if left else "") from failure
+    left = after - before or invalid
+    raise _failed(file, failure, f"\nSomething is left behind: {_described(left)}" if left else "") from failure
 
 
 async def _run_alone(pool: ResilientPool, file: SqlFile) -> asyncpg.PostgresError | None:
@@ -431,3 +428,51 @@ def _line_of(file: SqlFile, error: Exception) -> str:
     if not isinstance(position, str) or not position.isdigit():
         return ""
     return f", line {file.sql.count(chr(10), 0, int(position) - 1) + 1}"
+
+
+# What statements that commit in between leave behind when they fail: invalid indexes, partitions half detached
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvalidObject:
+    """An invalid index, or a partition that is half detached.
+
+    Attributes:
+        kind: `"index"`, an invalid one; or `"partition"`, whose detaching was begun and not ended.
+        oid: Its object id.
+        name: Its name, quoted and with its schema where that is needed.
+        plain: Its name alone.
+        owner: Its table's name, or of a partition the partitioned table's.
+    """
+
+    kind: str
+    oid: int
+    name: str
+    plain: str
+    owner: str
+
+
+async def find_invalid_objects(pool: ResilientPool) -> frozenset[InvalidObject]:
+    """Return the invalid objects in the pool's database now."""
+    return frozenset(InvalidObject(**dict(row)) for row in await pool.fetch(_INVALID))
+
+
+def _named_in(sql: str, objects: Iterable[InvalidObject]) -> frozenset[InvalidObject]:
+    """Return those that a statement names together with their table."""
+    names = {_truncate(token.text) for token in tokens(sql) if token.kind in (Kind.WORD, Kind.QUOTED)}
+    return frozenset(each for each in objects if each.plain in names and each.owner in names)
+
+
+def _truncate(name: str) -> str:
+    return name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
+
+
+def _described(objects: Iterable[InvalidObject]) -> str:
+    """Say what is there and what to do about it."""
+    return "; ".join(
+        f"the index {each.name} is invalid; DROP INDEX CONCURRENTLY {each.name}, then migrate again"
+        if each.kind == "index"
+        else f"the partition {each.name} of {each.owner} is not detached to the end; "
+        f"ALTER TABLE {each.owner} DETACH PARTITION {each.name} FINALIZE"
+        for each in sorted(objects, key=lambda each: each.name)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from resilient_pool.config.secrets import Secret
-from resilient_pool.migrations.output import OutputLines, never_failing, secrets_around
+from resilient_pool.migrations.command import OutputLines, never_failing, secrets_around
 
 CANARY = "c@n/a:r%y-7391"
 
