@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import waiting
-from caller_process import EXPO, FIXED, NEITHER, NO_ADMISSION, NO_JITTER, OURS
+from caller_process import EXPO, FIXED, NEITHER, NO_ADMISSION, NO_JITTER, OURS, PLAIN
 from report import Aim, table
 from resumes import ResumeCase, ResumeResult, run_case
 from waiting import Ending, Idleness, Load
@@ -34,7 +34,7 @@ SETTINGS = {"max_connections": 250, "fsync": False}
 
 WAYS: tuple[Away, ...] = ("hang", "refuse", "reset", "57P03", "28000")
 CASES: Mapping[str, Sequence[Away]] = {**{way: (way,) for way in WAYS}, "a mix": WAYS}
-CONTESTANTS = (OURS, FIXED, EXPO)
+CONTESTANTS = (OURS, PLAIN, FIXED, EXPO)
 FLEETS = (OURS, NO_JITTER, NO_ADMISSION, NEITHER, FIXED, EXPO)
 FLEET = ResumeCase(
     contestant=OURS,
@@ -237,7 +237,7 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
 def crowd_notes() -> str:
     return (
         f"100 callers at once meet a database that takes {RESUME:g} s to wake, through pools of at most 10 connections. Beside "
-        "resilient_pool stands asyncpg.Pool with a retry loop around each call, as people write it: again after half a second, or "
+        "resilient_pool stands asyncpg.Pool, alone and with a retry loop around each call, as people write it: again after half a second, or "
         "`backoff.on_exception(backoff.expo, ...)` from 0.1 s to 2 s with full jitter."
     )
 
@@ -255,7 +255,7 @@ def crowd_rows(crowds: Mapping[tuple[str, str], Sequence[ResumeResult]]) -> tupl
     for (name, contestant), runs in crowds.items():
         figures = [
             spread([run.failed for run in runs]),
-            spread([run.last for run in runs], 2),
+            spread([run.last for run in runs], 2) if max(run.last for run in runs) > 0 else "before it",
             spread([run.attempts for run in runs]),
             spread([run.at_once for run in runs]),
         ]

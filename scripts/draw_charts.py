@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
-OURS, THEIRS, THIRD = "#3f51b5", "#b0653a", "#8a8a8a"
+OURS, THEIRS = "#3f51b5", "#b0653a"
 WAYS = ("refuse", "reset", "57P03", "28000")
 
 
@@ -35,15 +35,18 @@ def number(cell: str) -> float:
     return float(re.match(r"[\d.,]+", cell)[0].replace(",", ""))
 
 
-def attempts_while_waking() -> dict[str, float]:
-    """Return how many attempts to connect each contender made on average while the database woke up, by its name."""
-    found: dict[str, list[float]] = {}
+def while_waking() -> dict[str, tuple[float, float]]:
+    """Return how many attempts to connect each contender made, and how many of 100 callers failed, on average over the ways."""
+    found: dict[str, list[tuple[float, float]]] = {}
     way = ""
-    for first, contender, _, _, attempts, _ in rows("recovery.md", "100 callers")[1:]:
+    for first, contender, failed, _, attempts, _ in rows("recovery.md", "100 callers")[1:]:
         way = first or way
         if way in WAYS:
-            found.setdefault(contender, []).append(number(attempts))
-    return {contender: sum(values) / len(values) for contender, values in found.items()}
+            found.setdefault(contender, []).append((number(attempts), number(failed)))
+    return {
+        contender: tuple(sum(each) / len(each) for each in zip(*values, strict=True))
+        for contender, values in found.items()
+    }
 
 
 def calls_per_second(loop: str) -> dict[str, tuple[float, float]]:
@@ -56,14 +59,16 @@ CONTENDERS = {"resilient_pool": "resilient_pool, 100 workers", "asyncpg.Pool": "
 
 
 def draw_waking() -> None:
-    """Draw how many attempts 100 callers make in the 5 s that a database needs to wake."""
-    values = attempts_while_waking()
-    figure, axes = plt.subplots(figsize=(7, 1.7), layout="constrained")
+    """Draw how many attempts 100 callers make, and how many of them fail, in the 5 s that a database needs to wake."""
+    values = while_waking()
+    figure, axes = plt.subplots(figsize=(7, 2.1), layout="constrained")
     names = list(reversed(values))
-    bars = axes.barh(names, [values[name] for name in names], color=[THIRD, THEIRS, OURS][-len(names) :])
-    axes.bar_label(bars, labels=[f"{values[name]:,.0f}" for name in names], padding=4)
+    colors = [OURS if name == "resilient_pool" else THEIRS for name in names]
+    bars = axes.barh(names, [values[name][0] for name in names], color=colors)
+    labels = [f"{attempts:,.0f} attempts, {failed:.0f} callers failed" for attempts, failed in map(values.get, names)]
+    axes.bar_label(bars, labels=labels, padding=4)
     axes.set_title("attempts to connect while a database wakes for 5 s, 100 callers", fontsize=10)
-    finish(figure, axes, "waking.svg", max(values.values()))
+    finish(figure, axes, "waking.svg", 1.35 * max(attempts for attempts, _ in values.values()))
 
 
 def draw_speed() -> None:
