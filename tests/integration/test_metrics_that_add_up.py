@@ -93,14 +93,15 @@ async def _work(pool, chance, until):
 
 async def _mistreat(proxy, chance, until, *, meters):
     loop = asyncio.get_running_loop()
+    faults = [proxy.rst, proxy.fin, proxy.lose_next_request, proxy.swallow_next_answer]
     with ThreadPoolExecutor(1) as thread:
+        await asyncio.to_thread(proxy.refuse)  # one outage in any case
+        await asyncio.to_thread(proxy.rst)
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(proxy.accept)
         while loop.time() < until:
-            fault = chance.choice(
-                [proxy.rst, proxy.fin, proxy.lose_next_request, proxy.swallow_next_answer, proxy.refuse]
-            )
-            await asyncio.to_thread(fault)
+            await asyncio.to_thread(chance.choice(faults))
             await asyncio.sleep(chance.uniform(0.02, 0.15))
-            await asyncio.to_thread(proxy.accept)
             await loop.run_in_executor(thread, meters.collect)
 
 
