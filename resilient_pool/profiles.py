@@ -46,6 +46,8 @@ class Profile:
         idle_cut: After how many idle seconds the service, by its defaults, ends a session, or a device of its network forgets
             it; `None` for never.
         age_cut: At what age, in seconds, the service ends a session; `None` for none.
+        holds: For how many seconds it may hold a client that connects before it says why it does not let it in; `None` if that
+            is not known.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Profile:
     choices: Mapping[str, Choice]
     idle_cut: float | None = None
     age_cut: float | None = None
+    holds: float | None = None
 
     @property
     def arguments(self) -> PoolArguments:
@@ -62,9 +65,16 @@ class Profile:
 
 
 def _profile(
-    name: str, service: str, *, idle_cut: float | None = None, age_cut: float | None = None, **choices: Choice
+    name: str,
+    service: str,
+    *,
+    idle_cut: float | None = None,
+    age_cut: float | None = None,
+    holds: float | None = None,
+    **choices: Choice,
 ) -> Profile:
-    return Profile(name=name, service=service, choices=MappingProxyType(choices), idle_cut=idle_cut, age_cut=age_cut)
+    given = MappingProxyType(choices)
+    return Profile(name=name, service=service, choices=given, idle_cut=idle_cut, age_cut=age_cut, holds=holds)
 
 
 _OURS = "this package"
@@ -95,6 +105,7 @@ _ALL = (
         "NEON",
         "Neon, the direct endpoint",
         idle_cut=300.0,
+        holds=13.0,
         may_pause=_PAUSES,
         min_size=_NOTHING_KEPT,
         max_inactive_connection_lifetime=Choice(
@@ -110,6 +121,7 @@ _ALL = (
         "NEON_POOLED",
         "Neon, the endpoint with -pooler in its name",
         idle_cut=300.0,
+        holds=13.0,
         may_pause=_PAUSES,
         min_size=_NOTHING_KEPT,
         max_inactive_connection_lifetime=Choice(240.0, "as without the pooler", _NEON),
@@ -123,6 +135,7 @@ _ALL = (
         "SUPABASE_SESSION",
         "Supabase's pooler in session mode, port 5432",
         idle_cut=300.0,
+        holds=60.0,
         max_inactive_connection_lifetime=Choice(
             240.0, "a pool that is unused for 300 s is stopped, with its clients", _SUPAVISOR
         ),
@@ -139,6 +152,7 @@ _ALL = (
         "SUPABASE_TRANSACTION",
         "Supabase's poolers in transaction mode, port 6543",
         idle_cut=300.0,
+        holds=60.0,
         max_inactive_connection_lifetime=Choice(
             240.0, "a pool that is unused for 300 s is stopped, with its clients", _SUPAVISOR
         ),
@@ -153,6 +167,7 @@ _ALL = (
         "Amazon RDS Proxy",
         idle_cut=1800.0,
         age_cut=86400.0,
+        holds=120.0,
         max_inactive_connection_lifetime=Choice(
             900.0, "idle clients are cut after 1800 s, or as configured", _RDS_PROXY
         ),
@@ -180,6 +195,7 @@ _ALL = (
         "AURORA_SERVERLESS",
         "Aurora Serverless v2 with a minimum capacity of zero",
         idle_cut=60.0,
+        holds=15.0,
         may_pause=_PAUSES,
         min_size=_NOTHING_KEPT,
         max_inactive_connection_lifetime=Choice(
@@ -222,6 +238,7 @@ _ALL = (
     _profile(
         "PGBOUNCER",
         "PgBouncer in transaction mode",
+        holds=15.0,
         timeout=Choice(20.0, "it tries to log in to its server again after 15 s (server_login_retry)", _PGBOUNCER),
         statement_cache_size=_NO_NAMES._replace(
             reason="safe for every version; 100 where max_prepared_statements is more than that"
@@ -231,6 +248,7 @@ _ALL = (
     _profile(
         "PGDOG",
         "PgDog in transaction mode",
+        holds=5.0,
         timeout=Choice(
             10.0, "it waits for up to 5 s for a session (checkout_timeout)", "PgDog configuration reference"
         ),

@@ -862,7 +862,7 @@ class LeaseManager:
         self.read_check = retry_loop.read_check
         # The application's own callbacks and statements may leave anything behind.
         self.trusts_texts = (
-            config.session_reset == "auto"
+            config.session_reset in ("auto", "off")
             and config.setup is None
             and config.reset is None
             and not overrides_statements(config.connection_class)

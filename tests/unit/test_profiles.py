@@ -67,6 +67,13 @@ def test_connections_are_given_up_before_the_service_cuts_them(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_attempt_to_connect_outlasts_the_time_for_which_the_service_may_hold_it(name):
+    """So that what it says at the end is heard."""
+    profile = profiles.EXPLAINED[name]
+    assert profile.holds is None or config_of(name).timeout > profile.holds
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_caller_waits_at_least_as_long_as_one_attempt_to_connect(name):
     """Or what the service says at the end of its own patience would never be seen."""
     config = config_of(name)

@@ -271,7 +271,6 @@ async def passing(_connection):
     [
         {"session_reset": "background"},
         {"session_reset": "on_release"},
-        {"session_reset": "off"},
         {"connection_class": Own},
         {"setup": passing},
         {"reset": passing},
@@ -285,6 +284,19 @@ async def test_texts_are_trusted_only_where_nothing_else_may_have_been_done(make
     async with pool.acquire() as connection:
         assert await connection.fetchval("SELECT 1") == 1
     assert pool.stats().resets >= 1
+
+
+async def test_where_calls_are_not_reset_a_lease_is_if_it_may_have_changed_its_session(make_pool, eventually):
+    """`session_reset="off"` is no reason to reset more than by default."""
+    pool = await make_pool(session_reset="off")
+    for _ in range(3):
+        async with pool.acquire() as connection:
+            await connection.fetchval("SELECT 1")
+    await pool.execute("SET application_name = 'left'")
+    assert pool.stats().resets == 0
+    async with pool.acquire() as connection:
+        await connection.execute("SET application_name = 'left'")
+    await eventually(lambda: pool.stats().resets == 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"readonly": True}, {"resolve_commit": False}, {"isolation": "serializable"}])
