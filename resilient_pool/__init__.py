@@ -14,6 +14,8 @@ from resilient_pool.errors import (
 )
 from resilient_pool.events import Event, Observer
 from resilient_pool.execution.connection import ResilientConnection
+from resilient_pool.execution.listener import Listener
+from resilient_pool.execution.notifications import Gap, GapReason, Notification
 from resilient_pool.execution.transaction import Attempt, RetriedTransaction
 from resilient_pool.observability.instrument import Instrument
 from resilient_pool.observability.stats import PoolStats
@@ -38,10 +40,14 @@ __all__ = [
     "Event",
     "Failure",
     "Fault",
+    "Gap",
+    "GapReason",
     "Instrument",
+    "Listener",
     "MigrationFailedError",
     "MigrationLockedError",
     "MigrationResult",
+    "Notification",
     "Observer",
     "Outcome",
     "OutcomeUnknownError",

@@ -20,6 +20,7 @@ from resilient_pool.config.arguments import ConnectArguments, RecordT, TypedPool
 from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal
 from resilient_pool.execution.commit_resolver import CommitResolver
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
+from resilient_pool.execution.listener import Listener, Listeners
 from resilient_pool.execution.query_methods import Queries
 from resilient_pool.execution.read_check import ReadCheck
 from resilient_pool.execution.retry_loop import Execution, RetryLoop
@@ -136,6 +137,9 @@ class ResilientPool(Queries[RecordT]):
         )
         commit_resolver = CommitResolver(context, self._leases)
         self._transactions = Transactions(context, self._leases, commit_resolver, self._require_open)
+        self._listeners = Listeners(
+            context, self._leases, self._acquirer, maintenance, self._connector, self._require_open
+        )
         self._sets_up = config.setup is not None
         self._waits_for_reset = config.session_reset == "on_release"
         self._never_resets = config.session_reset == "off"
@@ -384,6 +388,40 @@ class ResilientPool(Queries[RecordT]):
         if error is not None:
             raise error
 
+    # Notifications
+
+    @names_nearest
+    def listen(
+        self, *channels: str, queue_size: int = 10_000, ping_after: float = 30.0, deadline: float | None = None
+    ) -> Listener:
+        """Listen to channels, again after each loss: what this returns gives out what NOTIFY sends.
+
+            async with pool.listen("jobs") as listener:
+                await work_off(pool)
+                async for item in listener:
+                    ...  # a Notification, or a Gap: then look for what may have been missed
+
+        It has a connection of its own, beside the `max_size` others. When that is lost another one is opened by the pool's rules,
+        for as long as waiting may help, and a `Gap` stands where notifications may be missing. A database that pauses when it has
+        no connections does not pause while it is listened to.
+
+        Args:
+            *channels: Their names, exactly: an unquoted name in SQL is folded to small letters.
+            queue_size: How many notifications wait for the application at most. Further ones are dropped and counted, and one `Gap`
+                stands for them. Default 10,000.
+            ping_after: After how many seconds without a notification the session is asked whether it still listens; then it has
+                `ping_timeout` seconds to answer. Default 30.
+            deadline: For how many seconds to try to listen for the first time. Default: the pool's.
+
+        Raises:
+            ConfigurationError: An argument is out of its range.
+            asyncpg.InterfaceError: The pool is not open.
+        """
+        self._require_open()
+        if self._config.may_pause:
+            warnings.warn("the database will not pause: listen() keeps a connection open", stacklevel=3)
+        return self._listeners.make(channels, queue_size, ping_after, deadline)
+
     # Opening and closing
 
     def __await__(self) -> Generator[Any, None, Self]:
@@ -466,6 +504,7 @@ class ResilientPool(Queries[RecordT]):
         self._require_loop()
         self._state = _State.CLOSING
         self._resources.fail_waiters(self._refusal)
+        self._listeners.stop()
         self._circuit_breaker.stop()
         self._maintenance.begin_closing()
         warning = self._clock.call_later(_LONG_CLOSE, self._warn_of_long_close)
@@ -486,6 +525,7 @@ class ResilientPool(Queries[RecordT]):
         state, self._state = self._state, _State.CLOSED
         if state in (_State.NEW, _State.CLOSED, _State.FORKED):
             return
+        self._listeners.stop()
         if self._loop is not None and self._loop.is_closed():
             self._maintenance.cut_off()  # what waited in that loop cannot be told any more
             return
@@ -506,6 +546,7 @@ class ResilientPool(Queries[RecordT]):
         if self._state not in (_State.NEW, _State.CLOSED):
             self._state = _State.FORKED
             self._maintenance.disown()
+            self._listeners.disown()
 
     def _require_open(self) -> None:
         if self._state is not _OPEN:
@@ -536,6 +577,7 @@ class ResilientPool(Queries[RecordT]):
             return
         self._require_loop()
         self._maintenance.expire()
+        self._listeners.expire()
 
     def set_connect_args(self, dsn: str | None = None, /, **connect_kwargs: Unpack[ConnectArguments]) -> None:
         """Use other connection arguments for every connection opened from now on.

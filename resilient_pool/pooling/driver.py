@@ -14,7 +14,7 @@ import select
 import socket
 import traceback
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -57,6 +57,10 @@ _LIMITS = """
            EXTRACT(epoch FROM pg_catalog.current_setting('transaction_timeout', true)::interval)::float8
 """
 _SERVER_INFO = ", ".join((_BACKEND_PID, _IN_RECOVERY.removeprefix("SELECT "), _LIMITS.strip().removeprefix("SELECT ")))
+_LISTENED_TO = """
+    SELECT pg_catalog.count(*) FROM pg_catalog.pg_listening_channels() AS channel
+    WHERE channel OPERATOR(pg_catalog.=) ANY($1::pg_catalog.text[])
+"""
 # Whether read-only is the default, and whether by what every server has alike: the session, the role or the database.
 _READ_ONLY = """
     SELECT pg_catalog.pg_is_in_recovery(), setting = 'on',
@@ -564,6 +568,24 @@ class DriverConnection:
     def _release_on_close(self) -> None:
         if self._proxy is not None:
             self._proxy._release_on_close()  # noqa: SLF001
+
+    async def listen(
+        self, channels: Iterable[str], callback: Callable[[Any, int, str, Any], None], *, timeout: float
+    ) -> None:
+        """Listen to channels, one after the other, all within a time limit."""
+        async with asyncio.timeout(timeout):
+            for channel in channels:
+                await asyncpg.Connection.add_listener(self.connection, channel, callback)
+
+    async def listens_to(self, channels: Collection[str], *, timeout: float | None) -> bool:
+        """Ask whether the session listens to all channels. A server that answers, but does not know, is believed to."""
+        try:
+            number = await self.fetchval_uncached(_LISTENED_TO, list(channels), timeout=timeout)
+        except asyncpg.PostgresError:
+            if self.connection.is_closed():
+                raise
+            return True
+        return bool(number == len(channels))
 
     def add_query_logger(self, callback: Any) -> bool:
         """Log queries to `callback`, and say whether they were not logged to it already."""

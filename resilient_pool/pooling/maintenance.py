@@ -271,6 +271,10 @@ class Maintenance:
         drivers = (entry.resource for entry in self._resources)
         return [driver for driver in drivers if driver is not None and not driver.connection.is_closed()]
 
+    def detach(self, entry: PoolEntry[DriverConnection]) -> None:
+        """Let an entry go with its connection, for good: its place in the pool is free."""
+        self._resources.drop(entry)
+
     # Discarding
 
     def is_outdated(self, entry: PoolEntry[DriverConnection]) -> bool:

@@ -42,6 +42,11 @@ class MeteredMaintenance(Maintenance):
         self._end_use(entry)
         return super().reset_and_release(entry, seconds)
 
+    def detach(self, entry: PoolEntry[DriverConnection]) -> None:
+        """End an entry's use, and let it go."""
+        self._end_use(entry)
+        super().detach(entry)
+
 
 class MeteredAcquirer(Acquirer):
     """An acquirer that notes when each use begins."""

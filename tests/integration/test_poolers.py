@@ -243,3 +243,23 @@ async def test_no_statement_of_another_process_goes_by_the_same_name(postgres):
             )
     assert len(names) == 2
     assert all(len(name) > len("__asyncpg_stmt_ff__") + 6 for name in names)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"statement_cache_size": 100}])
+async def test_listening_through_a_pooler_that_shares_sessions_is_refused(postgres, arguments):
+    """LISTEN would be another client's as soon as its transaction ends: the error says so, and the pool goes on."""
+    async with pool_through(postgres, sessions=2, **arguments) as (_, pool, _):
+        with pytest.raises(asyncpg.InterfaceError, match=r"a pooler shares the server's sessions among its clients \("):
+            async with pool.listen("work"):
+                pass
+        assert await pool.fetchval("SELECT 1") == 1
+        with pytest.raises(asyncpg.InterfaceError, match="needs a session of its own"):
+            await anext(pool.listen("work"))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"statement_cache_size": 100}])
+async def test_listening_through_a_proxy_that_keeps_a_session_for_each_client_works(postgres, arguments):
+    """Also where the application's own statement_cache_size says that there is a pooler."""
+    async with pool_through(postgres, **arguments) as (_, pool, _), pool.listen("work") as listener:
+        await pool.execute("NOTIFY work, 'one'")
+        assert (await anext(listener)).payload == "one"
