@@ -174,6 +174,7 @@ async def test_a_dead_network_is_noticed_in_bounded_time(postgres, proxy, sender
 async def test_a_session_that_does_not_listen_any_more_is_noticed(dsn, sender):
     """As when something in between resets it, or gives the client another one."""
     async with ResilientPool(dsn) as pool, pool.listen("work", ping_after=0.1) as listener:
+        await pool.fetchval("SELECT 1")  # an idle connection, which is listened on at once
         await listening_connection(pool).execute("UNLISTEN *")
         (gap,) = await taken(listener, 1)
         assert gap.reason is GapReason.SESSION_CHANGED

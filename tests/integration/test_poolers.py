@@ -95,7 +95,13 @@ class Proxy:
             self._opened += 1
         server = await asyncio.open_connection(*self._target)
         server[1].write(startup)
-        self._greeting = await self._until_ready(server[0])
+        ready = False
+        try:
+            self._greeting = await self._until_ready(server[0])
+            ready = True
+        finally:
+            if not ready:
+                server[1].close()
         return server
 
     async def _give_back(self, server: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
@@ -260,6 +266,8 @@ async def test_listening_through_a_pooler_that_shares_sessions_is_refused(postgr
 @pytest.mark.parametrize("arguments", [{}, {"statement_cache_size": 100}])
 async def test_listening_through_a_proxy_that_keeps_a_session_for_each_client_works(postgres, arguments):
     """Also where the application's own statement_cache_size says that there is a pooler."""
-    async with pool_through(postgres, **arguments) as (_, pool, _), pool.listen("work") as listener:
+    # This proxy passes on what the server says unasked with the next answer.
+    async with pool_through(postgres, **arguments) as (_, pool, _), pool.listen("work", ping_after=0.1) as listener:
         await pool.execute("NOTIFY work, 'one'")
-        assert (await anext(listener)).payload == "one"
+        async with asyncio.timeout(10):
+            assert (await anext(listener)).payload == "one"
