@@ -23,6 +23,7 @@ from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.backoff import OPERATION_BACKOFF
 from resilient_pool.retry.verdict import Failure, Fault
+from resilient_pool.sql.session_state import LISTENER
 
 # The server cuts a longer name off, and pg_notify() refuses it.
 _LONGEST_NAME = 63
@@ -244,22 +245,23 @@ class Subscription:
         return entry
 
     async def _listen_on(self, driver: DriverConnection, limit: float | None) -> None:
+        if driver.is_pooled:
+            await self._leases.require_session(LISTENER)
         seconds = self._context.config.timeout if limit is None else limit
-        sharing = await self._connector.find_session_sharing(driver, seconds)
         self._connection, self._interruption = driver.connection, None
         self._wake.clear()
         asyncpg.Connection.add_termination_listener(driver.connection, self._lost)
         self._early = []
-        if sharing is None:
-            try:
-                await driver.listen(self._channels, self._notified, timeout=seconds)
-            except asyncpg.ReadOnlySQLTransactionError:
-                await driver.learn_why_read_only()
-                raise
-            if not await driver.listens_to(self._channels, timeout=seconds):
-                sharing = "the session that answered after LISTEN does not listen"
-        if sharing is not None:
-            raise _unable_to_listen(sharing)
+        try:
+            await driver.listen(self._channels, self._notified, timeout=seconds)
+        except asyncpg.ReadOnlySQLTransactionError:
+            await driver.learn_why_read_only()
+            raise
+        if not await driver.listens_to(self._channels, timeout=seconds):
+            raise asyncpg.InterfaceError(
+                "the session that answered after LISTEN does not listen: a pooler stands between, which gives this connection "
+                "another session for every transaction; connect to the server, or to a pooler in session mode, with a pool of its own"
+            )
 
     def _listening(self, interrupted_by: GapReason | None) -> None:
         """Give out what came since LISTEN, behind the gap that an interruption has left."""
@@ -324,13 +326,6 @@ class Subscription:
     def _lost(self, connection: object) -> None:
         if connection is self._connection:
             self.interrupt(GapReason.CONNECTION_LOST)
-
-
-def _unable_to_listen(why: str) -> Exception:
-    return asyncpg.InterfaceError(
-        f"pool.listen() needs a session of its own, and a pooler shares the server's sessions among its clients ({why}): listen with "
-        "a pool that connects to the server itself, or to a port of the pooler's for session pooling"
-    )
 
 
 class Listener:

@@ -264,16 +264,6 @@ class Connector:
                 self._emit_pooler_detected(target, info, seen)
         return info
 
-    async def find_session_sharing(self, driver: DriverConnection, seconds: float) -> str | None:
-        """Return why the next statement on a connection may be another session's; `None` if it keeps its session."""
-        if self.server_info is None or not driver.is_pooled:
-            return None
-        answered = await driver.backend(seconds)
-        info = replace(
-            self.server_info, backend_pid=self.server_info.handshake_pid if answered is None else answered[0]
-        )
-        return await self._find_session_sharing(self._target, driver, info, self._clock.monotonic() + seconds)
-
     async def _find_session_sharing(
         self, target: PoolConfig, driver: DriverConnection, info: ServerInfo, ends: float
     ) -> str | None:

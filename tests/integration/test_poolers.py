@@ -255,11 +255,11 @@ async def test_no_statement_of_another_process_goes_by_the_same_name(postgres):
 async def test_listening_through_a_pooler_that_shares_sessions_is_refused(postgres, arguments):
     """LISTEN would be another client's as soon as its transaction ends: the error says so, and the pool goes on."""
     async with pool_through(postgres, sessions=2, **arguments) as (_, pool, _):
-        with pytest.raises(asyncpg.InterfaceError, match=r"a pooler shares the server's sessions among its clients \("):
+        with pytest.raises(asyncpg.InterfaceError, match="LISTEN was not sent: a pooler in transaction mode"):
             async with pool.listen("work"):
                 pass
         assert await pool.fetchval("SELECT 1") == 1
-        with pytest.raises(asyncpg.InterfaceError, match="needs a session of its own"):
+        with pytest.raises(asyncpg.InterfaceError, match="with a pool of its own"):
             await anext(pool.listen("work"))
 
 
