@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import warnings
+from asyncio import get_running_loop
 from collections.abc import Awaitable, Callable, Generator
 from enum import Enum
 from types import TracebackType
@@ -21,16 +22,16 @@ from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal
 from resilient_pool.execution.commit_resolver import CommitResolver
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.listener import Listener, Listeners
-from resilient_pool.execution.query_methods import Queries
+from resilient_pool.execution.query_methods import CallOptions, Queries
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import Execution, RetryLoop
+from resilient_pool.execution.retry_loop import Asked, Execution, RetryLoop
 from resilient_pool.execution.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
 from resilient_pool.observability.stats import Counters, PoolStats
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.circuit_breaker import CircuitBreaker
 from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import Dispatcher, PoolContext
-from resilient_pool.pooling.driver import AnyConnection, DriverConnection
+from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.metering import MeteredAcquirer, MeteredMaintenance
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
@@ -131,7 +132,8 @@ class ResilientPool(Queries[RecordT]):
         self._retry_loop = RetryLoop(
             context, ReadCheck(self._reader, clock.monotonic), self._maintenance, self._connector
         )
-        self._deposit = config.retry_budget.deposit
+        self._retry_budget = config.retry_budget
+        self._monotonic = clock.monotonic
         self._leases = LeaseManager(
             context, self._acquirer, self._maintenance, self._retry_loop, self._connector, self._lease_type
         )
@@ -155,94 +157,74 @@ class ResilientPool(Queries[RecordT]):
 
     # Running
 
-    async def _run(
+    async def _run(  # noqa: C901, PLR0912 - the road of a call, whole
         self,
         operation: str,
         sql: str | None,
-        execute: Callable[[AnyConnection], Awaitable[T]],
-        *,
-        idempotent: bool,
-        deadline: float | None,
-        fail_fast: bool | None,
+        options: CallOptions,
+        execute: Callable[..., Awaitable[T]],
+        *arguments: object,
         replayable: bool = True,
-        exactly_once: bool = False,
     ) -> T:
-        self._require_open()
-        if deadline is not None:
-            require_seconds("deadline", deadline)
-        if exactly_once and not idempotent and not self._is_plain_read(sql):
-            options = TransactionOptions(deadline=deadline, fail_fast=fail_fast)
-            return await run(self._transactions, _on_lease, (execute,), options, exactly_once=True)
-        started = self._clock.monotonic()
-        driver = failure = None
-        queries = 0
-        if not self._sets_up:
-            self._deposit()
+        if options:
+            require_seconds("deadline", options.get("deadline"))
+            exactly_once = options.pop("exactly_once", False)  # type: ignore[typeddict-item]
+            if exactly_once and not (options.get("idempotent") or self._is_plain_read(sql)):
+                return await self._run_exactly_once(options, execute, arguments)
+        started = self._monotonic()
+        self._retry_budget.calls += 1
+        asked: Asked[T] = (operation, sql, execute, arguments, options, replayable)
+        # What has not failed, and needs no setup, need not be remembered.
+        execution = self._retry_loop.new_execution(*asked, started) if self._sets_up else None
+        while True:
+            if self._state is not _OPEN or get_running_loop() is not self._loop:
+                self._require_open()
+            entry = lease = failure = reset = None
+            answered = False
             try:
-                entry = self._acquirer.try_acquire()
-                if entry is None:
-                    ends, fails_fast = self._leases.deadline_for(started, deadline, fail_fast)
-                    entry = await self._acquirer.acquire(ends, fail_fast=fails_fast)
-                driver = entry.resource
-                # What a class of the application makes of one call may be more than one statement.
-                if driver.is_customized:  # type: ignore[union-attr]
-                    queries = driver.queries  # type: ignore[union-attr]
-                return await self._use(entry, sql, execute)
-            except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
-                failure = error
-        # Only what has to be tried again, or takes a lease, needs to be remembered.
-        execution = self._leases.new_execution(
-            operation,
-            sql,
-            execute,
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
-            replayable=replayable,
-            started=started,
-        )
-        if driver is not None:
-            execution.attempt.execute_on(driver)
-            execution.attempt.queries_before = queries
-        return await self._retry_loop.run(execution, self._attempt, failure)
+                try:
+                    entry = self._acquirer.try_acquire()
+                    if entry is None:
+                        ends, fails_fast = self._retry_loop.limits(started, options)
+                        entry = await self._acquirer.acquire(ends, fail_fast=fails_fast)
+                    driver: Any = entry.resource
+                    queries = driver.queries if driver.is_customized else 0
+                    if execution is None:
+                        result = await execute(driver.connection, *arguments)
+                    else:
+                        if self._sets_up:
+                            lease = self._leases.new_lease(entry)
+                            await self._leases.attach(lease, execution)
+                        result = await self._retry_loop.run_on(execution, driver)
+                    answered = True
+                except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+                    failure = error
+                if failure is not None:
+                    if execution is None:
+                        execution = self._retry_loop.new_execution(*asked, started)
+                        if entry is not None:
+                            execution.attempt.execute_on(driver, queries)
+                    # What is decided concerns the connection, too, which is still held.
+                    delay = await self._retry_loop.judge(execution, failure)
+            finally:
+                if lease is not None:
+                    reset = self._leases.release(lease)
+                elif answered and (self._never_resets or (self._trusts_texts and self._keeps_session[sql])):
+                    self._acquirer.release(entry)  # type: ignore[arg-type]
+                elif entry is not None:
+                    reset = self._maintenance.reset_and_release(entry)
+            if execution is None or failure is None:
+                if self._waits_for_reset:
+                    await _end_of(reset)
+                return result
+            await self._clock.sleep(delay)
+            execution.begin_attempt()
 
-    async def _attempt(self, execution: Execution[T]) -> T:
-        self._require_open()
-        entry = await self._acquirer.acquire(execution.operation.deadline, fail_fast=execution.operation.fail_fast)
-        if self._sets_up:
-            return await self._attempt_on_lease(await self._leases.lease_entry(entry, execution), execution)
-        driver = cast("DriverConnection", entry.resource)
-        return await self._use(entry, execution.operation.sql, lambda _: self._retry_loop.run_on(execution, driver))
-
-    async def _use(
-        self, entry: PoolEntry[DriverConnection], sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]]
+    async def _run_exactly_once(
+        self, options: CallOptions, execute: Callable[..., Awaitable[T]], arguments: tuple[object, ...]
     ) -> T:
-        answered, reset = False, None
-        try:
-            result = await execute(entry.resource.connection)  # type: ignore[union-attr]
-            answered = True
-        except asyncpg.ReadOnlySQLTransactionError:
-            await entry.resource.learn_why_read_only()  # type: ignore[union-attr]
-            raise
-        finally:
-            if answered and (
-                self._never_resets or (self._trusts_texts and sql is not None and self._keeps_session(sql))
-            ):
-                self._maintenance.release(entry)
-            else:
-                reset = self._maintenance.reset_and_release(entry)
-        if self._waits_for_reset:
-            await _end_of(reset)
-        return result
-
-    async def _attempt_on_lease(self, lease: ResilientConnection[Any], execution: Execution[T]) -> T:
-        try:
-            result = await self._retry_loop.run_on(execution, await self._leases.attach(lease, execution))
-        finally:
-            reset = self._leases.release(lease)
-        if self._waits_for_reset:
-            await _end_of(reset)
-        return result
+        limits = TransactionOptions(deadline=options.get("deadline"), fail_fast=options.get("fail_fast"))
+        return await run(self._transactions, _on_lease, (execute, *arguments), limits, exactly_once=True)
 
     def _is_plain_read(self, sql: str | None) -> bool:
         return sql is not None and self._reader.is_plain_read(sql)
@@ -474,11 +456,16 @@ class ResilientPool(Queries[RecordT]):
                 opening.cancel()
 
     async def _open_connection(self) -> PoolEntry[DriverConnection]:
-        async def attempt(execution: Execution[PoolEntry[DriverConnection]]) -> PoolEntry[DriverConnection]:
-            return await self._acquirer.acquire(execution.operation.deadline, fail_fast=execution.operation.fail_fast)
-
-        execution: Execution[PoolEntry[DriverConnection]] = self._leases.new_execution("open", idempotent=True)
-        return await self._retry_loop.run(execution, attempt)
+        execution: Execution[None] = self._retry_loop.new_execution("open", options={"idempotent": True})
+        self._retry_budget.calls += 1
+        while True:
+            try:
+                return await self._acquirer.acquire(
+                    execution.operation.deadline, fail_fast=execution.operation.fail_fast
+                )
+            except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+                failure = error
+            await self._retry_loop.wait_for_retry(execution, failure)
 
     @names_nearest
     async def close(self, *, timeout: float | None = None) -> None:
@@ -747,5 +734,7 @@ def create_pool(dsn: str | None = None, /, **arguments: Unpack[TypedPoolArgument
     return ResilientPool(sealed, **cast("TypedPoolArguments[RecordT]", settled))
 
 
-async def _on_lease(connection: ResilientConnection[Any], execute: Callable[[AnyConnection], Awaitable[T]]) -> T:
-    return await execute(cast("AnyConnection", connection))
+async def _on_lease(
+    connection: ResilientConnection[Any], execute: Callable[..., Awaitable[T]], *arguments: object
+) -> T:
+    return await execute(connection, *arguments)

@@ -12,6 +12,7 @@ from resilient_pool.config.arguments import RecordT, TypedPoolArguments
 from resilient_pool.config.pool_config import seal
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.execution.connection import LeaseManager, LeaseState, ResilientConnection
+from resilient_pool.execution.query_methods import CallOptions
 from resilient_pool.pool import ResilientPool
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
 from resilient_pool.pooling.resource_pool import PoolEntry
@@ -55,10 +56,16 @@ class SingleConnection(ResilientConnection[RecordT]):
         super()._release_on_close()
 
     async def _run(
-        self, operation: str, sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]], **options: Any
+        self,
+        operation: str,
+        sql: str | None,
+        options: CallOptions,
+        execute: Callable[..., Awaitable[T]],
+        *arguments: object,
+        replayable: bool = True,
     ) -> T:
-        keeps = sql is not None and self._leases.keeps_session(sql)
-        return await self._watch(super()._run(operation, sql, execute, **options), keeps=keeps)
+        work = super()._run(operation, sql, options, execute, *arguments, replayable=replayable)
+        return await self._watch(work, keeps=self._leases.keeps_session[sql])
 
     async def _first(
         self, operation: str, sql: str | None, execute: Callable[[AnyConnection], Awaitable[T]], **options: Any

@@ -42,4 +42,4 @@ async def run(
     It is repeated under the same conditions as they are, so `execute` may be called more than once, with different
     connections.
     """
-    return await lease._run(operation, sql, execute, idempotent=False, deadline=None, fail_fast=None)  # noqa: SLF001
+    return await lease._run(operation, sql, {}, execute)  # noqa: SLF001

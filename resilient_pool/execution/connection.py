@@ -16,13 +16,12 @@ import asyncpg
 from asyncpg import Record
 
 from resilient_pool._validation import names_nearest, require_seconds
-from resilient_pool.clock import deadline_after
 from resilient_pool.config.arguments import RecordT
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.execution.connection_class import lease_class
 from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransaction
-from resilient_pool.execution.query_methods import OtherRecord, Queries
-from resilient_pool.execution.retry_loop import Execution, Operation, RetryLoop, do_nothing
+from resilient_pool.execution.query_methods import CallOptions, OtherRecord, Queries
+from resilient_pool.execution.retry_loop import Asked, Execution, RetryLoop, do_nothing
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import PoolContext
@@ -291,49 +290,32 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         self,
         operation: str,
         sql: str | None,
-        execute: Callable[[AnyConnection], Awaitable[T]],
-        *,
-        idempotent: bool,
-        deadline: float | None,
-        fail_fast: bool | None,
+        options: CallOptions,
+        execute: Callable[..., Awaitable[T]],
+        *arguments: object,
         replayable: bool = True,
-        exactly_once: bool = False,
     ) -> T:
-        if exactly_once:
-            raise asyncpg.InterfaceError(
-                "exactly_once=True is for the pool's methods, which make a transaction of their own; on a connection use "
-                "`async for attempt in pool.transaction()` around the block"
-            )
-        if deadline is not None:
-            require_seconds("deadline", deadline)
-        if self._state is _USED or self._state is _SETTING_UP:
-            keeps_session, self._keeps_session = self._keeps_session, False
-            if self._tracker is not None:
-                self._tracker("COPY" if sql is None else sql)
-            if self._interrupted:
-                await self._end_of_interruption(operation)
-            try:
-                result = await execute(self._driver.connection)  # type: ignore[union-attr]
-            except (asyncio.CancelledError, TimeoutError):
-                self._interrupted = True
-                raise
-            except AttributeError as error:
-                self._explain(operation, error)
-                raise
-            if keeps_session and sql is not None:
-                self._keeps_session = self._leases.keeps_session(sql)
-            return result
-        self._require_active(operation)
-        execution = self._leases.new_execution(
-            operation,
-            sql,
-            execute,
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
-            replayable=replayable,
-        )
-        return await self._try(execution)
+        if options:
+            _check(options)
+        if self._state is not _USED and self._state is not _SETTING_UP:
+            self._require_active(operation)
+            return await self._try((operation, sql, execute, arguments, options, replayable))
+        keeps_session, self._keeps_session = self._keeps_session, False
+        if self._tracker is not None:
+            self._tracker("COPY" if sql is None else sql)
+        if self._interrupted:
+            await self._end_of_interruption(operation)
+        try:
+            result = await execute(self._driver.connection, *arguments)  # type: ignore[union-attr]
+        except (asyncio.CancelledError, TimeoutError):
+            self._interrupted = True
+            raise
+        except AttributeError as error:
+            self._explain(operation, error)
+            raise
+        if keeps_session and sql is not None:
+            self._keeps_session = self._leases.keeps_session[sql]
+        return result
 
     async def _first(
         self,
@@ -363,8 +345,8 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             self._keeps_session = keeps_session
             return result
         self._require_active(operation)
-        execution = self._leases.new_execution(operation, None, execute, idempotent=True)
-        return await self._try(execution, harmless=True, keeps=keeps, keeps_session=keeps_session)
+        asked: Asked[T] = (operation, None, execute, (), {"idempotent": True}, True)
+        return await self._try(asked, harmless=True, keeps=keeps, keeps_session=keeps_session)
 
     async def _begin(self, method: str, execute: Callable[[AnyConnection], Awaitable[Any]]) -> Any:
         if self.is_released:
@@ -373,32 +355,57 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             )
         return await self._first("transaction", None, execute, keeps_session=True)
 
-    async def _try(
-        self, execution: Execution[T], *, harmless: bool = False, keeps: bool = False, keeps_session: bool = False
+    async def _try(  # noqa: C901, PLR0912 - the loop of a lease's first use, whole
+        self, asked: Asked[T], *, harmless: bool = False, keeps: bool = False, keeps_session: bool = False
     ) -> T:
+        """Do something on a connection that is replaced until this has succeeded."""
         if self._state is _TRYING:
             # The driver would say the same, but the connection would be checked and replaced under the other operation.
             raise asyncpg.InterfaceError("cannot perform operation: another operation is in progress")
         self._state = _TRYING
-        fresh = None
+        operation, sql, execute, arguments, *_ = asked
         kept, self._keeps_session = self._keeps_session, False
+        started, execution, fresh = self._leases.begin_call(), None, None
         try:
-            result = await self._leases.retry_loop.run(execution, self._attempt)
+            while True:
+                failure, driver, queries = None, self._driver, 0
+                try:
+                    if execution is None and driver is not None and self._leases.is_ready(self._entry, driver):
+                        queries = driver.queries if driver.is_customized else 0
+                        result = await execute(driver.connection, *arguments)
+                    else:
+                        execution = execution or self._leases.retry_loop.new_execution(*asked, started)
+                        result = await self._attempt(execution)
+                except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+                    failure = error
+                if failure is None:
+                    break
+                if execution is None:
+                    execution = self._leases.retry_loop.new_execution(*asked, started)
+                    if driver is not None:
+                        execution.attempt.execute_on(driver, queries)
+                # Another task may have ended the lease: the connection is another caller's then.
+                await self._leases.retry_loop.wait_for_retry(execution, failure, holds=self._state is _TRYING)
             fresh = keeps
             if self._driver is not None:
                 self._driver.has_served = True  # it may be lost before it is released
             if kept:
-                sql = execution.operation.sql
-                self._keeps_session = keeps_session or (sql is not None and self._leases.keeps_session(sql))
+                self._keeps_session = keeps_session or (sql is not None and self._leases.keeps_session[sql])
         except Exception as error:
             fresh = self._leases.is_untouched(execution, error, harmless=harmless)
-            self._explain(execution.operation.name, error)
+            self._explain(operation, error)
             raise
         finally:
             self._interrupted = fresh is None
             if self._state is _TRYING:
-                self._end_trying(fresh=self._leases.is_untouched(execution) if fresh is None else fresh)
+                self._end_trying(fresh=self._has_nothing_to_lose(execution) if fresh is None else fresh)
         return result
+
+    def _has_nothing_to_lose(self, execution: Execution[Any] | None) -> bool:
+        """Whether what was cancelled had not begun to execute, or its connection is lost."""
+        if execution is None:
+            return self._driver is None or not self._driver.is_usable
+        return self._leases.is_untouched(execution)
 
     async def _end_of_interruption(self, operation: str) -> None:
         """Wait for the end of a statement that was cancelled, which the driver does too, but for ever."""
@@ -440,12 +447,15 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             raise asyncpg.ConnectionDoesNotExistError("connection was closed while it was being set up")
         if driver is not self._driver:
             self._detach_driver()
-            driver.attach_proxy(self)
-            self._driver = driver
+            self._become_proxy_of(driver)
             execution.attempt.phase, execution.attempt.driver = Phase.CHECKOUT, driver
             if self._leases.sets_up or self._attached is not None:
                 await self._set_up(driver, execution)
         return driver
+
+    def _become_proxy_of(self, driver: DriverConnection) -> None:
+        driver.attach_proxy(self)
+        self._driver = driver
 
     async def _set_up(self, driver: DriverConnection, execution: Execution[T]) -> None:
         # What `setup` does is part of getting the connection: it fails as a whole, and is repeated as a whole.
@@ -767,6 +777,15 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             raise asyncpg.InterfaceError("cannot call Connection.get_settings(): connection is closed") from error
 
 
+def _check(options: CallOptions) -> None:
+    if options.pop("exactly_once", False):  # type: ignore[typeddict-item]
+        raise asyncpg.InterfaceError(
+            "exactly_once=True is for the pool's methods, which make a transaction of their own; on a connection use "
+            "`async for attempt in pool.transaction()` around the block"
+        )
+    require_seconds("deadline", options.get("deadline"))
+
+
 def _add(callbacks: list[T], callback: T) -> None:
     if callback not in callbacks:
         callbacks.append(callback)
@@ -786,11 +805,13 @@ class _OfSharedSessions(ResilientConnection[RecordT]):
         self,
         operation: str,
         sql: str | None,
-        execute: Callable[[AnyConnection], Awaitable[T]],
-        **options: Any,
+        options: CallOptions,
+        execute: Callable[..., Awaitable[T]],
+        *arguments: object,
+        replayable: bool = True,
     ) -> T:
         await self._require_session_for(sql)
-        return await super()._run(operation, sql, execute, **options)
+        return await super()._run(operation, sql, options, execute, *arguments, replayable=replayable)
 
     async def _first(
         self,
@@ -805,7 +826,7 @@ class _OfSharedSessions(ResilientConnection[RecordT]):
         return await super()._first(operation, sql, execute, keeps=keeps, keeps_session=keeps_session)
 
     async def _require_session_for(self, sql: str | None) -> None:
-        state = None if sql is None or self.is_released or self._leases.keeps_session(sql) else session_state(sql)
+        state = None if sql is None or self.is_released or self._leases.keeps_session[sql] else session_state(sql)
         if state is not None and not (state.serves_transaction and self.is_in_transaction()):
             await self._leases.require_session(state)
 
@@ -859,6 +880,7 @@ class LeaseManager:
         self.sets_up = config.setup is not None
         self.connection_class = config.connection_class
         self.retry_loop = retry_loop
+        self._retry_budget = config.retry_budget
         self.read_check = retry_loop.read_check
         # The application's own callbacks and statements may leave anything behind.
         self.trusts_texts = (
@@ -868,45 +890,6 @@ class LeaseManager:
             and not overrides_statements(config.connection_class)
         )
         self.keeps_session = self.read_check.reader.keeps_session
-
-    def new_execution(
-        self,
-        name: str,
-        sql: str | None = None,
-        execute: Callable[[AnyConnection], Awaitable[T]] = do_nothing,
-        *,
-        idempotent: bool = False,
-        deadline: float | None = None,
-        fail_fast: bool | None = None,
-        replayable: bool = True,
-        exactly_once: bool = False,
-        readonly: bool = False,
-        started: float | None = None,
-    ) -> Execution[T]:
-        """Begin an operation. Its deadline is `deadline` seconds after it `started`, by default the pool's, and now."""
-        if started is None:
-            started = self._clock.monotonic()
-        ends, fails_fast = self.deadline_for(started, deadline, fail_fast)
-        return Execution(
-            Operation(
-                name=name,
-                sql=sql,
-                execute=execute,
-                idempotent=idempotent,
-                replayable=replayable,
-                fail_fast=fails_fast,
-                exactly_once=exactly_once,
-                readonly=readonly,
-                started=started,
-                deadline=ends,
-            )
-        )
-
-    def deadline_for(self, started: float, deadline: float | None, fail_fast: bool | None) -> tuple[float | None, bool]:
-        """Say until when an operation that `started` then waits, and whether it fails fast, where `None` is the pool's default."""
-        config = self._config
-        ends = deadline_after(started, config.deadline if deadline is None else deadline)
-        return ends, config.fail_fast if fail_fast is None else fail_fast
 
     @property
     def is_closing(self) -> bool:
@@ -921,34 +904,62 @@ class LeaseManager:
         """Take back an entry whose lease has ended or did not begin, in whatever thread or event loop."""
         self._maintenance.reset_and_release_anywhere(entry)
 
+    def begin_call(self) -> float:
+        """Count an operation, and return when it began."""
+        self._retry_budget.calls += 1
+        return self._clock.monotonic()
+
     async def lease(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection[Any]:
         """Lease a healthy connection within `seconds`."""
-        execution: Execution[ResilientConnection[Any]] = self.new_execution(
-            "acquire", idempotent=True, deadline=seconds, fail_fast=fail_fast
-        )
-        return await self.retry_loop.run(execution, self.lease_for)
+        options: CallOptions = {"idempotent": True, "deadline": seconds, "fail_fast": fail_fast}
+        asked: Asked[None] = ("acquire", None, do_nothing, (), options, True)
+        started = self.begin_call()
+        execution = self.retry_loop.new_execution(*asked, started) if self.sets_up else None
+        while True:
+            try:
+                return await self.lease_for(execution, self.retry_loop.limits(started, options))
+            except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+                failure = error
+            execution = execution or self.retry_loop.new_execution(*asked, started)
+            await self.retry_loop.wait_for_retry(execution, failure)
 
-    async def lease_for(self, execution: Execution[Any]) -> ResilientConnection[Any]:
-        """Lease a connection for one attempt of an operation."""
-        return await self.lease_entry(
-            await self._acquirer.acquire(execution.operation.deadline, fail_fast=execution.operation.fail_fast),
-            execution,
-        )
-
-    async def lease_entry(
-        self, entry: PoolEntry[DriverConnection], execution: Execution[T]
+    async def lease_for(
+        self, execution: Execution[Any] | None, limits: tuple[float | None, bool]
     ) -> ResilientConnection[Any]:
-        """Lease the connection of an entry, set up for the application. If that fails the connection is closed."""
-        pooled = entry.resource is not None and entry.resource.is_pooled
-        lease = (self._pooled_lease_class if pooled else self._lease_class)(self, entry)
+        """Lease a connection for one attempt of an operation, set up for the application. If that fails it is closed.
+
+        Args:
+            execution: The operation; `None` for a first attempt where nothing is set up.
+            limits: Until when to wait, and whether to fail fast.
+        """
+        entry = self._acquirer.try_acquire()
+        if entry is None:
+            entry = await self._acquirer.acquire(limits[0], fail_fast=limits[1])
+        lease = self.new_lease(entry)
         leased = False
         try:
-            await lease._attach(execution)  # noqa: SLF001
+            await self.attach(lease, execution)
             leased = True
         finally:
             if not leased:
                 self.release(lease)
         return lease
+
+    def new_lease(self, entry: PoolEntry[DriverConnection]) -> ResilientConnection[Any]:
+        """Make a lease of an entry, to be attached to its connection."""
+        pooled = entry.resource is not None and entry.resource.is_pooled
+        return (self._pooled_lease_class if pooled else self._lease_class)(self, entry)
+
+    async def attach(self, lease: ResilientConnection[Any], execution: Execution[Any] | None) -> None:
+        """Attach a new lease to its connection, and let the application set it up."""
+        if execution is not None:
+            await lease._attach(execution)  # noqa: SLF001
+        else:
+            lease._become_proxy_of(lease._entry.resource)  # type: ignore[union-attr, arg-type] # noqa: SLF001
+
+    def is_ready(self, entry: PoolEntry[DriverConnection] | None, driver: DriverConnection) -> bool:
+        """Whether the connection of a lease can be used as it is."""
+        return entry is not None and entry.resource is driver and self._acquirer.is_ready(entry)
 
     async def ensure_healthy(
         self, entry: PoolEntry[DriverConnection] | None, deadline: float | None, *, fail_fast: bool = False
@@ -957,10 +968,6 @@ class LeaseManager:
         if entry is not None and await self._acquirer.ensure_healthy(entry, deadline):
             return entry
         return await self._acquirer.acquire(deadline, fail_fast=fail_fast)
-
-    async def attach(self, lease: ResilientConnection[Any], execution: Execution[T]) -> DriverConnection:
-        """Return the connection of a new lease."""
-        return await lease._attach(execution)  # noqa: SLF001
 
     async def set_up(self, lease: ResilientConnection[Any], deadline: float | None) -> None:
         """Let the application prepare a connection until `deadline`."""
@@ -988,7 +995,9 @@ class LeaseManager:
                 "server, or to a pooler in session mode, with a pool of its own"
             )
 
-    def is_untouched(self, execution: Execution[T], error: Exception | None = None, *, harmless: bool = False) -> bool:
+    def is_untouched(
+        self, execution: Execution[T] | None, error: Exception | None = None, *, harmless: bool = False
+    ) -> bool:
         """Whether an operation that did not succeed cannot have left anything in the session of its last attempt.
 
         Args:
@@ -997,7 +1006,8 @@ class LeaseManager:
             harmless: Whether it leaves nothing behind when it fails, whatever its text.
         """
         if (
-            execution.attempt.phase is not Phase.EXECUTE
+            execution is None
+            or execution.attempt.phase is not Phase.EXECUTE
             or execution.attempt.driver is None
             or not execution.attempt.driver.is_usable
         ):
@@ -1038,7 +1048,7 @@ class LeaseManager:
         finally:
             # What was asked long ago vouches for nothing: the reset asks again, and no caller waits for that.
             if entry is not None and keeps and self._clock.now() - entry.taken_at < self._config.ping_after:
-                self._maintenance.release(entry)
+                self._acquirer.release(entry)
             elif entry is not None:
                 reset = self._maintenance.reset_and_release(entry, seconds)
         return reset

@@ -58,14 +58,11 @@ def _statement(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         return await self._run(
             name,
             _text(args, kwargs) if name in _WITH_A_TEXT else None,
+            own,
             _call(name, args, kwargs)
             if name not in _SENDS_MUCH
             else _until_lost(_call(name, args, kwargs), kwargs.get("timeout")),
-            idempotent=own.get("idempotent", False),
-            deadline=own.get("deadline"),
-            fail_fast=own.get("fail_fast"),
             replayable=name in _STATEMENTS,
-            exactly_once=own.get("exactly_once", False),
         )
 
     return forward

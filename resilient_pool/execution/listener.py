@@ -210,31 +210,41 @@ class Subscription:
         delays = OPERATION_BACKOFF.delays()
         while True:
             deadline = None if self.has_listened else self._deadline
-            execution: Execution[PoolEntry[DriverConnection]] = self._leases.new_execution(
-                "listen", idempotent=True, deadline=deadline, fail_fast=False if self.has_listened else None
+            fail_fast = False if self.has_listened else None
+            execution: Execution[None] = self._leases.retry_loop.new_execution(
+                "listen", options={"idempotent": True, "deadline": deadline, "fail_fast": fail_fast}
             )
+            self._context.config.retry_budget.calls += 1
             try:
-                return await self._leases.retry_loop.run(execution, self._attempt)
+                return await self._attempt_until_final(execution)
             except Exception as error:
                 if not (self.has_listened and self._may_be_cured(execution, error)):
                     raise
             await self._clock.sleep(next(delays))
 
-    def _may_be_cured(self, execution: Execution[PoolEntry[DriverConnection]], error: Exception) -> bool:
+    async def _attempt_until_final(self, execution: Execution[None]) -> PoolEntry[DriverConnection]:
+        while True:
+            try:
+                return await self._attempt(execution)
+            except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
+                failure = error
+            await self._leases.retry_loop.wait_for_retry(execution, failure)
+
+    def _may_be_cured(self, execution: Execution[None], error: Exception) -> bool:
         if isinstance(error, AcquireTimeoutError):
             return True
         writable = self._connector.expects_writes
         failure = Failure(error=error, phase=execution.attempt.phase, sent=False, writable=writable)
         return not self._maintenance.closing and self._context.classify(failure).fault is not Fault.PERMANENT
 
-    async def _attempt(self, execution: Execution[PoolEntry[DriverConnection]]) -> PoolEntry[DriverConnection]:
+    async def _attempt(self, execution: Execution[None]) -> PoolEntry[DriverConnection]:
         operation = execution.operation
         entry = await self._listeners.acquirer.acquire(operation.deadline, fail_fast=operation.fail_fast)
         listens = False
         try:
             if entry.resource is None:
                 raise asyncpg.ConnectionDoesNotExistError("connection was closed before it could listen")
-            execution.attempt.execute_on(entry.resource)
+            execution.attempt.execute_on(entry.resource, entry.resource.queries)
             await self._listen_on(entry.resource, self._leases.retry_loop.time_limit(execution))
             listens = True
         finally:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any, BinaryIO, Generic, Literal, Never, TypeAlias, TypedDict, TypeVar, Unpack, cast, overload
+from typing import Any, BinaryIO, Generic, Literal, TypeAlias, TypedDict, TypeVar, Unpack, cast, overload
 
 from asyncpg import Record
 
 from resilient_pool._validation import require_call
 from resilient_pool.config.arguments import RecordT
 from resilient_pool.pooling import driver
-from resilient_pool.pooling.driver import AnyConnection, until_lost
+from resilient_pool.pooling.driver import until_lost
 
 T = TypeVar("T")
 OtherRecord = TypeVar("OtherRecord", bound=Record)
@@ -24,21 +24,6 @@ Output: TypeAlias = "os.PathLike[str] | str | BinaryIO | Callable[[bytes], Corou
 Source: TypeAlias = "os.PathLike[str] | str | BinaryIO | AsyncIterable[bytes]"
 """Where a COPY comes from."""
 # asyncpg takes a path as text too; its stubs do not say so.
-
-
-class _ManyOptions(TypedDict, total=False):
-    """The options of a query that is run once for each of its arguments."""
-
-    timeout: float | None
-    idempotent: bool
-    deadline: float | None
-    fail_fast: bool | None
-
-
-class _QueryOptions(_ManyOptions, total=False):
-    """The options of a query."""
-
-    exactly_once: bool
 
 
 class CopyOptions(TypedDict, total=False):
@@ -62,6 +47,20 @@ class CopyInOptions(CopyOptions, total=False):
     force_not_null: bool | Iterable[str] | None
     force_null: bool | Iterable[str] | None
     where: str | None
+
+
+class CallOptions(TypedDict, total=False):
+    """What the query methods take beside asyncpg's arguments: see `Queries`."""
+
+    idempotent: bool
+    deadline: float | None
+    fail_fast: bool | None
+
+
+class StatementOptions(CallOptions, total=False):
+    """What those take that run a single statement."""
+
+    exactly_once: bool
 
 
 class Queries(ABC, Generic[RecordT]):
@@ -92,22 +91,39 @@ class Queries(ABC, Generic[RecordT]):
         self,
         operation: str,
         sql: str | None,
-        execute: Callable[[AnyConnection], Awaitable[T]],
-        *,
-        idempotent: bool,
-        deadline: float | None,
-        fail_fast: bool | None,
+        options: CallOptions,
+        execute: Callable[..., Awaitable[T]],
+        *arguments: object,
         replayable: bool = True,
-        exactly_once: bool = False,
-    ) -> T: ...
+    ) -> T:
+        """Run one operation: `execute(connection, *arguments)`, with asyncpg's connection.
+
+        Args:
+            operation: What the application calls it.
+            sql: Its text; `None` if it has none that could be judged.
+            options: The caller's.
+            execute: Executes it.
+            *arguments: What to call that with.
+            replayable: Whether the arguments can be read twice.
+        """
 
     @overload
     async def fetch(
-        self, query: str, *args: object, record_class: None = None, **options: Unpack[_QueryOptions]
+        self,
+        query: str,
+        *args: object,
+        timeout: float | None = None,
+        record_class: None = None,
+        **options: Unpack[StatementOptions],
     ) -> list[RecordT]: ...
     @overload
     async def fetch(
-        self, query: str, *args: object, record_class: type[OtherRecord], **options: Unpack[_QueryOptions]
+        self,
+        query: str,
+        *args: object,
+        timeout: float | None = None,
+        record_class: type[OtherRecord],
+        **options: Unpack[StatementOptions],
     ) -> list[OtherRecord]: ...
     async def fetch(
         self,
@@ -115,32 +131,30 @@ class Queries(ABC, Generic[RecordT]):
         *args: object,
         timeout: float | None = None,
         record_class: type[Record] | None = None,
-        idempotent: bool = False,
-        exactly_once: bool = False,
-        deadline: float | None = None,
-        fail_fast: bool | None = None,
-        **unknown: Never,
+        **options: Unpack[StatementOptions],
     ) -> list[Any]:
         """Run a query and return its rows."""
-        if unknown or timeout is not None:
-            require_call(Queries.fetch, timeout, unknown)
-        return await self._run(
-            "fetch",
-            query,
-            lambda connection: driver.fetch(connection, query, args, timeout, record_class),
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
-            exactly_once=exactly_once,
-        )
+        if options or timeout is not None:
+            require_call(Queries.fetch, timeout, options, StatementOptions.__annotations__)
+        return await self._run("fetch", query, options, driver.fetch, query, args, timeout, record_class)
 
     @overload
     async def fetchrow(
-        self, query: str, *args: object, record_class: None = None, **options: Unpack[_QueryOptions]
+        self,
+        query: str,
+        *args: object,
+        timeout: float | None = None,
+        record_class: None = None,
+        **options: Unpack[StatementOptions],
     ) -> RecordT | None: ...
     @overload
     async def fetchrow(
-        self, query: str, *args: object, record_class: type[OtherRecord], **options: Unpack[_QueryOptions]
+        self,
+        query: str,
+        *args: object,
+        timeout: float | None = None,
+        record_class: type[OtherRecord],
+        **options: Unpack[StatementOptions],
     ) -> OtherRecord | None: ...
     async def fetchrow(
         self,
@@ -148,24 +162,12 @@ class Queries(ABC, Generic[RecordT]):
         *args: object,
         timeout: float | None = None,
         record_class: type[Record] | None = None,
-        idempotent: bool = False,
-        exactly_once: bool = False,
-        deadline: float | None = None,
-        fail_fast: bool | None = None,
-        **unknown: Never,
+        **options: Unpack[StatementOptions],
     ) -> Record | None:
         """Run a query and return its first row, or `None`."""
-        if unknown or timeout is not None:
-            require_call(Queries.fetchrow, timeout, unknown)
-        return await self._run(
-            "fetchrow",
-            query,
-            lambda connection: driver.fetchrow(connection, query, args, timeout, record_class),
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
-            exactly_once=exactly_once,
-        )
+        if options or timeout is not None:
+            require_call(Queries.fetchrow, timeout, options, StatementOptions.__annotations__)
+        return await self._run("fetchrow", query, options, driver.fetchrow, query, args, timeout, record_class)
 
     async def fetchval(
         self,
@@ -173,32 +175,32 @@ class Queries(ABC, Generic[RecordT]):
         *args: object,
         column: int = 0,
         timeout: float | None = None,
-        idempotent: bool = False,
-        exactly_once: bool = False,
-        deadline: float | None = None,
-        fail_fast: bool | None = None,
-        **unknown: Never,
+        **options: Unpack[StatementOptions],
     ) -> Any:
         """Run a query and return one value of its first row, or `None`."""
-        if unknown or timeout is not None:
-            require_call(Queries.fetchval, timeout, unknown)
-        return await self._run(
-            "fetchval",
-            query,
-            lambda connection: driver.fetchval(connection, query, args, timeout, column),
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
-            exactly_once=exactly_once,
-        )
+        if options or timeout is not None:
+            require_call(Queries.fetchval, timeout, options, StatementOptions.__annotations__)
+        return await self._run("fetchval", query, options, driver.fetchval, query, args, timeout, column)
 
     @overload
     async def fetchmany(
-        self, query: str, args: Iterable[Arguments], *, record_class: None = None, **options: Unpack[_ManyOptions]
+        self,
+        query: str,
+        args: Iterable[Arguments],
+        *,
+        timeout: float | None = None,
+        record_class: None = None,
+        **options: Unpack[CallOptions],
     ) -> list[RecordT]: ...
     @overload
     async def fetchmany(
-        self, query: str, args: Iterable[Arguments], *, record_class: type[OtherRecord], **options: Unpack[_ManyOptions]
+        self,
+        query: str,
+        args: Iterable[Arguments],
+        *,
+        timeout: float | None = None,
+        record_class: type[OtherRecord],
+        **options: Unpack[CallOptions],
     ) -> list[OtherRecord]: ...
     async def fetchmany(
         self,
@@ -207,23 +209,18 @@ class Queries(ABC, Generic[RecordT]):
         *,
         timeout: float | None = None,
         record_class: type[Record] | None = None,
-        idempotent: bool = False,
-        deadline: float | None = None,
-        fail_fast: bool | None = None,
-        **unknown: Never,
+        **options: Unpack[CallOptions],
     ) -> list[Any]:
         """Run a query once for each of `args`, all or none, and return all rows."""
-        if unknown or timeout is not None:
-            require_call(Queries.fetchmany, timeout, unknown)
+        if options or timeout is not None:
+            require_call(Queries.fetchmany, timeout, options, CallOptions.__annotations__)
         return await self._run(
             "fetchmany",
             query,
+            options,
             lambda connection: until_lost(
                 connection, connection.fetchmany(query, args, timeout=timeout, record_class=record_class), timeout
             ),
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
             replayable=isinstance(args, Sequence),
         )
 
@@ -232,24 +229,12 @@ class Queries(ABC, Generic[RecordT]):
         query: str,
         *args: object,
         timeout: float | None = None,
-        idempotent: bool = False,
-        exactly_once: bool = False,
-        deadline: float | None = None,
-        fail_fast: bool | None = None,
-        **unknown: Never,
+        **options: Unpack[StatementOptions],
     ) -> str:
         """Run a command, or without arguments several, and return the status of the last."""
-        if unknown or timeout is not None:
-            require_call(Queries.execute, timeout, unknown)
-        return await self._run(
-            "execute",
-            query,
-            lambda connection: driver.execute(connection, query, args, timeout),
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
-            exactly_once=exactly_once,
-        )
+        if options or timeout is not None:
+            require_call(Queries.execute, timeout, options, StatementOptions.__annotations__)
+        return await self._run("execute", query, options, driver.execute, query, args, timeout)
 
     async def executemany(
         self,
@@ -257,21 +242,16 @@ class Queries(ABC, Generic[RecordT]):
         args: Iterable[Arguments],
         *,
         timeout: float | None = None,
-        idempotent: bool = False,
-        deadline: float | None = None,
-        fail_fast: bool | None = None,
-        **unknown: Never,
+        **options: Unpack[CallOptions],
     ) -> None:
         """Run a command once for each of `args`, all or none. A generator of arguments is not read twice."""
-        if unknown or timeout is not None:
-            require_call(Queries.executemany, timeout, unknown)
+        if options or timeout is not None:
+            require_call(Queries.executemany, timeout, options, CallOptions.__annotations__)
         await self._run(
             "executemany",
             command,
+            options,
             lambda connection: until_lost(connection, connection.executemany(command, args, timeout=timeout), timeout),
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
             replayable=isinstance(args, Sequence),
         )
 
@@ -293,6 +273,7 @@ class Queries(ABC, Generic[RecordT]):
         return await self._run(
             "copy_from_table",
             _reading(table_name, schema_name),
+            CallOptions(deadline=deadline, fail_fast=fail_fast),
             lambda connection: connection.copy_from_table(
                 table_name,
                 output=cast("Any", output),
@@ -301,9 +282,6 @@ class Queries(ABC, Generic[RecordT]):
                 timeout=timeout,
                 **options,
             ),
-            idempotent=False,
-            deadline=deadline,
-            fail_fast=fail_fast,
             replayable=_is_path(output),
         )
 
@@ -324,12 +302,10 @@ class Queries(ABC, Generic[RecordT]):
         return await self._run(
             "copy_from_query",
             query,
+            CallOptions(idempotent=idempotent, deadline=deadline, fail_fast=fail_fast),
             lambda connection: connection.copy_from_query(
                 query, *args, output=cast("Any", output), timeout=timeout, **options
             ),
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
             replayable=_is_path(output),
         )
 
@@ -352,6 +328,7 @@ class Queries(ABC, Generic[RecordT]):
         return await self._run(
             "copy_to_table",
             None,
+            CallOptions(idempotent=idempotent, deadline=deadline, fail_fast=fail_fast),
             lambda connection: until_lost(
                 connection,
                 connection.copy_to_table(
@@ -364,9 +341,6 @@ class Queries(ABC, Generic[RecordT]):
                 ),
                 timeout,
             ),
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
             replayable=_is_path(source),
         )
 
@@ -379,17 +353,15 @@ class Queries(ABC, Generic[RecordT]):
         schema_name: str | None = None,
         timeout: float | None = None,
         where: str | None = None,
-        idempotent: bool = False,
-        deadline: float | None = None,
-        fail_fast: bool | None = None,
-        **unknown: Never,
+        **options: Unpack[CallOptions],
     ) -> str:
         """Copy records into a table. A list of them can be sent again when the copy is known to have failed."""
-        if unknown or timeout is not None:
-            require_call(Queries.copy_records_to_table, timeout, unknown)
+        if options or timeout is not None:
+            require_call(Queries.copy_records_to_table, timeout, options, CallOptions.__annotations__)
         return await self._run(
             "copy_records_to_table",
             None,
+            options,
             lambda connection: until_lost(
                 connection,
                 connection.copy_records_to_table(
@@ -397,9 +369,6 @@ class Queries(ABC, Generic[RecordT]):
                 ),
                 timeout,
             ),
-            idempotent=idempotent,
-            deadline=deadline,
-            fail_fast=fail_fast,
             replayable=isinstance(records, Sequence),
         )
 

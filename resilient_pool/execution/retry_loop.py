@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypedDict, TypeVar, Unpack
 
 import asyncpg
 
+from resilient_pool.clock import deadline_after
 from resilient_pool.errors import OutcomeUnknownError
 from resilient_pool.events import DiscardReason, OutcomeUnknown, RetryExhausted, RetryScheduled
+from resilient_pool.execution.query_methods import CallOptions
 from resilient_pool.execution.read_check import ReadCheck
 from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import PoolContext, nearest_sqlstate
@@ -63,9 +65,11 @@ class Operation(Generic[T]):
         name: Its kind, as the application calls it: `"fetch"`.
         sql: Its text, or `None` if it has none that could be judged.
         execute: Does it, on a connection.
+        arguments: What `execute` is called with, after the connection.
         idempotent: Whether the caller said that it may run twice.
         replayable: Whether its arguments can be read twice. Those of a COPY from a file cannot.
         fail_fast: Whether not to wait for a server that is known to be away.
+        is_transaction: Whether it is a transaction.
         exactly_once: Whether an unknown outcome is no reason to repeat it, also where the pool repeats unknown outcomes.
         readonly: Whether the caller asked for a read-only transaction.
         started: When it began, on the line of `Clock.monotonic()`.
@@ -74,14 +78,28 @@ class Operation(Generic[T]):
 
     name: str
     sql: str | None = None
-    execute: Callable[[AnyConnection], Awaitable[T]] = do_nothing
+    execute: Callable[..., Awaitable[T]] = do_nothing
+    arguments: tuple[Any, ...] = ()
     idempotent: bool = False
     replayable: bool = True
     fail_fast: bool = False
+    is_transaction: bool = False
     exactly_once: bool = False
     readonly: bool = False
     started: float
     deadline: float | None
+
+
+Asked: TypeAlias = tuple[str, str | None, Callable[..., Awaitable[T]], tuple[Any, ...], "CallOptions", bool]
+"""What was asked, in the order in which `RetryLoop.new_execution` takes it: kept until it is known whether that is needed."""
+
+
+class TransactionTraits(TypedDict, total=False):
+    """What only transactions have of an `Operation`."""
+
+    is_transaction: bool
+    exactly_once: bool
+    readonly: bool
 
 
 class AttemptState:
@@ -106,9 +124,9 @@ class AttemptState:
         self.xid: int | None = None
         self.known_outcome: Outcome | None = None
 
-    def execute_on(self, driver: DriverConnection) -> None:
-        """Note that the attempt executes on a connection from now on."""
-        self.phase, self.driver, self.queries_before = Phase.EXECUTE, driver, driver.queries
+    def execute_on(self, driver: DriverConnection, queries_before: int) -> None:
+        """Note that the attempt executes on a connection."""
+        self.phase, self.driver, self.queries_before = Phase.EXECUTE, driver, queries_before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,10 +145,11 @@ class LostAttempt:
 
 
 class Execution(Generic[T]):
-    """One operation with its attempts, one after the other. The retry loop owns it: it begins attempts and judges them.
+    """One operation with its attempts, one after the other. Made when the first one has failed, or before it if that is to be noted.
 
     Attributes:
         operation: What was asked.
+        retries: What is remembered of its failures.
         attempt: How far the present attempt has come.
         last_error: The last error that says more than that time ran out.
         lost: How the first attempt ended whose outcome is unknown, if the operation may be repeated only because it looks
@@ -140,10 +159,11 @@ class Execution(Generic[T]):
         outlasted: How many attempts were lost when they had lasted longer than the server lets a transaction be idle.
     """
 
-    __slots__ = ("attempt", "is_harmless", "last_error", "lost", "operation", "outlasted", "scheduled")
+    __slots__ = ("attempt", "is_harmless", "last_error", "lost", "operation", "outlasted", "retries", "scheduled")
 
-    def __init__(self, operation: Operation[T]) -> None:
+    def __init__(self, operation: Operation[T], retries: RetryState) -> None:
         self.operation = operation
+        self.retries = retries
         self.attempt = AttemptState()
         self.last_error: Exception | None = None
         self.lost: LostAttempt | None = None
@@ -197,61 +217,77 @@ class RetryLoop:
         self.read_check = read_check
         self._maintenance = maintenance
         self._connector = connector
-        self._deposit = context.config.retry_budget.deposit
 
-    def begin_transaction(self, execution: Execution[T]) -> RetryState:
-        """Count a transaction, whose attempts the caller makes, and return the state of its retries.
+    def limits(self, started: float, options: CallOptions) -> tuple[float | None, bool]:
+        """Return until when an operation that `started` then waits for a connection, and whether it fails fast."""
+        seconds, fail_fast = options.get("deadline"), options.get("fail_fast")
+        ends = deadline_after(started, self._config.deadline if seconds is None else seconds)
+        return ends, self._config.fail_fast if fail_fast is None else fail_fast
 
-        Unless the application chose a policy of its own, conflicts are limited by the deadline only: under contention
-        one transaction always gets through, but it is not known after how many attempts.
-        """
-        self._deposit()
-        operations = self._config.backoff
+    def new_execution(
+        self,
+        name: str,
+        sql: str | None = None,
+        execute: Callable[..., Awaitable[T]] = do_nothing,
+        arguments: tuple[Any, ...] = (),
+        options: CallOptions | None = None,
+        replayable: bool = True,
+        started: float | None = None,
+        **transaction: Unpack[TransactionTraits],
+    ) -> Execution[T]:
+        """Remember an operation. Its deadline is counted from when it `started`, by default now."""
+        if started is None:
+            started = self._clock.monotonic()
+        options = options or {}
+        ends, fails_fast = self.limits(started, options)
+        operation = Operation(
+            name=name,
+            sql=sql,
+            execute=execute,
+            arguments=arguments,
+            idempotent=options.get("idempotent", False),
+            replayable=replayable,
+            fail_fast=fails_fast,
+            started=started,
+            deadline=ends,
+            **transaction,
+        )
+        return Execution(operation, self._new_state(operation))
+
+    def _new_state(self, operation: Operation[T]) -> RetryState:
         contention = None
-        if operations is OPERATION_BACKOFF and execution.operation.deadline is not None:
+        if operation.is_transaction and operation.deadline is not None and self._config.backoff is OPERATION_BACKOFF:
+            # By the deadline only: under contention one transaction always gets through, after some number of attempts.
             contention = _UNTIL_THE_DEADLINE
         return RetryState(
-            operations=operations,
+            operations=self._config.backoff,
             reconnect=self._config.reconnect,
             contention=contention,
-            started=execution.operation.started,
+            started=operation.started,
         )
 
-    async def run(
-        self, execution: Execution[T], attempt: Callable[[Execution[T]], Awaitable[T]], failure: Exception | None = None
-    ) -> T:
-        """Make attempts until one succeeds.
+    async def wait_for_retry(self, execution: Execution[T], error: Exception, *, holds: bool = False) -> None:
+        """Wait as long as is to be waited before the next attempt, and begin it. Raises as `next_delay` does.
 
         Args:
-            execution: What to do.
-            attempt: Makes one attempt of it.
-            failure: How the first attempt ended, if it was made and counted before.
-
-        Raises:
-            OutcomeUnknownError: The operation may have taken effect, and may not be repeated.
-            Exception: The driver's own error, when repeating does not help or is not allowed any longer.
+            execution: What failed.
+            error: How it failed this time.
+            holds: Whether the connection of the attempt is still the caller's: see `judge`.
         """
-        if failure is None:
-            self._deposit()
-            try:
-                return await attempt(execution)
-            except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
-                failure = error
-        return await self._try_again(execution, attempt, failure)
+        delay = await self.judge(execution, error) if holds else self.next_delay(execution, error)
+        await self._clock.sleep(delay)
+        execution.begin_attempt()
 
-    async def _try_again(
-        self, execution: Execution[T], attempt: Callable[[Execution[T]], Awaitable[T]], error: Exception
-    ) -> T:
-        state = RetryState(
-            operations=self._config.backoff, reconnect=self._config.reconnect, started=execution.operation.started
-        )
-        while True:
-            await self._clock.sleep(self.next_delay(execution, state, error))
-            execution.begin_attempt()
-            try:
-                return await attempt(execution)
-            except Exception as failure:  # noqa: BLE001 - every error is classified, none is swallowed
-                error = failure
+    async def judge(self, execution: Execution[T], error: Exception) -> float:
+        """Do what `next_delay` does, while the connection of the attempt, if it has one, is still the caller's.
+
+        A server that has refused a write is asked before why: what it says decides what the refusal means.
+        """
+        attempt = execution.attempt
+        is_refusal = isinstance(self._context.unwrap(error), asyncpg.ReadOnlySQLTransactionError)
+        if is_refusal and attempt.driver is not None and attempt.phase is Phase.EXECUTE:
+            await attempt.driver.learn_why_read_only()
+        return self.next_delay(execution, error)
 
     async def run_on(self, execution: Execution[T], driver: DriverConnection) -> T:
         """Execute an operation on a connection; guarded, if an earlier attempt of it may have taken effect.
@@ -260,14 +296,10 @@ class RetryLoop:
         that may write. Whatever goes wrong in it, the connection is not used again: the transaction may be open.
         """
         operation = execution.operation
-        execution.attempt.execute_on(driver)
+        execution.attempt.execute_on(driver, driver.queries)
         if execution.lost is not None and operation.sql is not None:
             return await self._run_guarded(execution, operation.sql, driver)
-        try:
-            return await operation.execute(driver.connection)
-        except asyncpg.ReadOnlySQLTransactionError:
-            await driver.learn_why_read_only()
-            raise
+        return await operation.execute(driver.connection, *operation.arguments)
 
     async def _run_guarded(self, execution: Execution[T], sql: str, driver: DriverConnection) -> T:
         execution.attempt.phase = Phase.CHECKOUT  # what comes before the statement is part of getting the connection
@@ -280,7 +312,7 @@ class RetryLoop:
             await driver.execute(_BEGIN_GUARD, timeout=self.time_limit(execution))
             execution.attempt.phase = Phase.EXECUTE
             try:
-                result = await execution.operation.execute(driver.connection)
+                result = await execution.operation.execute(driver.connection, *execution.operation.arguments)
             except REFUSALS_OF_A_GUARD as error:
                 raise RepeatRefusedError from error
             ended = await self._end_guard(execution, driver)
@@ -305,14 +337,11 @@ class RetryLoop:
         deadline = execution.operation.deadline
         return None if deadline is None else max(deadline - self._clock.monotonic(), _SHORTEST_LIMIT)
 
-    def next_delay(
-        self, execution: Execution[T], state: RetryState, error: Exception, *, hindrance: str | None = None
-    ) -> float:
+    def next_delay(self, execution: Execution[T], error: Exception, *, hindrance: str | None = None) -> float:
         """Return how long to wait before the next attempt.
 
         Args:
-            execution: What failed.
-            state: What is remembered of its failures. It is changed.
+            execution: What failed. What is remembered of its failures is changed.
             error: How it failed this time.
             hindrance: Why no further attempt can be made although another might succeed. It becomes a note of an error
                 after which nothing is left of the operation.
@@ -324,8 +353,9 @@ class RetryLoop:
             OutcomeUnknownError: The operation may have taken effect, and may not be repeated.
             Exception: `error`, or an earlier one that says more, when no further attempt may be made.
         """
+        state = execution.retries
         if isinstance(error, RepeatRefusedError) and execution.lost is not None:
-            raise self._outcome_unknown(execution, state, execution.lost)
+            raise self._outcome_unknown(execution, execution.lost)
         failure = self._build_failure(execution, error)
         verdict = self._heed_limits(execution, failure, self._classify(execution, failure))
         verdict = self._override_outcome(execution, failure, verdict)
@@ -334,7 +364,7 @@ class RetryLoop:
             execution.lost = LostAttempt(error=error, fault=verdict.fault, sqlstate=nearest_sqlstate(failure))
         now = self._clock.monotonic()
         if hindrance is None or verdict.fault is Fault.PERMANENT:
-            decision = self._decide(execution, state, failure, verdict, now)
+            decision = self._decide(execution, failure, verdict, now)
         else:
             state.note(verdict.fault, failure.phase, now)
             decision = GiveUp(reason=GiveUpReason.PERMANENT)
@@ -343,7 +373,7 @@ class RetryLoop:
             else:
                 error.add_note(hindrance)
         if isinstance(decision, GiveUp):
-            raise self._final_error(execution, state, failure, verdict, decision.reason)
+            raise self._final_error(execution, failure, verdict, decision.reason)
         execution.remember(error)
         execution.scheduled = RetryScheduled(
             operation=execution.operation.name,
@@ -363,9 +393,8 @@ class RetryLoop:
         if scheduled is not None:
             self._context.retry_scheduled(scheduled)
 
-    def _decide(
-        self, execution: Execution[T], state: RetryState, failure: Failure, verdict: Verdict, now: float
-    ) -> Retry | GiveUp:
+    def _decide(self, execution: Execution[T], failure: Failure, verdict: Verdict, now: float) -> Retry | GiveUp:
+        state = execution.retries
         if failure.phase is Phase.CONNECT and verdict.fault is not Fault.PERMANENT:
             # The circuit breaker has waited already, for as long as there was sense in it.
             state.note(verdict.fault, failure.phase, now)
@@ -464,8 +493,7 @@ class RetryLoop:
         return attempt.driver.queries - attempt.queries_before > (verdict.outcome is Outcome.ROLLED_BACK)
 
     def _invalidate_connections(self, execution: Execution[T], failure: Failure, verdict: Verdict) -> None:
-        # The connection is on its way back already; it is checked again before its next use.
-        # After an error of the application's own making a reset is enough, and it has begun.
+        # It is given back later, and closed then. After an error of the application's own making a reset is enough.
         discard = verdict.connection is Disposition.DISCARD and verdict.fault is not Fault.PERMANENT
         if execution.attempt.driver is not None and discard:
             execution.attempt.driver.invalidated = True
@@ -500,8 +528,9 @@ class RetryLoop:
         return looks_like_read or execution.is_harmless or self.may_run_twice(execution)
 
     def _final_error(
-        self, execution: Execution[T], state: RetryState, failure: Failure, verdict: Verdict, reason: GiveUpReason
+        self, execution: Execution[T], failure: Failure, verdict: Verdict, reason: GiveUpReason
     ) -> Exception:
+        state = execution.retries
         # What the statement itself met is raised as it is, also that the time it was given has run out.
         error = failure.error if failure.phase is Phase.EXECUTE else execution.error_for_caller(failure.error)
         # And what ended the operation later says nothing about an attempt that was lost.
@@ -516,12 +545,10 @@ class RetryLoop:
             )
         sqlstate = nearest_sqlstate(failure)
         if reason is GiveUpReason.OUTCOME_UNKNOWN:
-            return self._outcome_unknown(
-                execution, state, LostAttempt(error=error, fault=verdict.fault, sqlstate=sqlstate)
-            )
+            return self._outcome_unknown(execution, LostAttempt(error=error, fault=verdict.fault, sqlstate=sqlstate))
         sql = execution.operation.sql
         if lost is not None and not (sql is not None and self._reader.is_plain_read(sql)):
-            return self._outcome_unknown(execution, state, lost)
+            return self._outcome_unknown(execution, lost)
         if reason is GiveUpReason.PERMANENT:
             return error
         self._context.counters.exhausted += 1
@@ -538,7 +565,8 @@ class RetryLoop:
         )
         return error
 
-    def _outcome_unknown(self, execution: Execution[T], state: RetryState, lost: LostAttempt) -> Exception:
+    def _outcome_unknown(self, execution: Execution[T], lost: LostAttempt) -> Exception:
+        state = execution.retries
         self._context.counters.outcomes_unknown += 1
         self._context.events.emit(
             OutcomeUnknown(

@@ -110,15 +110,15 @@ class RetriedTransaction(Generic[RecordT]):
         self._options = options
         self._always_goes_on = always_goes_on
         self._make_attempt = make_attempt or Attempt
-        self._execution: Execution[None] = shared.leases.new_execution(
+        self._retry_loop = shared.leases.retry_loop
+        self._execution: Execution[None] = self._retry_loop.new_execution(
             "transaction",
-            deadline=options.get("deadline"),
-            fail_fast=options.get("fail_fast"),
+            options={"deadline": options.get("deadline"), "fail_fast": options.get("fail_fast")},
+            is_transaction=True,
             exactly_once=exactly_once,
             readonly=options.get("readonly", False),
         )
-        self._retry_loop = shared.leases.retry_loop
-        self._memory = self._retry_loop.begin_transaction(self._execution)
+        shared.context.config.retry_budget.calls += 1
         self._state = _State.READY
         self._head: FramePosition | None = None
         self._delay = 0.0
@@ -168,7 +168,7 @@ class RetriedTransaction(Generic[RecordT]):
 
     def next_delay(self, error: Exception, *, hindrance: str | None = None) -> float:
         """Return how long to wait before the next attempt, in seconds, or raise what the application is to see."""
-        return self._retry_loop.next_delay(self._execution, self._memory, error, hindrance=hindrance)
+        return self._retry_loop.next_delay(self._execution, error, hindrance=hindrance)
 
     def schedule_retry(self, delay: float) -> None:
         """Make another attempt after that many seconds."""
@@ -249,7 +249,8 @@ class Attempt(Generic[RecordT]):
         return self._lease
 
     async def _begin(self) -> ResilientConnection[RecordT]:
-        lease = await self._shared.leases.lease_for(self._execution)
+        asked = self._execution.operation
+        lease = await self._shared.leases.lease_for(self._execution, (asked.deadline, asked.fail_fast))
         begun = False
         try:
             await self._prepare(lease)
@@ -271,7 +272,7 @@ class Attempt(Generic[RecordT]):
             limit = leases.retry_loop.time_limit(self._execution)
             if not await leases.read_check.allows(driver, self._loop.reads, timeout=limit):
                 raise RepeatRefusedError
-        self._execution.attempt.execute_on(driver)
+        self._execution.attempt.execute_on(driver, driver.queries)
         await driver.begin(
             isolation=options.get("isolation"),
             readonly=self._is_read_only,

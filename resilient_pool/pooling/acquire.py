@@ -1,4 +1,4 @@
-"""From an entry to a healthy connection: check it, replace it, open it."""
+"""From an entry to a healthy connection and back: check it, replace it, open it; put it where the next caller finds it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _PROMPT = 0.05
 
 
 class Acquirer:
-    """Hands out resources whose connections were checked a moment ago.
+    """Hands out resources whose connections were checked a moment ago, and takes back those that need nothing.
+
+    What nearly every call does is done here without a further call: `try_acquire` and `release` know what an idle entry of a
+    `ResourcePool` is. All else is for `acquire`, and for `Maintenance`.
 
     Args:
         context: How long a connection may be idle unasked, and how long a ping may take.
@@ -40,13 +43,61 @@ class Acquirer:
     ) -> None:
         self._ping_after = context.config.ping_after
         self._ping_timeout = context.config.ping_timeout
-        self._sets_up = context.config.setup is not None
+        self._max_queries = context.config.max_queries
         self._resources = resources
         self._maintenance = maintenance
         self._circuit_breaker = circuit_breaker
+        self._idle = resources.idle_entries
         self._clock = context.clock
+        self._now = context.clock.now
+        self._monotonic = context.clock.monotonic
         self._counters = context.counters
         self._events = context.events
+
+    def try_acquire(self) -> PoolEntry[DriverConnection] | None:
+        """Take the entry that was used last, if it is idle and its connection can be used as it is."""
+        if not self._idle or self._maintenance.returning == 1:
+            return None
+        entry = self._idle[-1]
+        if not self.is_ready(entry):
+            return None
+        self._counters.acquired += 1
+        return self._idle.pop()
+
+    def is_ready(self, entry: PoolEntry[DriverConnection]) -> bool:
+        """Whether an entry's connection can be used as it is. What it is asked from now on is asked at this time."""
+        entry.taken_at = now = self._now()
+        entry.taken_at_monotonic = self._monotonic()
+        driver = entry.resource
+        return (
+            driver is not None
+            and now - entry.asked_at < self._ping_after
+            and now < entry.expires_at
+            and entry.generation == self._maintenance.generation
+            and driver.socket_is_idle()
+        )
+
+    def release(self, entry: PoolEntry[DriverConnection]) -> None:
+        """Take back an entry whose session is as it was."""
+        driver, maintenance, resources = entry.resource, self._maintenance, self._resources
+        uses = 0 if driver is None else driver.protocol.queries_count
+        if (
+            driver is None
+            or not (driver.has_served and driver.is_usable)
+            or uses >= self._max_queries
+            or entry.generation != maintenance.generation
+            or maintenance.closing
+            or (maintenance.reaper is None and maintenance.may_reap)
+        ):
+            maintenance.release(entry)
+            return
+        if uses != entry.uses:
+            entry.uses, entry.asked_at = uses, entry.taken_at
+        entry.idle_since = entry.taken_at + self._monotonic() - entry.taken_at_monotonic
+        if resources.waiters:
+            resources.put(entry)
+        else:
+            self._idle.append(entry)
 
     async def acquire(self, deadline: float | None, *, fail_fast: bool = False) -> PoolEntry[DriverConnection]:
         """Take an entry with a healthy connection in it.
@@ -65,7 +116,7 @@ class Acquirer:
             entry = self._at_hand()
             if entry is None:
                 entry = await self._wait(deadline, fail_fast=fail_fast)
-            if not self._is_ready(entry):
+            if not self.is_ready(entry):
                 self._maintenance.close_if_idle_too_long(entry)
                 if not await self.ensure_healthy(entry, deadline):
                     continue
@@ -92,26 +143,6 @@ class Acquirer:
                 return None
             self._circuit_breaker.half_open_if_unconnected()
         return self._resources.take()
-
-    def try_acquire(self) -> PoolEntry[DriverConnection] | None:
-        """Take the entry that was used last if it is idle and its connection needs neither a check nor the application's setup."""
-        entry = self._resources.last_used
-        if entry is None or self._maintenance.returning == 1 or self._sets_up or not self._is_ready(entry):
-            return None
-        self._counters.acquired += 1
-        return self._resources.take()
-
-    def _is_ready(self, entry: PoolEntry[DriverConnection]) -> bool:
-        """Whether an entry's connection can be used as it is. What it is asked from now on is asked at this time."""
-        now, driver = self._clock.now(), entry.resource
-        entry.taken_at = now
-        return (
-            driver is not None
-            and now - entry.asked_at < self._ping_after
-            and now < entry.expires_at
-            and driver.socket_is_idle()
-            and not self._maintenance.is_outdated(entry)
-        )
 
     def _is_worth_waiting(self) -> bool:
         # A connection that is being reset comes back sooner than a new one could be opened, as long as no other caller waits

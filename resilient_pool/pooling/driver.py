@@ -164,6 +164,7 @@ class DriverConnection:
         capabilities: What can be asked about transactions on it; `None` until that was found out.
         opened_at: When it was opened, on the line of `Clock.monotonic()`.
         pid: The process id the server gave in the handshake.
+        protocol: The driver's protocol. The driver itself lets go of it when the connection is closed.
         connection_info: What adapters keep with it.
         session_info: What adapters keep with it until its session is reset.
     """
@@ -172,7 +173,6 @@ class DriverConnection:
         "__weakref__",
         "_is_resettable",
         "_poll",
-        "_protocol",
         "_proxy",
         "_reset_roles",
         "_reset_session",
@@ -187,6 +187,7 @@ class DriverConnection:
         "is_pooled",
         "opened_at",
         "pid",
+        "protocol",
         "read_only",
         "session_info",
     )
@@ -205,8 +206,7 @@ class DriverConnection:
         self.session_info: dict[object, Any] = {}
         self.pid = connection.get_server_pid()
         self.is_customized = overrides_statements(type(connection))
-        # Of a connection that is closed, too: the driver lets go of it.
-        self._protocol: Any = connection._protocol  # type: ignore[attr-defined] # noqa: SLF001
+        self.protocol: Any = connection._protocol  # type: ignore[attr-defined] # noqa: SLF001
         self._poll = self._watch()
         self._proxy: LeaseProxy | None = None
         inside: Any = connection
@@ -252,7 +252,7 @@ class DriverConnection:
     @property
     def queries(self) -> int:
         """How many queries were sent on this connection."""
-        return int(self._protocol.queries_count)
+        return int(self.protocol.queries_count)
 
     @property
     def is_usable(self) -> bool:
@@ -268,7 +268,7 @@ class DriverConnection:
     def is_at_rest(self) -> bool:
         """Whether no transaction is open, no cancellation is waited for, and the class sends what it is asked to send."""
         connection: Any = self.connection
-        protocol = self._protocol
+        protocol = self.protocol
         return not (
             self.is_customized
             or connection._top_xact is not None  # noqa: SLF001
@@ -310,7 +310,7 @@ class DriverConnection:
         """Wait until the server has confirmed a cancellation; hang up if that takes longer than `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                await self._protocol._wait_for_cancellation()  # noqa: SLF001
+                await self.protocol._wait_for_cancellation()  # noqa: SLF001
         except TimeoutError:
             self.terminate()
 

@@ -53,6 +53,8 @@ class Maintenance:
         loop: The pool's event loop, once it is opened.
         closing: Whether connections are no longer kept.
         returning: How many of them are expected back within a round trip: those that have nothing to cancel before.
+        generation: How often `expire()` was called. What was opened before the last time is not kept.
+        reaper: Closes, in time, what is idle for too long; `None` if it is not set.
         loop_is_ending: Whether a task of ours was cancelled, though not by us: the event loop is about to end.
     """
 
@@ -71,8 +73,8 @@ class Maintenance:
         self._watched: TimeoutQueue[asyncio.Task[None]] = TimeoutQueue(
             context.clock, lambda task, _: self._cut_short(task)
         )
-        self._reaper: Timer | None = None
-        self._generation = 0
+        self.reaper: Timer | None = None
+        self.generation = 0
         self._pid = os.getpid()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.closing = False
@@ -85,7 +87,7 @@ class Maintenance:
     async def open_into(self, entry: PoolEntry[DriverConnection], seconds: float | None) -> None:
         """Open a connection into an empty entry; `seconds` bound it. Raises whatever opening raises; the entry stays empty."""
         self.require_open()
-        generation = self._generation
+        generation = self.generation
         started = self._clock.now()
         try:
             async with asyncio.timeout(None) as scope:
@@ -162,7 +164,7 @@ class Maintenance:
             else:
                 self.close_connection(entry, reason)
         self._resources.put(entry)
-        if self._reaper is None:
+        if self.reaper is None and self.may_reap:
             self._schedule_reaping()
 
     def reset_and_release(
@@ -246,7 +248,7 @@ class Maintenance:
                 driver.has_served = True
         if self.closing:
             return DiscardReason.CLOSING
-        if entry.generation != self._generation:
+        if entry.generation != self.generation:
             return DiscardReason.GENERATION
         if uses >= self._config.max_queries and driver.has_served:  # what was asked to open it counts, but not alone
             return DiscardReason.MAX_QUERIES
@@ -279,7 +281,7 @@ class Maintenance:
 
     def is_outdated(self, entry: PoolEntry[DriverConnection]) -> bool:
         """Whether an entry is older than the last `expire()`."""
-        return entry.generation != self._generation
+        return entry.generation != self.generation
 
     def close_connection(
         self, entry: PoolEntry[DriverConnection], reason: DiscardReason, *, error: str | None = None
@@ -309,7 +311,7 @@ class Maintenance:
 
     def expire(self) -> None:
         """Condemn every connection opened before now: the idle ones at once, the others when they are given back."""
-        self._generation += 1
+        self.generation += 1
         for entry in self._resources.withdraw(lambda _: True):
             self.discard(entry, DiscardReason.GENERATION)
 
@@ -336,22 +338,27 @@ class Maintenance:
         if limit and idle >= limit and self._resources.size > self._config.min_size:
             self.close_connection(entry, DiscardReason.IDLE)
 
+    @property
+    def may_reap(self) -> bool:
+        """Whether there is any that may be closed because it is idle for too long."""
+        return bool(self._resources.size > self._config.min_size and self._idle_limit)
+
     def _schedule_reaping(self) -> None:
-        limit = self._idle_limit
-        oldest = self._resources.oldest_idle_since
-        if not limit or oldest is None or self.closing or self._resources.size <= self._config.min_size:
+        oldest, limit = self._resources.oldest_idle_since, self._idle_limit
+        if oldest is None or self.closing:
             return
         if not self.is_in_own_loop:
             return  # what is given back next is followed by the timer
-        self._reaper = self._clock.call_later(max(oldest + limit - self._clock.now(), 0.0), self._reap)
+        self.reaper = self._clock.call_later(max(oldest + limit - self._clock.now(), 0.0), self._reap)
 
     def _reap(self) -> None:
-        self._reaper = None
+        self.reaper = None
         # A timer may fire a little early; what is as good as due goes too, or the timer would have to run again.
         due = self._clock.now() - self._idle_limit + 0.01
         for entry in self._resources.withdraw(lambda entry: entry.idle_since <= due, keep=self._config.min_size):
             self.discard(entry, DiscardReason.IDLE)
-        self._schedule_reaping()
+        if self.reaper is None and self.may_reap:
+            self._schedule_reaping()
 
     # The end
 
@@ -363,9 +370,9 @@ class Maintenance:
         ):  # terminate() needs no running loop; what runs in none waits for nothing
             for opening in self._openings:
                 opening.reschedule(asyncio.get_running_loop().time())
-        if self._reaper is not None:
-            self._reaper.cancel()
-            self._reaper = None
+        if self.reaper is not None:
+            self.reaper.cancel()
+            self.reaper = None
         for chore in self._chores:
             self._cut_short(chore)
         for entry in self._resources.withdraw(lambda _: True):

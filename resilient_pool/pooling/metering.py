@@ -24,27 +24,27 @@ class MeteredMaintenance(Maintenance):
         """Take note that a caller has an entry from now on."""
         self._used_since[entry] = self._clock.monotonic()
 
-    def _end_use(self, entry: PoolEntry[DriverConnection]) -> None:
-        # What comes back for a second time, after its reset, or never was a caller's, is no use.
+    def end_use(self, entry: PoolEntry[DriverConnection]) -> None:
+        """Report an entry's use, if it is one: what comes back for a second time, after its reset, or never was a caller's, is none."""
         since = self._used_since.pop(entry, None)
         if since is not None:
             self._context.events.emit_use(self._clock.monotonic() - since)
 
     def release(self, entry: PoolEntry[DriverConnection]) -> None:
         """End an entry's use, and take it back."""
-        self._end_use(entry)
+        self.end_use(entry)
         super().release(entry)
 
     def reset_and_release(
         self, entry: PoolEntry[DriverConnection], seconds: float | None = None
     ) -> asyncio.Task[None] | None:
         """End an entry's use, and take it back after a reset."""
-        self._end_use(entry)
+        self.end_use(entry)
         return super().reset_and_release(entry, seconds)
 
     def detach(self, entry: PoolEntry[DriverConnection]) -> None:
         """End an entry's use, and let it go."""
-        self._end_use(entry)
+        self.end_use(entry)
         super().detach(entry)
 
 
@@ -59,7 +59,7 @@ class MeteredAcquirer(Acquirer):
         circuit_breaker: CircuitBreaker,
     ) -> None:
         super().__init__(context, resources, maintenance, circuit_breaker)
-        self._begin_use = maintenance.begin_use
+        self._begin_use, self._end_use = maintenance.begin_use, maintenance.end_use
 
     async def acquire(self, deadline: float | None, *, fail_fast: bool = False) -> PoolEntry[DriverConnection]:
         """Take an entry with a healthy connection in it, and begin its use."""
@@ -73,3 +73,8 @@ class MeteredAcquirer(Acquirer):
         if entry is not None:
             self._begin_use(entry)
         return entry
+
+    def release(self, entry: PoolEntry[DriverConnection]) -> None:
+        """End an entry's use, and take it back."""
+        self._end_use(entry)
+        super().release(entry)

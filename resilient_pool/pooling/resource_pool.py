@@ -24,6 +24,7 @@ class PoolEntry(Generic[R]):
         expires_at: When it is to be replaced.
         idle_since: When it was given back last.
         taken_at: When it was taken last, or what was asked of it last was begun.
+        taken_at_monotonic: The same on the line of `Clock.monotonic()`, which is read at less cost.
         asked_at: When that was asked which it answered last. An answer proves nothing about any later time: it may have
             been read long after it came.
         uses: How much had been asked of it when it was given back last.
@@ -38,6 +39,7 @@ class PoolEntry(Generic[R]):
         "opened_at",
         "resource",
         "taken_at",
+        "taken_at_monotonic",
         "uses",
     )
 
@@ -45,7 +47,7 @@ class PoolEntry(Generic[R]):
         self.resource: R | None = None
         self.opened_at = 0.0
         self.expires_at = 0.0
-        self.idle_since = self.taken_at = self.asked_at = 0.0
+        self.idle_since = self.taken_at = self.taken_at_monotonic = self.asked_at = 0.0
         self.uses = 0
         self.generation = 0
 
@@ -88,6 +90,9 @@ class ResourcePool(Generic[R]):
         min_size: How many there should be.
 
     Attributes:
+        idle_entries: The idle ones; the one that was used last is at the end, and is taken first. An entry may be taken from
+            there, and put there while no caller waits, without a call of `take` or `put`.
+        waiters: Those who wait.
         on_connection_needed: Called when an entry was given up although a caller waits, or although fewer than `min_size` are left.
         on_return: Called with an entry whose taker was cancelled before it had it. It must `put` the entry.
     """
@@ -98,22 +103,22 @@ class ResourcePool(Generic[R]):
         "_ceiling",
         "_drained",
         "_fail_fast",
-        "_idle",
         "_limits",
         "_max_size",
         "_min_size",
-        "_waiters",
+        "idle_entries",
         "on_connection_needed",
         "on_return",
+        "waiters",
     )
 
     def __init__(self, max_size: int, clock: Clock, *, min_size: int = 0) -> None:
         self._max_size = self._admitted = self._ceiling = max_size
         self._min_size = min_size
         self._all: set[PoolEntry[R]] = set()
-        self._idle: list[PoolEntry[R]] = []
+        self.idle_entries: list[PoolEntry[R]] = []
         self._limits: TimeoutQueue[asyncio.Future[PoolEntry[R]]] = TimeoutQueue(clock, self._time_is_up)
-        self._waiters = self._limits.waiting
+        self.waiters = self._limits.waiting
         self._fail_fast: set[asyncio.Future[PoolEntry[R]]] = set()
         self._drained = asyncio.Event()
         self.on_connection_needed: Callable[[], None] = _ignore
@@ -133,17 +138,17 @@ class ResourcePool(Generic[R]):
     @property
     def idle(self) -> int:
         """How many resources could be taken at once."""
-        return len(self._idle)
+        return len(self.idle_entries)
 
     @property
     def waiting(self) -> int:
         """How many callers wait."""
-        return len(self._waiters)
+        return len(self.waiters)
 
     @property
     def is_awaited(self) -> bool:
         """Whether a caller waits that has not been served or cancelled yet."""
-        return any(not ticket.done() for ticket in self._waiters)
+        return any(not ticket.done() for ticket in self.waiters)
 
     @property
     def is_full(self) -> bool:
@@ -158,7 +163,7 @@ class ResourcePool(Generic[R]):
     @property
     def is_connection_needed(self) -> bool:
         """Whether another resource would serve a caller."""
-        return bool(self._waiters) or len(self._all) < self._min_size
+        return bool(self.waiters) or len(self._all) < self._min_size
 
     @property
     def opening(self) -> int:
@@ -182,22 +187,22 @@ class ResourcePool(Generic[R]):
 
     def idle_resources(self) -> Iterator[R]:
         """Iterate over the resources of the idle resources."""
-        return (entry.resource for entry in self._idle if entry.resource is not None)
+        return (entry.resource for entry in self.idle_entries if entry.resource is not None)
 
     @property
     def oldest_idle_since(self) -> float | None:
         """Since when the longest unused entry is idle, or `None` if none is."""
-        return min((entry.idle_since for entry in self._idle), default=None)
+        return min((entry.idle_since for entry in self.idle_entries), default=None)
 
     @property
     def last_used(self) -> PoolEntry[R] | None:
         """The idle entry that was used last, which `take` would take, or `None` if none is idle."""
-        return self._idle[-1] if self._idle else None
+        return self.idle_entries[-1] if self.idle_entries else None
 
     def take(self) -> PoolEntry[R] | None:
         """Take the entry that was used last, else a new one to fill, else `None`: the caller has to wait."""
-        if self._idle:
-            return self._idle.pop()
+        if self.idle_entries:
+            return self.idle_entries.pop()
         return self._grow()
 
     def _grow(self) -> PoolEntry[R] | None:
@@ -221,7 +226,7 @@ class ResourcePool(Generic[R]):
 
     def offer_entry(self) -> bool:
         """Give the first waiter a new entry to fill, if another one may be, and say whether that was so."""
-        entry = self._grow() if self._waiters else None
+        entry = self._grow() if self.waiters else None
         if entry is not None:
             self.put(entry)
         return entry is not None
@@ -252,7 +257,7 @@ class ResourcePool(Generic[R]):
         return entry
 
     def _give_up(self, ticket: asyncio.Future[PoolEntry[R]]) -> None:
-        self._waiters.pop(ticket, None)
+        self.waiters.pop(ticket, None)
         # The entry may have been handed over in the same turn of the loop as a cancellation. The pool may be closing since.
         if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
             self.on_return(ticket.result())
@@ -262,51 +267,51 @@ class ResourcePool(Generic[R]):
             ticket.set_exception(
                 AcquireTimeoutError(
                     f"no connection became free within {max(seconds, 0.0):.3g} s: {'all ' * self.is_full}{len(self._all)} of "
-                    f"max_size={self._max_size} are in use and {len(self._waiters)} more callers wait; "
+                    f"max_size={self._max_size} are in use and {len(self.waiters)} more callers wait; "
                     "raise max_size or deadline, or hold connections for a shorter time"
                 )
             )
 
     def put(self, entry: PoolEntry[R]) -> None:
         """Give an entry back: to the first waiter, else to the idle stack. An empty entry that no caller may fill is gone."""
-        while self._waiters and (entry.resource is not None or self.may_open):
-            ticket, _ = self._waiters.popitem(last=False)
+        while self.waiters and (entry.resource is not None or self.may_open):
+            ticket, _ = self.waiters.popitem(last=False)
             if not ticket.done():
                 ticket.set_result(entry)
                 return
         if entry.resource is None:
             self._forget(entry)
         else:
-            self._idle.append(entry)
+            self.idle_entries.append(entry)
 
     def withdraw(self, condition: Callable[[PoolEntry[R]], bool], *, keep: int = 0) -> list[PoolEntry[R]]:
         """Take all idle resources that meet a condition, the longest unused first, while more than `keep` resources remain."""
         spare = len(self._all) - keep
-        chosen = [entry for entry in self._idle if condition(entry)][: max(spare, 0)]
+        chosen = [entry for entry in self.idle_entries if condition(entry)][: max(spare, 0)]
         for entry in chosen:
-            self._idle.remove(entry)
+            self.idle_entries.remove(entry)
         return chosen
 
     def fail_waiters(self, error: Callable[[], Exception]) -> None:
         """Let all waiting callers fail, each with an error of its own."""
         self._limits.stop()
-        while self._waiters:
-            ticket, _ = self._waiters.popitem(last=False)
+        while self.waiters:
+            ticket, _ = self.waiters.popitem(last=False)
             if not ticket.done():
                 ticket.set_exception(error())
 
     def fail_fast_waiters(self, error: Callable[[], Exception]) -> None:
         """Let those fail who wait with `fail_fast`, each with an error of its own."""
         for ticket in tuple(self._fail_fast):
-            self._waiters.pop(ticket, None)
+            self.waiters.pop(ticket, None)
             if not ticket.done():
                 ticket.set_exception(error())
 
     def fail_waiters_since(self, instant: float, error: Callable[[], Exception]) -> None:
         """Let those fail who have waited since then or longer, each with an error of its own."""
-        for ticket, (_, since) in list(self._waiters.items()):
+        for ticket, (_, since) in list(self.waiters.items()):
             if since <= instant:
-                del self._waiters[ticket]
+                del self.waiters[ticket]
                 if not ticket.done():
                     ticket.set_exception(error())
 

@@ -64,11 +64,14 @@ class RetryBudget:
         reserve: How many retries are paid for at the start. Default 10.
         cap: How many retries can be saved up at most. Default 100.
 
+    Attributes:
+        calls: How many calls were made since the tokens were counted last. The caller adds to it: this is on the hot path.
+
     Raises:
         ConfigurationError: A number is negative, or `cap` is less than `reserve` or than one retry.
     """
 
-    __slots__ = ("_cap", "_ratio", "_tokens")
+    __slots__ = ("_cap", "_ratio", "_tokens", "calls")
 
     def __init__(self, *, ratio: float = 0.1, reserve: float = 10.0, cap: float = 100.0) -> None:
         require_number("ratio", ratio, unit="a number of retries per call", least=0)
@@ -81,23 +84,22 @@ class RetryBudget:
         self._ratio = ratio
         self._cap = cap
         self._tokens = reserve
+        self.calls = 0
 
     def __repr__(self) -> str:
-        return f"<RetryBudget tokens={self._tokens:.1f} cap={self._cap:g} ratio={self._ratio:g}>"
+        return f"<RetryBudget tokens={self.tokens:.1f} cap={self._cap:g} ratio={self._ratio:g}>"
 
     @property
     def tokens(self) -> float:
         """How many retries are paid for now."""
+        # Nothing was taken out since the last time, so it makes no difference that the calls pay together.
+        calls, self.calls = self.calls, 0
+        self._tokens = min(self._cap, self._tokens + calls * self._ratio)
         return self._tokens
-
-    def deposit(self) -> None:
-        """Put in what one call pays for."""
-        if self._tokens < self._cap:
-            self._tokens = min(self._cap, self._tokens + self._ratio)
 
     def withdraw(self) -> bool:
         """Take out one retry, if one is paid for, and say whether it was."""
-        if self._tokens < 1:
+        if self.tokens < 1:
             return False
         self._tokens -= 1
         return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from resilient_pool.errors import ConfigurationError
@@ -92,16 +92,19 @@ class StatementReader:
 
     Attributes:
         pure: Their names, as declared and folded.
+        keeps_session: For each text, whether the session is as it was afterwards, as far as a text can say; `False` for
+            `None`, which may be anything. It is looked up after every call.
 
     Raises:
         ConfigurationError: `pure_functions` is a single string or holds something that is no such name.
     """
 
-    __slots__ = ("_answers", "pure")
+    __slots__ = ("_answers", "keeps_session", "pure")
 
     def __init__(self, pure_functions: Iterable[str] = ()) -> None:
         self.pure = _checked_names(pure_functions)
         self._answers: dict[str | bytes, Statement] = {}
+        self.keeps_session: Mapping[str | None, bool] = _Remembered(lambda sql: self.read(sql).keeps_session)
 
     def looks_like_read(self, sql: str) -> bool:
         """Whether the text is one statement that only reads, as far as a text can say. It allows a guarded repeat only."""
@@ -109,13 +112,7 @@ class StatementReader:
 
     def is_plain_read(self, sql: str) -> bool:
         """Whether it looks like a read, and calls only what is known to write nothing. Never a reason to repeat it."""
-        known = self._answers.get(sql)  # asked after every call: this is the short way
-        return (self.read(sql) if known is None else known).is_plain_read
-
-    def keeps_session(self, sql: str) -> bool:
-        """Whether the session is as it was afterwards, as far as a text can say."""
-        known = self._answers.get(sql)
-        return (self.read(sql) if known is None else known).keeps_session
+        return self.read(sql).is_plain_read
 
     def read(self, sql: str) -> Statement:
         """Return what is known of a text. The answer is remembered."""
@@ -149,6 +146,25 @@ class StatementReader:
             self._answers.clear()  # cheaper than knowing which is the oldest, and as rare
         self._answers[key] = statement
         return statement
+
+
+class _Remembered(dict[str | None, bool]):
+    """Answers a question about texts, and remembers what it answered: a lookup of a known text calls no function of Python's."""
+
+    __slots__ = ("_ask",)
+
+    def __init__(self, ask: Callable[[str], bool]) -> None:
+        self._ask = ask
+
+    def __missing__(self, sql: str | None) -> bool:
+        if sql is None:
+            return False
+        answer = self._ask(sql)
+        if len(sql) <= _LONGEST_KEY:
+            if len(self) >= _REMEMBERED_TEXTS:
+                self.clear()
+            self[sql] = answer
+        return answer
 
 
 def _digest(sql: str) -> bytes:

@@ -48,7 +48,7 @@ async def test_a_lease_released_between_two_attempts_takes_no_other_connection(p
         raise asyncpg.ConnectionDoesNotExistError("lost")
 
     with pytest.raises(asyncpg.InterfaceError, match="released"):
-        await lease._run("fetch", "SELECT 1", lost, idempotent=True, deadline=None, fail_fast=None)
+        await lease._run("fetch", "SELECT 1", {"idempotent": True}, lost)
     assert await works(pool_of_one)
 
 

@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "trace_call.py"
 
 
 async def test_the_trace_begins_with_the_method_and_ends_where_the_connection_is_put_back(monkeypatch):
-    """A warm call meets no module of the retry policy but the budget; one that was lost meets the classifier."""
+    """A warm call meets five files; one that was lost meets the classifier, and begins again in the same function."""
     specification = importlib.util.spec_from_file_location("trace_call", SCRIPT)
     script = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(sys.modules, "trace_call", script)  # its dataclass looks itself up there
@@ -18,8 +18,11 @@ async def test_the_trace_begins_with_the_method_and_ends_where_the_connection_is
     traces = await script.measure()
     warm, *repeated = traces.values()
     assert warm.files[0] == "execution/query_methods.py"
-    assert {file for file in warm.files if file.startswith("retry/")} <= {"retry/decision.py"}
+    assert len(warm.files) <= script.WARM_FILES
+    assert warm.total <= script.WARM_CALLS
+    idle, new = repeated
+    assert len(idle.files) <= script.REPEATED_FILES
+    assert len(new.files) <= script.REPEATED_FILES + script.CONNECTING_FILES
     for trace in repeated:
         assert "retry/classifier.py" in trace.files
-        assert trace.total > warm.total
-        assert str(trace).startswith("  execution/query_methods.py: 3\n    Queries.fetch")
+        assert str(trace).startswith("  execution/query_methods.py: 1\n    Queries.fetch\n  pool.py: 1\n")

@@ -12,7 +12,7 @@ from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.events import DiscardReason, OutcomeUnknown, RetryExhausted, RetryScheduled
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import Execution, Operation, RetryLoop
+from resilient_pool.execution.retry_loop import RetryLoop
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.context import Dispatcher, PoolContext
 from resilient_pool.pooling.driver import ReadOnly
@@ -99,16 +99,14 @@ class Bench:
                 raise self.outcome
             return self.outcome
 
-        operation = Operation(
-            name="execute",
-            sql=sql,
-            execute=execute,
-            idempotent=idempotent,
-            replayable=replayable,
-            started=0.0,
-            deadline=deadline,
-        )
-        return await self.retry_loop.run(Execution(operation), attempt)
+        options = {"idempotent": idempotent, "deadline": deadline}
+        execution = self.retry_loop.new_execution("execute", sql, execute, (), options, replayable, 0.0)
+        while True:
+            try:
+                return await attempt(execution)
+            except Exception as error:
+                failure = error
+            await self.retry_loop.wait_for_retry(execution, failure, holds=True)
 
     @property
     def waits(self):

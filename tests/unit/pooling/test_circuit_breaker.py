@@ -54,7 +54,7 @@ class FakeMaintenance:
         self.errors = iter(errors)
         self.takes = takes
         self.closing = self.loop_is_ending = False
-        self.returning = 0
+        self.returning = self.generation = 0
         self.began = []
         self.at_once = self.most_at_once = 0
 

@@ -221,7 +221,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_both_held_and_idle(self):
         resources = self.pool._resources
-        idle = list(resources._idle)
+        idle = list(resources.idle_entries)
         assert len(idle) == len(set(idle))
         assert set(idle) <= resources._all
         held = [lease._entry for lease in self.leases if lease._entry is not None]

@@ -230,7 +230,7 @@ def test_the_words_of_the_grammar_are_apart():
 )
 def test_a_text_that_leaves_the_session_as_it_was(sql, keeps):
     """Single changes of tables do, as long as all they visibly call is known; then no reset is sent after them."""
-    assert StatementReader().keeps_session(sql) is keeps
+    assert StatementReader().keeps_session[sql] is keeps
 
 
 def test_a_long_comment_does_not_hide_what_commits_on_its_way():
