@@ -102,7 +102,9 @@ class MigrationLock:
             if watch is not None:
                 watch.cancel()
                 await asyncio.wait({watch})
-            await self._release()
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                await self._release(connection)
 
     async def _acquire(self, seconds: float | None) -> None:
         started = self._clock.monotonic()
@@ -123,42 +125,36 @@ class MigrationLock:
     async def _try(self, seconds: float | None) -> str | None:
         """Try to acquire the lock; return a description of the holder if that fails, else `None`."""
         connection = await self._pool.acquire(timeout=seconds)
-        acquired = False
         try:
             await connection.execute("BEGIN")
-            if await self._ask_for_lock(connection):
-                await self._hold_on(connection)
-                acquired = True
-                return None
-            return await self._holder(connection)
+            if not await self._ask_for_lock(connection):
+                return await self._holder(connection)
+            await self._hold_on(connection)
         except Exception:
             if not connection.is_closed():
                 raise
             return "unknown: the connection was lost during the query"
         finally:
-            if not acquired:
-                await self._release_connection(connection)
+            if connection is not self._connection:
+                await self._release(connection)
+        return None
 
-    async def _ask_for_lock(self, connection: ResilientConnection) -> object:
-        try:
-            return await connection.fetchval(_TRY_LOCK, self._key)
-        except asyncpg.PostgresError as error:
-            if connection.is_closed() or not refuses_question(error):
-                raise
+    async def _ask_for_lock(self, connection: ResilientConnection) -> bool:
+        answer = await _ask(connection, _TRY_LOCK, self._key)
+        if isinstance(answer, asyncpg.PostgresError):
             raise ConfigurationError(
-                f"the server has no advisory lock for this role to take ({error}), so nothing was run: let only one migration "
+                f"the server has no advisory lock for this role to take ({answer}), so nothing was run: let only one migration "
                 "run at a time yourself, and pass lock=None, or --no-lock"
-            ) from error
+            ) from answer
+        return answer is not None and bool(answer[0])
 
     async def _hold_on(self, connection: ResilientConnection) -> None:
         name = f"resilient-pool migrate on {socket.gethostname()} (process {os.getpid()})"
         settings = {**_SETTINGS, "application_name": name[:_MAX_NAME_BYTES]}
         await connection.execute("SAVEPOINT settings")
-        try:
-            await connection.fetch(_SET_CONFIG, list(settings), list(settings.values()))
-        except asyncpg.PostgresError as error:
-            if connection.is_closed() or not refuses_question(error):
-                raise
+        if isinstance(
+            await _ask(connection, _SET_CONFIG, list(settings), list(settings.values())), asyncpg.PostgresError
+        ):
             await connection.execute("ROLLBACK TO SAVEPOINT settings")  # the lock is as good without them
         # The driver leaves the portal of its last query open, and that has a snapshot for as long as the transaction
         # lasts; a query by the simple protocol takes its place, and leaves none.
@@ -166,11 +162,8 @@ class MigrationLock:
         self._connection = connection
 
     async def _holder(self, connection: ResilientConnection) -> str:
-        try:
-            row = await connection.fetchrow(_HOLDER, *divmod(self._key % 2**64, 2**32))
-        except asyncpg.PostgresError as error:
-            if connection.is_closed() or not refuses_question(error):
-                raise
+        row = await _ask(connection, _HOLDER, *divmod(self._key % 2**64, 2**32))
+        if isinstance(row, asyncpg.PostgresError):
             return "a session that the server does not name"
         if row is None:
             return "a session that has just released it"
@@ -184,23 +177,26 @@ class MigrationLock:
                 self.losses += 1
                 self._connection = None
                 self._dispatcher.emit(MigrationLockLost(losses=self.losses))
-                await self._release_connection(connection)
-                await self._reacquire()
+                await self._release(connection)
+            if self._connection is None:
+                # The migration goes on without the lock, and reports its own errors.
+                with contextlib.suppress(Exception):
+                    await self._acquire(None)
 
-    async def _reacquire(self) -> None:
-        while self._connection is None:
-            try:
-                await self._acquire(None)
-            except Exception:  # noqa: BLE001 - the migration goes on without the lock, and reports its own errors
-                await self._clock.sleep(_POLL_SECONDS)
-
-    async def _release(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await self._release_connection(connection)
-
-    async def _release_connection(self, connection: ResilientConnection) -> None:
+    async def _release(self, connection: ResilientConnection) -> None:
         if not connection.is_closed():
             with contextlib.suppress(Exception):
                 await connection.execute("ROLLBACK", timeout=_RELEASE_TIMEOUT)
         await self._pool.release(connection)
+
+
+async def _ask(
+    connection: ResilientConnection, query: str, *arguments: object
+) -> asyncpg.Record | asyncpg.PostgresError | None:
+    """Return the first row, or the error by which the server refuses the question itself."""
+    try:
+        return await connection.fetchrow(query, *arguments)
+    except asyncpg.PostgresError as error:
+        if connection.is_closed() or not refuses_question(error):
+            raise
+        return error

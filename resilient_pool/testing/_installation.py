@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 _PREFIXES: Mapping[int, str] = {16: "pginstall", 18: "pginstall18"}
 _ACCOUNTS = ("nobody", "postgres", "pgserver")
@@ -148,7 +149,18 @@ def run(command: Sequence[str | Path], account: Account, directory: Path) -> str
     Raises:
         RuntimeError: It failed; the message has what it printed.
     """
-    done = subprocess.run(  # noqa: S603 - our own arguments
+    process = launch(command, account, directory, subprocess.PIPE)
+    output = process.communicate()[0].decode(errors="replace")
+    if process.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} ended with code {process.returncode}:\n{output}")
+    return output
+
+
+def launch(
+    command: Sequence[str | Path], account: Account, directory: Path, output: int | IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Start a program as `account` in a session of its own, which a Ctrl-C at the terminal does not reach."""
+    return subprocess.Popen(  # noqa: S603 - our own arguments
         command,
         cwd=directory,
         env=environment(),
@@ -157,31 +169,9 @@ def run(command: Sequence[str | Path], account: Account, directory: Path) -> str
         extra_groups=None if account.uid is None else [],
         start_new_session=True,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
-        check=False,
     )
-    output = done.stdout.decode(errors="replace")
-    if done.returncode:
-        raise RuntimeError(f"{Path(command[0]).name} ended with code {done.returncode}:\n{output}")
-    return output
-
-
-def launch(command: Sequence[str | Path], account: Account, directory: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start a program as `account` in a session of its own, which a Ctrl-C at the terminal does not reach."""
-    with log.open("ab") as output:
-        return subprocess.Popen(  # noqa: S603 - our own arguments
-            command,
-            cwd=directory,
-            env=environment(),
-            user=account.uid,
-            group=account.gid,
-            extra_groups=None if account.uid is None else [],
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
 
 
 class Guard:

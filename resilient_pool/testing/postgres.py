@@ -419,7 +419,8 @@ class EmbeddedPostgres:
         lines = (f"{_checked_name(name)} = {_setting_literal(value)}\n" for name, value in settings.items())
         self._write(_INCLUDED, "".join(lines))
         command = (self._programs / "postgres", "-D", self.data_directory)
-        self._process = _host.launch(command, self._account, self._directory, self._log_file)
+        with self._log_file.open("ab") as log:
+            self._process = _host.launch(command, self._account, self._directory, log)
         self._wait_until_ready(self._process)
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], limit: float = 60.0) -> None:
@@ -430,7 +431,7 @@ class EmbeddedPostgres:
                 raise RuntimeError(f"PostgreSQL ended with code {process.returncode}; its log:\n{self._log_tail()}")
             if clock.monotonic() > deadline:
                 raise RuntimeError(f"PostgreSQL was not ready within {limit} s; its log:\n{self._log_tail()}")
-            _pause(0.005)
+            threading.Event().wait(0.005)
 
     def _says_ready(self, pid: int) -> bool:
         try:
@@ -506,10 +507,6 @@ class _Standby(EmbeddedPostgres):
         primary = f"host={self.host} port={self._primary.port} user={_SUPERUSER} application_name='{self._name}'"
         options = ("--checkpoint=fast", "--wal-method=stream", "--write-recovery-conf", "--no-sync")
         self._run("pg_basebackup", "-D", str(self.data_directory), "-d", primary, *options)
-
-
-def _pause(seconds: float) -> None:
-    threading.Event().wait(seconds)
 
 
 def quote_identifier(name: str) -> str:

@@ -23,15 +23,29 @@ from __future__ import annotations
 import abc
 import asyncio
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal, TypedDict, TypeVar, Unpack
 
-from resilient_pool._validation import constructor_names_nearest
+from resilient_pool._validation import constructor_names_nearest, require_known
 from resilient_pool.testing._protocol import Matcher, fatal_error, matcher
 from resilient_pool.testing._relay import AcceptMode, ArmedFault, Ending, ProxyState, Relay, State, Stream, Traffic
 from resilient_pool.testing._threaded_server import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
 Result = TypeVar("Result")
+
+
+class FaultOptions(TypedDict, total=False):
+    """Which requests a fault is armed for.
+
+    Attributes:
+        matching: Which request; by default the next on any connection. A prepared statement is known by its SQL.
+        times: How many requests this happens to; 1 by default.
+        server_sees_close: Whether the server's side is closed too; by default as the proxy's own argument says.
+    """
+
+    matching: Matcher
+    times: int
+    server_sees_close: bool | None
 
 
 class _Faults(abc.ABC):
@@ -86,14 +100,7 @@ class _Faults(abc.ABC):
         """
         self._end("hang", server_sees_close=False)
 
-    def swallow_next_answer(
-        self,
-        then: Ending = "fin",
-        *,
-        matching: Matcher = None,
-        times: int = 1,
-        server_sees_close: bool | None = None,
-    ) -> None:
+    def swallow_next_answer(self, then: Ending = "fin", **options: Unpack[FaultOptions]) -> None:
         """Let the next request be executed, and keep the answer from the client.
 
         The server is given all the time it needs: the connection ends when its answer has arrived at the proxy, up to
@@ -101,42 +108,23 @@ class _Faults(abc.ABC):
 
         Args:
             then: "fin" or "rst" the connection, or "hang": silence for ever.
-            matching: Which request; by default the next on any connection. A prepared statement is known by its SQL.
-            times: How many requests this happens to; 1 by default.
-            server_sees_close: As in `fin()`.
+            **options: Which requests; see `FaultOptions`.
         """
-        self._arm(then, 0, matching, times, server_sees_close)
+        self._arm(then, options)
 
-    def cut_next_answer(
-        self,
-        after_bytes: int = 7,
-        then: Ending = "fin",
-        *,
-        matching: Matcher = None,
-        times: int = 1,
-        server_sees_close: bool | None = None,
-    ) -> None:
+    def cut_next_answer(self, after_bytes: int = 7, then: Ending = "fin", **options: Unpack[FaultOptions]) -> None:
         """Do as `swallow_next_answer()`, but give the client the first bytes of the answer, and never all of it.
 
         Args:
             after_bytes: How many bytes; by default 7, which is within a message.
-            then: As there, and so are the others.
-            matching: Likewise.
-            times: Likewise.
-            server_sees_close: Likewise.
+            then: As there.
+            **options: Likewise.
         """
-        self._arm(then, after_bytes, matching, times, server_sees_close)
+        self._arm(then, options, after_bytes=after_bytes)
 
-    def lose_next_request(
-        self,
-        then: Ending = "fin",
-        *,
-        matching: Matcher = None,
-        times: int = 1,
-        server_sees_close: bool | None = None,
-    ) -> None:
+    def lose_next_request(self, then: Ending = "fin", **options: Unpack[FaultOptions]) -> None:
         """Keep the next request from the server, which is not executed; arguments as in `swallow_next_answer()`."""
-        self._arm(then, 0, matching, times, server_sees_close, reaches_server=False)
+        self._arm(then, options, reaches_server=False)
 
     def _end(self, how: Ending, server_sees_close: bool | None) -> None:
         closing = self._closing(server_sees_close)
@@ -147,24 +135,16 @@ class _Faults(abc.ABC):
 
         self._act(end)
 
-    def _arm(
-        self,
-        then: Ending,
-        after_bytes: int,
-        matching: Matcher,
-        times: int,
-        server_sees_close: bool | None,
-        *,
-        reaches_server: bool = True,
-    ) -> None:
+    def _arm(self, then: Ending, options: FaultOptions, *, after_bytes: int = 0, reaches_server: bool = True) -> None:
+        require_known(options, FaultOptions.__annotations__)
         fault = ArmedFault(
-            matches=matcher(matching),
+            matches=matcher(options.get("matching")),
             reaches_server=reaches_server,
             after_bytes=after_bytes,
             then=then,
-            server_sees_close=self._closing(server_sees_close),
+            server_sees_close=self._closing(options.get("server_sees_close")),
         )
-        self._act(lambda: self._traffic.armed.extend([fault] * times))
+        self._act(lambda: self._traffic.armed.extend([fault] * options.get("times", 1)))
 
 
 @constructor_names_nearest
