@@ -113,7 +113,8 @@ class PgBouncer:
         log = self._base / "log"
         ups = self.log.count("process up:") if log.exists() else 0
         command = [self._program, str(self._base / "pgbouncer.ini")]
-        self._process = host.launch(command, self._account, self._base, log)
+        with log.open("ab") as output:
+            self._process = host.launch(command, self._account, self._base, output)
         ends = time.monotonic() + 20
         # Not by a connection: it would count among the clients.
         while self.log.count("process up:") == ups:
