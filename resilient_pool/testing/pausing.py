@@ -143,11 +143,10 @@ class PausableRelay(Relay):
         said = _messages.startup_parameters(request)
         user = said.get("user", "")
         host = self._client.writer.get_extra_info("peername")[0]
-        encrypted = self._client.writer.get_extra_info("ssl_object") is not None
-        not_let_in = (
-            f'no pg_hba.conf entry for host "{host}", user "{user}", database "{said.get("database", user)}", '
-            f"{'SSL encryption' if encrypted else 'no encryption'}"
-        )
+        not_let_in = f'no pg_hba.conf entry for host "{host}", user "{user}", database "{said.get("database", user)}"'
+        if self._proxy_state.tls is not None:  # one that knows no TLS does not say that it was missing
+            encrypted = self._client.writer.get_extra_info("ssl_object") is not None
+            not_let_in += f", {'SSL encryption' if encrypted else 'no encryption'}"
         return _messages.fatal_error(self._code, _TEXTS.get(self._code, not_let_in))
 
     def _read_answers(self) -> None:
