@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 
 from resilient_pool._validation import constructor_names_nearest, require_number
 from resilient_pool.errors import ConfigurationError
@@ -148,7 +149,7 @@ class RetryState:
         started: When the call began, in seconds on the line of the `now` that `decide` is given.
     """
 
-    __slots__ = ("_contention", "_operations", "_reconnect", "fresh_starts", "losses", "started")
+    __slots__ = ("_contention", "_doubted_since", "_operations", "_reconnect", "fresh_starts", "losses", "started")
 
     def __init__(
         self,
@@ -161,6 +162,7 @@ class RetryState:
         self._operations = _Course(operations)
         self._contention = self._operations if contention is None else _Course(contention)
         self._reconnect = _Course(reconnect)
+        self._doubted_since: float | None = None
         self.started = started
         self.fresh_starts = 0
         self.losses = 0
@@ -184,6 +186,14 @@ class RetryState:
         self.fresh_starts += fault in _CURED_BY_A_FRESH_START
         self.losses += fault in _LOSSES
         return course
+
+    def hope_left(self, verdict: Verdict, now: float) -> float:
+        """Take note of a verdict, and return for how many seconds there is hope that what it stands for passes."""
+        if verdict.only_for is None:
+            return inf
+        if self._doubted_since is None:
+            self._doubted_since = now
+        return self._doubted_since + verdict.only_for - now
 
 
 def decide(
@@ -212,23 +222,25 @@ def decide(
 
     Returns:
         `Retry` with a delay that does not outlast the deadline, or `GiveUp`. A call that may have taken effect is
-        never retried unless it is repeatable.
+        never retried unless it is repeatable, and none before the verdict's `not_before`: a call that must end sooner ends
+        at once.
     """
-    course = state.note(verdict.fault, phase, now)
-    if verdict.fault is Fault.PERMANENT:
+    course, hope = state.note(verdict.fault, phase, now), state.hope_left(verdict, now)
+    if verdict.fault is Fault.PERMANENT or hope <= 0:
         return GiveUp(reason=GiveUpReason.PERMANENT)
     if verdict.outcome is Outcome.UNKNOWN and not repeatable:
         return GiveUp(reason=GiveUpReason.OUTCOME_UNKNOWN)
     if course.is_exhausted:
         return GiveUp(reason=GiveUpReason.ATTEMPTS)
     left = course.time_left(now, deadline)
-    if left is not None and left <= 0:
+    earliest = verdict.not_before or 0.0
+    if left is not None and left <= earliest:
         return GiveUp(reason=GiveUpReason.DEADLINE)
     burdens = _burdens_the_server(verdict.fault, state, had_served=had_served)
     if burdens and budget is not None and not budget.withdraw():
         return GiveUp(reason=GiveUpReason.BUDGET)
     delay = 0.0 if _is_cured_at_once(verdict.fault, state) else course.next_delay()
-    return Retry(delay=delay if left is None else min(delay, left))
+    return Retry(delay=max(min(delay, hope, inf if left is None else left), earliest))
 
 
 def _burdens_the_server(fault: Fault, state: RetryState, *, had_served: bool) -> bool:

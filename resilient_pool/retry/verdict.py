@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from resilient_pool._validation import constructor_names_nearest
+from resilient_pool._validation import constructor_names_nearest, require_number
 
 
 class Phase(Enum):
@@ -90,12 +90,23 @@ class Verdict:
         outcome: What the statement is known to have done. `NOT_EXECUTED` and `ROLLED_BACK` are guarantees.
         connection: `KEEP` or `DISCARD` the connection on which it happened.
         others: `KEEP` or `EXPIRE` every connection opened before it happened.
+        not_before: For how many seconds after it another attempt is useless; `None` (default) if that is not known. A call
+            that must end sooner fails at once.
+        only_for: For how many seconds after the first of several such failures there is hope that it passes; after that it
+            is `PERMANENT`. `None` (default) for as long as the policy allows.
     """
 
     fault: Fault
     outcome: Outcome
     connection: Disposition = Disposition.DISCARD
     others: Disposition = Disposition.KEEP
+    not_before: float | None = None
+    only_for: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("not_before", "only_for"):
+            if (seconds := getattr(self, name)) is not None:
+                require_number(name, seconds, unit="a number of seconds or None", least=0, above=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +122,8 @@ class Failure:
         read_only_asked: Whether read-only was asked for: by the transaction's own option, or by a setting of the session, the
             role or the database, which every server has alike.
         in_recovery: Whether that server was found to be a standby afterwards; `None` if it was not asked, or did not say.
+        initializing: Whether the application's `init` has raised it, on a new connection that was still open then.
+        sslmode: Under which `sslmode` the connection was opened; `None` if that is not known.
     """
 
     error: Exception
@@ -120,6 +133,8 @@ class Failure:
     writable: bool = True
     read_only_asked: bool = False
     in_recovery: bool | None = None
+    initializing: bool = False
+    sslmode: str | None = None
 
     def chain(self) -> Iterator[BaseException]:
         """Yield the error and everything behind it, along `__cause__` and `__context__`, nearest first, each once."""

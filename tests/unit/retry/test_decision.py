@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from resilient_pool.errors import ConfigurationError
 from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.retry.decision import GiveUp, GiveUpReason, Retry, RetryBudget, RetryState, decide
 from resilient_pool.retry.verdict import Fault, Outcome, Phase, Verdict
@@ -19,9 +20,10 @@ def state(**words):
     return RetryState(**{"operations": OPERATIONS, "reconnect": RECONNECT} | words)
 
 
-def step(memory, fault, outcome=Outcome.NOT_EXECUTED, **words):
+def step(memory, fault, outcome=Outcome.NOT_EXECUTED, *, not_before=None, only_for=None, **words):
     asked = {"phase": Phase.EXECUTE, "repeatable": False, "now": 0.0, "deadline": None, "budget": None}
-    decision = decide(Verdict(fault=fault, outcome=outcome), memory, **asked | words)
+    verdict = Verdict(fault=fault, outcome=outcome, not_before=not_before, only_for=only_for)
+    decision = decide(verdict, memory, **asked | words)
     return decision.delay if isinstance(decision, Retry) else decision.reason
 
 
@@ -192,6 +194,39 @@ def test_a_call_that_ends_anyway_spends_no_budget():
     step(state(), Fault.OVERLOADED, now=2.0, deadline=1.0, budget=budget)
     step(state(operations=BackoffPolicy(max_attempts=1)), Fault.OVERLOADED, budget=budget)
     assert budget.tokens == 5
+
+
+def test_what_is_useless_before_some_time_is_not_tried_sooner():
+    """Each delay is at least that long, and a call that must end by then ends at once, with its budget unspent."""
+    memory, budget = state(), RetryBudget(reserve=5)
+    assert step(memory, Fault.OVERLOADED, not_before=30.0) == 30
+    assert step(memory, Fault.OVERLOADED, not_before=1.5) == 2  # the policy's own delay is longer
+    assert step(memory, Fault.OVERLOADED, not_before=30.0, deadline=31.0) == 30
+    assert step(memory, Fault.OVERLOADED, not_before=30.0, deadline=30.0, budget=budget) is GiveUpReason.DEADLINE
+    assert budget.tokens == 5
+
+
+def test_what_may_pass_within_some_time_is_believed_after_it():
+    """It counts from the first such failure; the last attempt is made when that time is up."""
+    memory = state(reconnect=BackoffPolicy(base=4, factor=1, max_value=4, jitter=None, max_attempts=None))
+    decisions = [step(memory, Fault.WRONG_SERVER, only_for=15.0, now=100.0 + now) for now in (0, 4, 8, 12, 15)]
+    assert decisions == [4, 4, 4, 3, GiveUpReason.PERMANENT]
+
+
+def test_what_is_always_waited_for_is_not_doubted():
+    """Only verdicts that say so are."""
+    memory = state()
+    assert step(memory, Fault.UNREACHABLE, only_for=15.0) == 15
+    assert step(memory, Fault.UNREACHABLE, now=200.0) == 200
+    assert step(memory, Fault.UNREACHABLE, only_for=15.0, now=201.0) is GiveUpReason.PERMANENT
+
+
+@pytest.mark.parametrize("name", ["not_before", "only_for"])
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "30", True])
+def test_a_verdicts_times_are_numbers_of_seconds(name, seconds):
+    """A mistake in an application's own rule is an error where it is written."""
+    with pytest.raises(ConfigurationError, match=f"{name} must be a number of seconds or None, more than 0, not "):
+        Verdict(fault=Fault.OVERLOADED, outcome=Outcome.NOT_EXECUTED, **{name: seconds})
 
 
 def test_decisions_compare_by_value():
