@@ -18,7 +18,14 @@ class UnknownArgumentError(ConfigurationError, TypeError):
 
 
 class AcquireTimeoutError(ResilientPoolError, TimeoutError):
-    """No connection became free within the deadline. Nothing was sent to the server."""
+    """No connection became free within the deadline, or none could. Nothing was sent to the server.
+
+    Attributes:
+        retry_after: In how many seconds another call makes sense, if a service lets no new connection in before; else `None`.
+            Then the call has failed at once, because its deadline would have come first.
+    """
+
+    retry_after: float | None = None
 
     def __str__(self) -> str:
         return f"{super().__str__()}; see docs/symptoms.md#acquire-timeout"

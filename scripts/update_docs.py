@@ -18,16 +18,18 @@ def verdicts() -> str:
     """Write the classifier's table, in the order in which its rules are asked."""
     rows = [
         (
+            rule.service,
             _sentence(rule.evidence),
             _when(rule),
             ", ".join(sorted(rule.codes)),
             f"`{rule.verdict.fault.value}`",
             f"`{rule.verdict.outcome.value}`",
             _again(rule.verdict),
+            rule.known.value,
         )
         for rule in RULES
     ]
-    return _table(("what was seen", "when", "SQLSTATE", "fault", "outcome", "tried again"), rows)
+    return _table(("service", "what was seen", "when", "SQLSTATE", "fault", "outcome", "tried again", "known"), rows)
 
 
 def arguments() -> str:
@@ -49,6 +51,10 @@ def _when(rule: Rule) -> str:
 def _again(verdict: Verdict) -> str:
     if verdict.fault is Fault.PERMANENT:
         return "no"
+    if verdict.not_before is not None:
+        return f"after {verdict.not_before:g} s"
+    if verdict.only_for is not None:
+        return f"for {verdict.only_for:g} s"
     return "if repeatable" if verdict.outcome is Outcome.UNKNOWN else "yes"
 
 

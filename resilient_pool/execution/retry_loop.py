@@ -543,6 +543,8 @@ class RetryLoop:
                 f"resilient_pool: gave up after {state.attempts} attempts in {elapsed:.2f} s ({reason.value}); "
                 f"the last fault was {verdict.fault.value}"
             )
+        if reason is GiveUpReason.DEADLINE and verdict.not_before is not None:
+            error.add_note(f"resilient_pool: another attempt makes sense in {verdict.not_before:g} s, and not before")
         sqlstate = nearest_sqlstate(failure)
         if reason is GiveUpReason.OUTCOME_UNKNOWN:
             return self._outcome_unknown(execution, LostAttempt(error=error, fault=verdict.fault, sqlstate=sqlstate))

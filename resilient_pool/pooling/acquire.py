@@ -152,7 +152,7 @@ class Acquirer:
 
     async def _wait(self, deadline: float | None, *, fail_fast: bool) -> PoolEntry[DriverConnection]:
         self._maintenance.require_open()
-        refusal = self._circuit_breaker.last_connect_error() if fail_fast else None
+        refusal = self._circuit_breaker.refusal(deadline, fail_fast=fail_fast)
         self._circuit_breaker.ensure_prober()
         if refusal is not None:
             raise refusal
@@ -162,13 +162,13 @@ class Acquirer:
             entry = await self._resources.wait(None if deadline is None else deadline - started, fail_fast=fail_fast)
             end = WaitEnd.SERVED
             return entry  # noqa: TRY300 - the wait ends below, whichever way
-        except AcquireTimeoutError as timeout:
+        except Exception as error:
+            end = WaitEnd.FAILED
+            if not isinstance(error, AcquireTimeoutError) or error.retry_after is not None:
+                raise
             end = WaitEnd.TIMEOUT
             self._counters.wait_timeouts += 1
-            failure = self._circuit_breaker.error_for_timeout(timeout)
-        except Exception:
-            end = WaitEnd.FAILED
-            raise
+            failure = self._circuit_breaker.error_for_timeout(error)
         finally:
             self._end_wait(started, reason, end)
             self._circuit_breaker.stop_prober_if_unused()

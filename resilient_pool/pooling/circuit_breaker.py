@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-
-import asyncpg
 
 from resilient_pool.config.secrets import scrub
 from resilient_pool.errors import AcquireTimeoutError
@@ -18,7 +17,7 @@ from resilient_pool.pooling.context import PoolContext, nearest_sqlstate
 from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry, ResourcePool
-from resilient_pool.retry.verdict import Failure, Fault, Phase, Verdict
+from resilient_pool.retry.verdict import Failure, Fault, Verdict
 
 _LOGGER = logging.getLogger("resilient_pool")
 
@@ -47,6 +46,10 @@ class CircuitBreaker:
     A server that has no room for one more connection, or refuses it for good (a wrong password, say), while others of this
     pool work, is not away: those serve all callers, no more are opened than there are, and the prober finds out when another
     one is let in again. Without any connection such a refusal is final at once.
+
+    A verdict may say for how long another attempt is useless (`not_before`): the prober waits for that long, and a caller whose
+    deadline comes first fails at once, unless a connection works that it can have. One that says for how long there is
+    hope (`only_for`) is final when the same was still said after that time.
 
     Without any observer, too, the log says when the server is away and when it is back: one line each, at WARNING.
 
@@ -77,7 +80,8 @@ class CircuitBreaker:
         self._last_outage: Outage | None = None
         self._capped: Outage | None = None
         self._is_reported = False
-        self._wake_window = _WakeWindow()
+        self._wake_window, self._doubt = _Series(), _Series()
+        self._blocked_until = -math.inf
         self._prober: asyncio.Task[None] | None = None
         self._attempts: set[asyncio.Task[bool]] = set()
         self._attempt_began: float | None = None
@@ -158,7 +162,8 @@ class CircuitBreaker:
         self._take_outage()
         self._is_final = False
         self._uncap()
-        self._not_before = self._clock.monotonic()
+        self._doubt.end()
+        self._not_before, self._blocked_until = self._clock.monotonic(), -math.inf
         if self._resources.is_connection_needed:
             self.ensure_prober()
 
@@ -167,14 +172,40 @@ class CircuitBreaker:
         outage = self._outage or self._last_outage
         return outage if outage is not None and (outage.ended is None or outage.ended > instant) else None
 
-    def last_connect_error(self) -> Exception | None:
-        """Return an error for a caller who does not wait any longer: how the last attempt failed. `None` if it did not."""
-        return None if self._outage is None else self._outage.error_for_caller(self._clock.monotonic())
+    def refusal(self, deadline: float | None, *, fail_fast: bool) -> Exception | None:
+        """Return an error for a caller for whom waiting has no sense, or `None`.
+
+        Args:
+            deadline: Until when the caller could wait, on the line of `Clock.monotonic()`.
+            fail_fast: Whether the caller does not wait for a server that is away.
+        """
+        now = self._clock.monotonic()
+        if fail_fast and self._outage is not None:
+            return self._outage.error_for_caller(now)
+        if self._is_hopeless(math.inf if deadline is None else deadline, now) and not self._maintenance.connections():
+            return self._blocked_error(now)
+        return None
+
+    def _is_hopeless(self, until: float, since: float) -> bool:
+        """Whether a caller who waits since and until then has gone when the next attempt to connect makes sense."""
+        longest = self._config.reconnect.max_elapsed
+        return min(until, math.inf if longest is None else since + longest) <= self._blocked_until
+
+    def _blocked_error(self, now: float) -> Exception:
+        left = self._blocked_until - now
+        outage = self._outage or self._capped or self._last_outage
+        text = (
+            f"no connection can be opened before {left:.1f} s from now, when this call would have ended: until then the service "
+            f"lets no new client in; call again after that, or raise deadline"
+        )
+        error = AcquireTimeoutError(text) if outage is None else outage.explain(text)
+        error.retry_after = left
+        return error
 
     def error_for_timeout(self, timeout: AcquireTimeoutError) -> Exception:
         """Choose what a caller sees whose time has run out: why there was no connection, if that is known."""
         if self._capped is not None and self._resources.has_resources:
-            refuses = "refuses" if self._capped.is_final else "has no room for"
+            refuses = "has no room for" if self._capped.fault is Fault.OVERLOADED else "refuses"
             return self._capped.explain(
                 f"no connection became free in time: all {len(self._maintenance.connections())} that are open are in use, and the "
                 f"server {refuses} another one, up to max_size={self._config.max_size}"
@@ -326,6 +357,8 @@ class CircuitBreaker:
 
     def _succeeded(self) -> None:
         self._end_outage()
+        self._doubt.end()
+        self._blocked_until = -math.inf
         self._is_final = False
         capped = self._capped
         if capped is not None and (capped.is_final or len(self._maintenance.connections()) > self._resources.ceiling):
@@ -346,7 +379,7 @@ class CircuitBreaker:
 
     def _end_outage(self) -> None:
         outage = self._take_outage()
-        self._wake_window.close()
+        self._wake_window.end()
         if outage is not None:
             elapsed = outage.lasted(self._clock.monotonic())
             self._context.events.emit(CircuitClosed(attempts=outage.attempts, elapsed=elapsed))
@@ -392,18 +425,18 @@ class CircuitBreaker:
             caller for whom this was the last attempt.
         """
         now, works = self._clock.monotonic(), bool(self._maintenance.connections())
-        failure = self._build_failure(error, now, works=works)
-        verdict = self._context.classify(failure)
+        waking = now - self._wake_window.began(now) < WAKE_WINDOW
+        failure = self._connector.describe(error, waking=waking and not works)
+        verdict = self._classify(failure, now)
         self._context.counters.connect_failures += 1
-        if works and self._is_about_one_more_connection(verdict.fault):
+        if works and self._is_about_one_more_connection(verdict):
             self._cap(error, failure, verdict, now)
             return None
         self._uncap()
         is_news = is_news or self._outage is None
         outage = self._outage or Outage(now)
-        outage.remember(error, verdict.fault, counts=is_news)
-        delay = next(self._delays) if is_news else 0.0
-        self._not_before = max(self._not_before, now + delay)
+        outage.remember(error, verdict, counts=is_news)
+        delay = self._delay_next_attempt(verdict, now, is_news=is_news)
         self._last_opened = None
         self._is_final = verdict.fault is Fault.PERMANENT
         if not (self._is_final or self._is_reported):
@@ -424,39 +457,45 @@ class CircuitBreaker:
             self._emit_retry(outage, failure, verdict, delay, now)
         return None
 
-    def _build_failure(self, error: Exception, now: float, *, works: bool) -> Failure:
-        why = self._connector.read_only if isinstance(error, asyncpg.ReadOnlySQLTransactionError) else None
-        return Failure(
-            error=error,
-            phase=Phase.CONNECT,
-            sent=False,
-            waking=self._wake_window.covers(now) and not works,
-            writable=self._connector.expects_writes,
-            read_only_asked=why is not None and why.asked,
-            in_recovery=None if why is None else why.in_recovery,
-        )
+    def _classify(self, failure: Failure, now: float) -> Verdict:
+        """Classify how an attempt failed; what was to pass within some time, and is still said after it, is final."""
+        verdict = self._context.classify(failure)
+        if verdict.only_for is not None:
+            left = self._doubt.began(now) + verdict.only_for - now
+            verdict = replace(verdict, only_for=left) if left > 0 else replace(verdict, fault=Fault.PERMANENT)
+        if verdict.not_before is not None and verdict.fault is not Fault.PERMANENT:
+            self._blocked_until = now + verdict.not_before
+        return verdict
+
+    def _delay_next_attempt(self, verdict: Verdict, now: float, *, is_news: bool) -> float:
+        """Set from when on there may be another attempt, and return in how many seconds that is."""
+        delay = next(self._delays) if is_news else 0.0
+        delay = delay if verdict.only_for is None else min(delay, verdict.only_for)  # and then for the last time
+        delay = max(delay, verdict.not_before or 0.0)
+        self._not_before = max(self._not_before, now + delay)
+        return delay
 
     def _cap(self, error: Exception, failure: Failure, verdict: Verdict, now: float) -> None:
         """Serve all callers with the connections that are open: the server does not let in another one."""
         self._end_outage()
         is_known = self._capped is not None and self._capped.is_final
         self._capped = self._capped or Outage(now)
-        self._capped.remember(error, verdict.fault, counts=True)
+        self._capped.remember(error, verdict, counts=True)
         if self._capped.is_final and not is_known:
             self._log(error, "the database server refuses another connection: callers share those that are open")
-        delay = next(self._delays)
-        self._not_before = max(self._not_before, now + delay)
+        delay = self._delay_next_attempt(verdict, now, is_news=True)
         self._last_opened, self._is_final = None, self._capped.is_final
         # With those that are being opened beside this one: they may be let in.
         self._resources.restrict(len(self._maintenance.connections()) + max(self._resources.opening - 1, 0))
-        self._resources.set_connect_limit(max(self._resources.connect_limit, 1))  # for those that replace one of them
+        # For those that replace one of them.
+        self._resources.set_connect_limit(0 if verdict.not_before else max(self._resources.connect_limit, 1))
         self._emit_retry(self._capped, failure, verdict, delay, now)
 
-    def _is_about_one_more_connection(self, fault: Fault) -> bool:
+    def _is_about_one_more_connection(self, verdict: Verdict) -> bool:
         """Whether a failure to open one more says nothing of those that work."""
-        if fault is Fault.PERMANENT:
+        if verdict.fault is Fault.PERMANENT:
             return not (self.is_opening or self._maintenance.closing)
-        return fault in _ABOUT_ONE_MORE_CONNECTION
+        return verdict.fault in _ABOUT_ONE_MORE_CONNECTION or verdict.not_before is not None
 
     def _is_exhausted(self, outage: Outage) -> bool:
         most = self._config.reconnect.max_attempts
@@ -475,7 +514,10 @@ class CircuitBreaker:
         longest = self._config.reconnect.max_elapsed
         if longest is not None and now - outage.began >= longest:
             # Each from its own beginning: one who has just come should not pay for those before.
-            self._resources.fail_waiters_since(now - longest, lambda: outage.error_for_caller(now))
+            self._resources.fail_waiters_if(
+                lambda _, since: since <= now - longest, lambda: outage.error_for_caller(now)
+            )
+        self._resources.fail_waiters_if(self._is_hopeless, lambda: self._blocked_error(now))
 
     def _emit_retry(self, outage: Outage, failure: Failure, verdict: Verdict, delay: float, now: float) -> None:
         self._context.retry_scheduled(
@@ -498,11 +540,10 @@ class Outage:
         began: When the first attempt failed.
         ended: When it was over; `None` while it goes on.
         attempts: How many attempts have failed.
-        fault: How the last one failed.
         extended_by_wake_window: Whether one of them would have been the last, had the server not possibly been waking up.
     """
 
-    __slots__ = ("_copier", "_error", "_is_given", "attempts", "began", "ended", "extended_by_wake_window", "fault")
+    __slots__ = ("_copier", "_error", "_is_given", "_verdict", "attempts", "began", "ended", "extended_by_wake_window")
 
     def __init__(self, now: float) -> None:
         self.began = now
@@ -510,14 +551,19 @@ class Outage:
         self.attempts = 0
         self.extended_by_wake_window = False
 
-    def remember(self, error: Exception, fault: Fault, *, counts: bool) -> None:
+    def remember(self, error: Exception, verdict: Verdict, *, counts: bool) -> None:
         """Keep how the last attempt failed, for those who wait."""
         self.attempts += counts
         self._error = error
-        self.fault = fault
+        self._verdict = verdict
         # Before any caller raises it: what that caller was handling, and is told, is no other caller's business.
         self._copier = _ExceptionCopier(error)
         self._is_given = False
+
+    @property
+    def fault(self) -> Fault:
+        """How the last attempt failed."""
+        return self._verdict.fault
 
     @property
     def is_final(self) -> bool:
@@ -549,6 +595,11 @@ class Outage:
                 f"resilient_pool: gave up after {self.attempts} attempt{'s' * (self.attempts > 1)} to connect in "
                 f"{now - self.began:.2f} s; the last fault was {self.fault.value}"
             )
+        if self._verdict.not_before is not None:
+            yield f"resilient_pool: another attempt makes sense {self._verdict.not_before:g} s after the last one, not before"
+        if self.is_final and self._verdict.only_for is not None:
+            seconds = self._verdict.only_for
+            yield f"resilient_pool: it was believed after {seconds:g} s: something that passes is said in the same words"
         if self.extended_by_wake_window:
             yield (
                 "resilient_pool: it was tried again because a server that is waking up refuses in the same way, "
@@ -556,25 +607,25 @@ class Outage:
             )
 
 
-class _WakeWindow:
-    """Whether a server that refuses every login may be waking up."""
+class _Series:
+    """Since when failures of one kind follow each other."""
 
-    __slots__ = ("_last_failure", "_since")
+    __slots__ = ("_began", "_last")
 
     def __init__(self) -> None:
-        self._since: float | None = None
-        self._last_failure = 0.0
+        self._began: float | None = None
+        self._last = 0.0
 
-    def covers(self, now: float) -> bool:
-        """Take note of a failure at `now`, and say whether it falls into the window."""
-        if self._since is None or now - self._last_failure > WAKE_WINDOW:
-            self._since = now  # a server that was left alone for so long may have gone to sleep
-        self._last_failure = now
-        return now - self._since < WAKE_WINDOW
+    def began(self, now: float) -> float:
+        """Take note of a failure at `now`, and return when the first one was of the series that it belongs to."""
+        if self._began is None or now - self._last > WAKE_WINDOW:
+            self._began = now  # a server that was left alone for so long may have gone to sleep
+        self._last = now
+        return self._began
 
-    def close(self) -> None:
-        """Note that the server is awake."""
-        self._since = None
+    def end(self) -> None:
+        """Note that the server has let us in."""
+        self._began = None
 
 
 class _ExceptionCopier:

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import logging
 import math
+import os
 import secrets
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -49,7 +50,6 @@ class Connector:
 
     Attributes:
         server_info: What stands at the other end; `None` before the first connection.
-        read_only: Why the server has last refused a write of `init`, if it has.
     """
 
     def __init__(self, context: PoolContext) -> None:
@@ -60,13 +60,45 @@ class Connector:
         self._unanswered = UnansweredHosts(context.clock)
         self._keeps_state: bool | None = None
         self.server_info: ServerInfo | None = None
-        self.read_only: ReadOnly | None = None
+        self._init_failure: tuple[Exception, ReadOnly | None] | None = None
 
     @property
     def expects_writes(self) -> bool:
         """Whether the server that is connected to should accept writes."""
         read_only = self._target.server_settings.get("default_transaction_read_only", "off").lower()
         return self._target.target_session_attrs not in _STANDBYS and read_only not in ("on", "true", "yes", "1")
+
+    def describe(self, error: Exception, *, waking: bool = False) -> Failure:
+        """Say what was seen of a connection that could not be opened.
+
+        Args:
+            error: What `open` has raised, or what one of several hosts has answered.
+            waking: Whether the server may be waking up.
+        """
+        init_error, why = self._init_failure or (None, None)
+        initializing = error is init_error
+        return Failure(
+            error=error,
+            phase=Phase.CONNECT,
+            sent=False,
+            waking=waking,
+            writable=self.expects_writes,
+            read_only_asked=initializing and why is not None and why.asked,
+            in_recovery=why.in_recovery if initializing and why is not None else None,
+            initializing=initializing,
+            sslmode=self._sslmode(),
+        )
+
+    def _sslmode(self) -> str | None:
+        target = self._target
+        # A server that pauses refuses like one that insists on TLS while it wakes, and a `connect=` decides by itself.
+        if target.may_pause or target.passed is not None:
+            return None
+        if target.ssl is None:
+            return os.environ.get("PGSSLMODE") or "prefer"
+        if isinstance(target.ssl, str):
+            return target.ssl
+        return "disable" if target.ssl is False else "require"
 
     def redirect(self, target: PoolConfig) -> None:
         """Use the connection arguments of `target` for every connection opened from now on."""
@@ -207,14 +239,15 @@ class Connector:
         return isinstance(error, OSError) or self._fault(error) is Fault.UNREACHABLE
 
     def _fault(self, error: Exception) -> Fault:
-        failure = Failure(error=error, phase=Phase.CONNECT, sent=False, waking=False, writable=self.expects_writes)
-        return self._context.classify(failure).fault
+        return self._context.classify(self.describe(error)).fault
 
     def _most_informative(self, errors: Mapping[Candidate, Exception]) -> Exception:
-        """Choose from how each host failed: what waiting cures, since that host may be back."""
+        """Choose from how each host failed: what waiting cures, since that host may be back, and the soonest of that."""
         mismatched = asyncpg.TargetServerAttributeNotMatched
-        curable = [error for error in errors.values() if self._fault(error) is Fault.UNREACHABLE]
-        chosen = next((error for error in curable if isinstance(error, mismatched)), [*errors.values(), *curable][-1])
+        verdicts = [(error, self._context.classify(self.describe(error))) for error in errors.values()]
+        curable = [(error, verdict) for error, verdict in verdicts if verdict.fault is Fault.UNREACHABLE]
+        curable.sort(key=lambda each: each[1].not_before or 0.0, reverse=True)
+        chosen, _ = next((each for each in curable if isinstance(each[0], mismatched)), [*verdicts, *curable][-1])
         if len(errors) > 1:
             each = ", ".join(f"{candidate} ({type(error).__name__})" for candidate, error in errors.items())
             chosen.add_note(f"resilient_pool: tried {each}")
@@ -245,9 +278,13 @@ class Connector:
         if self._config.init is not None:
             try:
                 await self._config.init(driver.connection)
-            except asyncpg.ReadOnlySQLTransactionError:
-                await driver.learn_why_read_only()
-                self.read_only = driver.read_only
+            except Exception as error:
+                why = None
+                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+                    await driver.learn_why_read_only()
+                    why = driver.read_only
+                # A connection that was closed meanwhile is the likelier reason.
+                self._init_failure = None if driver.connection.is_closed() else (error, why)
                 raise
             await driver.keep_roles()
 

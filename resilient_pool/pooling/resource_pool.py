@@ -307,10 +307,10 @@ class ResourcePool(Generic[R]):
             if not ticket.done():
                 ticket.set_exception(error())
 
-    def fail_waiters_since(self, instant: float, error: Callable[[], Exception]) -> None:
-        """Let those fail who have waited since then or longer, each with an error of its own."""
-        for ticket, (_, since) in list(self.waiters.items()):
-            if since <= instant:
+    def fail_waiters_if(self, hopeless: Callable[[float, float], bool], error: Callable[[], Exception]) -> None:
+        """Let those fail, each with an error of its own, of whom that is true: until when, and since when, they wait."""
+        for ticket, (until, since) in list(self.waiters.items()):
+            if hopeless(until, since):
                 del self.waiters[ticket]
                 if not ticket.done():
                     ticket.set_exception(error())

@@ -10,6 +10,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import NamedTuple
 
 from asyncpg import exceptions as driver
@@ -92,6 +93,16 @@ class Where(NamedTuple):
     lost: bool | None = None
 
 
+class Known(StrEnum):
+    """How it is known what a rule says."""
+
+    PROVOKED = "provoked on a real server"
+    SOURCE = "read in its source"
+    SEEN = "seen in logs and reports"
+    DOCUMENT = "its vendor's documents"
+    SUPPOSED = "supposed, to be safe"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """One line of the table: it applies when everything that it names holds.
@@ -100,18 +111,24 @@ class Rule:
         verdict: What is known then. In the phases CONNECT and CHECKOUT, and where nothing was sent, the outcome is
             `NOT_EXECUTED` in any case.
         evidence: What this line recognises, in words for a reader.
+        service: Who says it.
+        known: How that is known.
         where: In which phases, and whether as the end of a connection.
-        codes: Codes of which the error must have one, whole or by their first two characters; empty means any.
+        codes: Codes of which the error must have one; empty means any.
         errors: Types of which the error must be one; empty means any.
+        says: How the message begins, or with "$" at its end the whole of it; empty means any.
         text: A pattern which the message must contain.
         when: What else must hold.
     """
 
     verdict: Verdict
     evidence: str
+    service: str
+    known: Known
     where: Where
     codes: frozenset[str]
     errors: tuple[type[BaseException], ...]
+    says: str
     text: str | None
     when: Callable[[Sighting], bool] | None
 
@@ -120,13 +137,14 @@ class Rule:
         return (
             phase in self.where.phases
             and self.where.lost in (None, lost)
-            and (not self.codes or not self.codes.isdisjoint((sqlstate, sqlstate[:2])))
+            and (not self.codes or sqlstate in self.codes)
         )
 
     def matches(self, seen: Sighting) -> bool:
         """Say whether what else this rule names holds for `seen`, of which it `applies` to phase and code."""
         return (
-            (not self.errors or isinstance(seen.error, self.errors))
+            (not self.says or seen.text.startswith(self.says) or f"{seen.text}$" == self.says)
+            and (not self.errors or isinstance(seen.error, self.errors))
             and (self.text is None or re.search(self.text, seen.text) is not None)
             and (self.when is None or self.when(seen))
         )
@@ -142,6 +160,13 @@ _FOREIGN = frozenset({"pgfdw_report_error", "pgfdw_report", "pgfdw_report_intern
 _READS_AN_ARGUMENT = frozenset(
     {"record_recv", "array_recv", "range_recv", "multirange_recv", "enum_recv", "domain_recv"}
 )
+
+
+# The codes of what poolers say for themselves; PgDog says some of it as an ERROR, and RDS Proxy perhaps.
+_POOLERS = frozenset({"08000", "08006", "08P01", "57014", "58000", "XX000"})
+_ALSO_AS_ERROR = frozenset({"08000", "58000"})
+# Those by which functions in PL/pgSQL, PL/Python, PL/Perl and PL/Tcl raise errors with codes and messages of their own.
+_RAISE = frozenset({"exec_stmt_raise", "PLy_output", "do_util_elog", "pltcl_elog"})
 
 
 def _demoted(seen: Sighting) -> bool:
@@ -176,16 +201,67 @@ def _sent(seen: Sighting) -> bool:
     return not seen.unsent
 
 
-def _recoded(seen: Sighting) -> bool:
-    return seen.sqlstate in _ONE_CODE
-
-
 def _ends_session(seen: Sighting) -> bool:
     return seen.lost or seen.severity != "ERROR"
 
 
 def _from_server(seen: Sighting) -> bool:
     return seen.severity != ""
+
+
+def _fatal(seen: Sighting) -> bool:
+    """Whether it is why the connection ended. An ERROR before that may be an application's own words."""
+    return seen.lost and seen.severity in {"FATAL", "PANIC", ""}
+
+
+def _of_proxy(seen: Sighting) -> bool:
+    """Whether no function of a server's has raised it: those that applications write can say anything in an ERROR."""
+    return seen.severity != "ERROR" or not seen.raised_in
+
+
+def _of_server(seen: Sighting) -> bool:
+    """Whether the server, and no function that an application wrote, has raised it."""
+    return seen.raised_in not in _RAISE
+
+
+def _server_answer(seen: Sighting) -> bool:
+    return _of_server(seen) and not seen.unsent
+
+
+def _in_handshake(seen: Sighting) -> bool:
+    return not seen.failure.initializing and _of_proxy(seen)
+
+
+def _queued(seen: Sighting) -> bool:
+    """Whether a pooler says it for which this client waits for a server: nothing was forwarded to one."""
+    if seen.failure.phase is Phase.CONNECT:
+        return _in_handshake(seen)
+    if seen.severity == "ERROR":
+        return seen.sqlstate in _ALSO_AS_ERROR and _of_proxy(seen)
+    return _fatal(seen) and seen.sqlstate in _POOLERS
+
+
+def _fatal_answer(seen: Sighting) -> bool:
+    return _fatal(seen) and not seen.unsent
+
+
+def _inits_own(seen: Sighting) -> bool:
+    """Whether the application's `init` met it elsewhere. That a statement of `init`'s has timed out says that the server is slow."""
+    timed_out = isinstance(seen.error, TimeoutError) and seen.error.errno is None
+    return seen.failure.initializing and not timed_out
+
+
+def _without_tls(seen: Sighting) -> bool:
+    return seen.failure.sslmode == "disable"
+
+
+def _tls_optional(seen: Sighting) -> bool:
+    return seen.failure.sslmode in {"allow", "prefer"}
+
+
+def _dropped_idle(seen: Sighting) -> bool:
+    detail = getattr(seen.error, "detail", None) or ""
+    return _fatal(seen) and detail.endswith("due to idle timeout")
 
 
 # The words of the table
@@ -202,40 +278,55 @@ CONNECTING, CHECKING, CONNECTED, EXECUTING = (
     Where(ANY.phases - {Phase.COMMIT}),
 )
 LOST_CONNECTING, LOST_COMMIT = CONNECTING._replace(lost=True), Where(frozenset({Phase.COMMIT}), lost=True)
-LOST_EXECUTING = EXECUTING._replace(lost=True)
+ANSWERED = EXECUTING._replace(lost=False)  # what is no word about a COMMIT
+IN_USE = Where(frozenset({Phase.CHECKOUT, Phase.EXECUTE}), lost=True)
 
 
 def _rule(
     fault: Fault,
     raised: str | type[BaseException] | tuple[type[BaseException], ...],
-    evidence: str,
+    evidence: str = "",
     *,
     outcome: Outcome = UNKNOWN,
     where: Where = ANY,
     then: Disposition = DISCARD,
+    says: str = "",
     text: str | None = None,
     when: Callable[[Sighting], bool] | None = None,
+    service: str = "PostgreSQL",
+    known: Known = Known.PROVOKED,
+    not_before: float | None = None,
+    only_for: float | None = None,
 ) -> Rule:
     """Make a row of the table.
 
     Args:
         fault: The kind of trouble.
         raised: Codes, side by side, or types; nothing for any error.
-        evidence: What the row recognises, in words for a reader.
+        evidence: What the row recognises, in words for a reader; by default what is said.
         outcome: What is known of the statement. Nothing, by default.
         where: When the row applies. At any time, by default.
         then: What becomes of the connection. `EXPIRE` discards it, and expires those opened before it.
+        says: How the message begins, or with "$" at its end the whole of it.
         text: A pattern which the message must contain.
         when: What else must hold.
+        service: Who says it: the server, the driver, a pooler or a managed service.
+        known: How that is known.
+        not_before: For how many seconds it is useless to try again.
+        only_for: For how many seconds there is hope; after that it is final.
     """
     connection, others = (DISCARD, EXPIRE) if then is EXPIRE else (then, KEEP)
     codes, errors = (raised, ()) if isinstance(raised, str) else ("", raised)
+    times = {"not_before": not_before, "only_for": only_for}
     return Rule(
-        verdict=Verdict(fault=fault, outcome=outcome, connection=connection, others=others),
-        evidence=evidence,
+        verdict=Verdict(fault=fault, outcome=outcome, connection=connection, others=others, **times),
+        evidence=evidence or f"`{says.removesuffix('$')}`",
+        service=service,
+        known=known,
         where=where,
         codes=frozenset(codes.split()),
         errors=errors if isinstance(errors, tuple) else (errors,),
+        says=says,
         text=text,
         when=when,
     )
@@ -243,63 +334,29 @@ def _rule(
 
 _never_run = functools.partial(_rule, outcome=NOT_EXECUTED)
 _connecting = functools.partial(_never_run, where=CONNECTING)
-_unsent = functools.partial(_never_run, where=LOST)
+_unsent = functools.partial(_never_run, where=LOST, when=_fatal)
 _lost = functools.partial(_rule, where=LOST)
 _refused = functools.partial(_never_run, where=ALIVE)
 _answered = functools.partial(_rule, where=ALIVE, outcome=ROLLED_BACK, then=KEEP)
 _outdated = functools.partial(_answered, STATEMENT_CACHE, then=EXPIRE)
 
-# Patterns as text: `re` compiles each with the first failure that is held against it, not while the package is imported.
+# Patterns as text: `re` compiles each with the first failure that is held against it, not while this is imported.
 _CLOSED = r"connection is closed$"
 _HALF_WAY = r"^(cannot switch to state |not connected$)"
 _ENDED = f"{_CLOSED}|{_HALF_WAY}"
 _MASK = r"^cannot call Transaction\..*underlying connection is closed$"
 _NOT_NOW = r"another operation is |has been released back to the pool|^pool is clos"
-_NOT_LET_IN = r"^no pg_hba\.conf entry"
+_NOT_LET_IN_PLAIN = r"^no pg_hba\.conf entry .*(SSL off|no encryption)$"
 _NO_TLS = r"rejected SSL upgrade$"
-# What PgBouncer says when it could not give a waiting client a server: the statement is still in its queue.
-_POOLER_IS_FULL = (
-    r"^(query_wait_timeout$|no more connections allowed \(|sorry, too many clients already"
-    r"|too many connections for |remaining connection slots are reserved)"
-)
-_POOLER_HAS_NO_SERVER = (
-    r"^(server login has been failing|client_login_timeout \(server down\)"
-    r"|pgbouncer cannot connect to server|the database system is )"
-)
-_SERVER_CRASHED = r"^server conn crashed\?"
 _LIMITS = r"^((idle )?transaction timeout$|disconnecting idle in transaction client)"
-_LOST_SERVER = (
-    r"^(odyssey: \S+ remote server read/write error|server is shutting down$|Timed out: Perform RPC"
-    r"|Invalid argument: Unknown session)"
-)
-# Proxies that send one code for everything while connecting, whatever the server behind them has said: Neon and Supavisor
-# XX000, PgCat and PgDog 58000, Prisma none.
-_ONE_CODE = frozenset({"08P01", "XX000", "58000", ""})
-_PROXY_IS_FULL = (
-    _POOLER_IS_FULL
-    + r"|^You've exceeded the rate limit|^Too many connections (attempts|to this endpoint)"  # Neon
-    + r"|^Failed to acquire permit to connect"
-    + r"|^\((EMAXCONN|EMAXCONNSESSION|EMAXPOOLSREACHED|ECHECKOUTTIMEOUT|ECHECKOUTRETRIES|EPOOLCHECKOUT)\)"  # Supavisor
-    + r"|^MaxClientsInSessionMode: |^Max (client connections|pools count) reached|^Unable to check out process from the pool"
-)
-_PROXY_HAS_NO_SERVER = (
-    _POOLER_HAS_NO_SERVER
-    + r"|^Couldn't connect to compute node|^Control plane request failed$|^Your project already has running operations"
-    + r"|^\((EDBHANDLEREXITED|ESUBSCRIBERETRIES|EPROXYSTARTFAILED|EPROXYSUPERVISORUNAVAILABLE|EWORKERNOTFOUND)\)"
-    + r"|^\(EPOOLCONFIGNOTFOUND\)|^DbHandler exited|^\(ECIRCUITBREAKER\) (?!too many authentication failures)"
-    + r"|^connection pool for user .* is down$|^Pool down for database: "  # PgDog, PgCat
-    + r"|^terminating connection due to administrator command$"
-)
-_SUPAVISOR_BUSY = r"^\((ECHECKOUTTIMEOUT|ECHECKOUTRETRIES|EPOOLCHECKOUT)\)"
-# PgCat (FATAL, and the connection lives) and PgDog (ERROR), while no server is attached to the client.
-_NONE_FREE = (
-    r"^could not get connection from the pool - |checkout failure limit reached \(|^(replica )?checkout timeout"
-)
-_NO_SERVER = r"^(all replicas down|pool is banned|no primary|pool is shut down)|^connection pool for user .* is down$"
-_STALE_TYPE = r"^cache lookup failed for type "  # an internal error: never translated
 _NEW_TYPE = r"^type with OID \d+ does not exist$"
 # Limits of one session or one statement, by the name of the setting: the same statement meets them again.
 _OWN_LIMIT = r"\btemp_file_limit\b|^tuple decompression limit |\w+ = 0$"
+_ODYSSEY_LOST = r"^odyssey: \S+ remote server read/write error"
+_ODYSSEY_HAS_NONE = r"^odyssey: \S+ (failed to (get|connect to) remote server|can't find suitable host|replication lag)"
+_PGDOG_DOWN = r"^connection pool for user .* is down$"
+_ODYSSEY_DROPPED = r"^odyssey: \S+ Odyssey has dropped the connection"
+
 _SERVER = driver.PostgresError
 _INTERFACE, _INTERNAL = driver.InterfaceError, driver.InternalClientError
 _NO_PRIMARY, _OLD_PLAN = driver.TargetServerAttributeNotMatched, driver.InvalidCachedStatementError
@@ -307,9 +364,159 @@ _OLD_TYPE = driver.OutdatedSchemaCacheError
 _TLS_CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 _NO_SUCH_PLACE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, UnicodeError)
 
-# The table
+# What services say. While connecting, before they have handed over, the text counts whatever the code: most have one for
+# everything (Neon and Supavisor XX000, PgCat and PgDog 58000, Prisma none), also for what the server behind them said.
+# Later it counts with a code of theirs only, as a FATAL, or as an ERROR that no function of a server's has raised.
+
+_at_login = functools.partial(_connecting, raised=_SERVER, when=_in_handshake)
+_instead = functools.partial(_never_run, where=IN_USE, when=_fatal_answer)
+_in_queue = functools.partial(_never_run, raised=_SERVER, where=EXECUTING, when=_queued)
+_SOURCE, _SEEN, _DOCUMENT = Known.SOURCE, Known.SEEN, Known.DOCUMENT
+_pgbouncer = functools.partial(_in_queue, service="PgBouncer", known=_SOURCE)
+_pgbouncer_login = functools.partial(_at_login, service="PgBouncer", known=_SOURCE)
+_pgbouncer_idle = functools.partial(_instead, STALE, "08P01", service="PgBouncer", known=_SOURCE)
+_pgcat = functools.partial(_in_queue, service="PgCat", known=_SOURCE)
+_pgcat_login = functools.partial(_at_login, service="PgCat", known=_SOURCE)
+_pgcat_idle = functools.partial(_instead, STALE, "58000", service="PgCat", known=_SOURCE)
+_pgdog = functools.partial(_in_queue, service="PgDog", known=_SOURCE)
+_pgdog_login = functools.partial(_at_login, service="PgDog", known=_SOURCE)
+_odyssey = functools.partial(_in_queue, service="Odyssey", known=_SOURCE)
+_supavisor = functools.partial(_in_queue, service="Supavisor", known=_SOURCE)
+_supavisor_login = functools.partial(_at_login, service="Supavisor", known=_SOURCE)
+_supavisor_cache = functools.partial(_instead, STATEMENT_CACHE, "XX000", service="Supavisor", known=_SOURCE)
+_neon = functools.partial(_at_login, service="Neon", known=_SOURCE)
+_neon_storage = functools.partial(_answered, OVERLOADED, where=ANSWERED, service="Neon", known=_SOURCE, when=_of_server)
+_rds_proxy = functools.partial(_at_login, service="RDS Proxy", known=_DOCUMENT)
+_dsql = functools.partial(_at_login, service="Aurora DSQL", known=_DOCUMENT)
+_cockroach = functools.partial(_at_login, service="CockroachDB Cloud", known=_SOURCE)
+_prisma = functools.partial(_at_login, service="Prisma Postgres", known=_SEEN)
+_lost_behind = functools.partial(_rule, DISCONNECTED, where=CONNECTED, when=_server_answer, known=Known.SUPPOSED)
+_planetscale = functools.partial(_refused, where=ANSWERED, service="PlanetScale", known=_DOCUMENT)
+_size_limit = functools.partial(_answered, PERMANENT, "53100", when=_of_server)
+_yugabyte = functools.partial(
+    _answered, CONTENTION, "XX000", where=ANSWERED, when=_of_server, service="YugabyteDB", known=_DOCUMENT
+)
+_refused_queued = functools.partial(_instead, PERMANENT, known=_SOURCE)
+_cache_lost = functools.partial(_instead, STATEMENT_CACHE, known=_SOURCE)
+
+# A maintenance or a quota, and they do not say which: so long it is waited for, in seconds.
+_IN_DOUBT = 15.0
+# So long Supavisor lets no new client in, once its own attempts to reach the server have failed too often.
+_BLOCKED = 30.0
 
 # fmt: off
+_SERVICES: tuple[Rule, ...] = (
+    # Poolers, and what the server behind them has told them. The cached reason is cut off after 100 bytes.
+    _pgbouncer(PERMANENT, says="server login has been failing, cached error: password authentication"),
+    _pgbouncer(PERMANENT, says="server login has been failing, cached error: no pg_hba"),
+    _pgbouncer(PERMANENT, says='server login has been failing, cached error: database "'),
+    _pgbouncer(PERMANENT, says='server login has been failing, cached error: role "'),
+    _pgbouncer(UNREACHABLE, says="server login has been failing"),
+    _pgbouncer(UNREACHABLE, says="the database system is "),
+    _pgbouncer(UNREACHABLE, says="pgbouncer cannot connect to server"),
+    _pgbouncer(UNREACHABLE, says="client_login_timeout"),
+    _pgbouncer(UNREACHABLE, says="pooler is shutting down$"),
+    _pgbouncer(UNREACHABLE, says="server shutting down$"),
+    _pgbouncer(OVERLOADED, says="query_wait_timeout$"),
+    _pgbouncer(OVERLOADED, says="query_timeout$"),
+    _pgbouncer(OVERLOADED, says="no more connections allowed ("),
+    _pgbouncer(OVERLOADED, says="client connections exceeded ("),
+    _pgbouncer(OVERLOADED, says="sorry, too many clients already"),
+    _pgbouncer(OVERLOADED, says="too many connections for "),
+    _pgbouncer(OVERLOADED, says="remaining connection slots are reserved"),
+    _pgbouncer_login(UNREACHABLE, says="server conn crashed?"),
+    _pgbouncer_login(PERMANENT, says="no such database: "),
+    _pgbouncer_login(PERMANENT, evidence='`database "..." is disabled`', text=r'^database ".*" is disabled'),
+    _pgbouncer_idle(says="client_idle_timeout$"),
+    _pgbouncer_idle(says="database configuration changed$"),
+    _cache_lost("08P01", says="prepared statement did not exist", service="PgBouncer"),
+    _cache_lost("08P01", says="prepared statement name is already in use", service="PgBouncer"),
+    _pgcat(OVERLOADED, says="could not get connection from the pool - "),
+    _pgcat(OVERLOADED, evidence="`checkout failure limit reached (`", text=r"checkout failure limit reached \("),
+    _pgcat_login(UNREACHABLE, says="Pool down for database: "),
+    _pgcat_login(UNREACHABLE, says="terminating connection due to administrator command$"),
+    _pgcat_idle(says="terminating connection due to administrator command$"),
+    _cache_lost("58000", says='prepared statement "', service="PgCat"),
+    _pgdog(OVERLOADED, says="checkout timeout$"),
+    _pgdog(OVERLOADED, says="replica checkout timeout$"),
+    _pgdog(UNREACHABLE, says="all replicas down$"),
+    _pgdog(UNREACHABLE, says="pool is banned$"),
+    _pgdog(UNREACHABLE, says="no primary$"),
+    _pgdog(UNREACHABLE, says="pool is shut down$"),
+    _pgdog(UNREACHABLE, evidence="`connection pool for user ... is down`", text=_PGDOG_DOWN),
+    _pgdog_login(UNREACHABLE, says="client login timeout$"),
+    _pgdog_login(PERMANENT, says="only TLS connections are allowed"),
+    _pgdog_login(PERMANENT, says="Clients must connect with TLS"),
+    _odyssey(UNREACHABLE, evidence="`failed to connect to remote server`, and the like", text=_ODYSSEY_HAS_NONE),
+    _odyssey(STALE, evidence="`Odyssey has dropped the connection`, idle", text=_ODYSSEY_DROPPED, when=_dropped_idle),
+    _cache_lost("26000 42P05", "the prepared statement is missing, or there already", service="Supavisor"),
+    _refused_queued("28000 28P01 3D000", "the server behind the pooler refuses the login", service="PgBouncer, Supavisor"),
+    # Supabase.
+    _supavisor(OVERLOADED, says="(EMAXCONN) "),
+    _supavisor(OVERLOADED, says="(EMAXCONNSESSION) "),
+    _supavisor(OVERLOADED, says="(EMAXPOOLSREACHED) "),
+    _supavisor(OVERLOADED, says="(ECHECKOUTTIMEOUT) "),
+    _supavisor(OVERLOADED, says="(ECHECKOUTRETRIES) "),
+    _supavisor(OVERLOADED, says="(EPOOLCHECKOUT) "),
+    _supavisor(OVERLOADED, says="Max client connections reached"),
+    _supavisor(OVERLOADED, says="MaxClientsInSessionMode: "),
+    _supavisor(OVERLOADED, says="Max pools count reached"),
+    _supavisor(OVERLOADED, says="Unable to check out process from the pool"),
+    _supavisor(PERMANENT, says="Failed to connect to database: {:error, :nxdomain}"),
+    _supavisor(PERMANENT, says="Failed to connect to database: {:error, :enetunreach}"),
+    _supavisor(UNREACHABLE, says="Failed to connect to database: "),
+    _supavisor_login(UNREACHABLE, says="(EDBHANDLEREXITED) "),
+    _supavisor_login(UNREACHABLE, says="DbHandler exited"),
+    _supavisor_login(UNREACHABLE, says="(ESUBSCRIBERETRIES) "),
+    _supavisor_login(UNREACHABLE, says="(EPROXYSTARTFAILED) "),
+    _supavisor_login(UNREACHABLE, says="(EPROXYSUPERVISORUNAVAILABLE) "),
+    _supavisor_login(UNREACHABLE, says="(EWORKERNOTFOUND) "),
+    _supavisor_login(UNREACHABLE, says="(EPOOLCONFIGNOTFOUND) "),
+    _supavisor_login(UNREACHABLE, says="(EAUTHQUERY) auth_query connection failed"),
+    _supavisor_login(UNREACHABLE, says="(EAUTHQUERY) auth_query secret check timed out"),
+    _supavisor_login(UNREACHABLE, says="(EAUTHQUERY) authentication query failed: connection to database"),
+    _supavisor_login(UNREACHABLE, says="Internal error (handshake)"),
+    _supavisor_login(PERMANENT, says="(ECIRCUITBREAKER) too many authentication failures"),
+    _supavisor_login(UNREACHABLE, says="(ECIRCUITBREAKER) ", not_before=_BLOCKED),
+    _supavisor_cache(says="(EMAXPREPARED) "),
+    _supavisor_cache(says="(EMAXPREPAREDMEM) "),
+    _supavisor_cache(says="(EPSSIMPLEQUERY) "),
+    # Neon.
+    _neon(UNREACHABLE, says="Couldn't connect to compute node"),
+    _neon(UNREACHABLE, says="Control plane request failed$"),
+    _neon(UNREACHABLE, says="Control plane request failed: endpoint is temporarily unavailable", only_for=_IN_DOUBT),
+    _neon(UNREACHABLE, says="Your project already has running operations", known=_SEEN),
+    _neon(OVERLOADED, says="You've exceeded the rate limit"),
+    _neon(OVERLOADED, says="Too many connections attempts"),
+    _neon(OVERLOADED, says="Too many connections to this endpoint"),
+    _neon(OVERLOADED, says="Failed to acquire permit to connect to the database"),
+    _neon(OVERLOADED, says="You have exceeded the limit of concurrently active endpoints", only_for=_IN_DOUBT),
+    _neon_storage("08001 58030 XX000", says="[NEON_SMGR] "),
+    _size_limit(says="could not extend file because project size limit (", service="Neon", known=_SOURCE),
+    # Amazon.
+    _rds_proxy(OVERLOADED, says="Timed-out waiting to acquire database connection", where=EXECUTING, when=_queued),
+    _rds_proxy(OVERLOADED, says="The maximum number of client connections to the proxy exceeded"),
+    _rds_proxy(OVERLOADED, says="Rate of connection to proxy exceeded"),
+    _rds_proxy(OVERLOADED, says="The IAM authentication failed because of too many competing requests"),
+    _dsql(UNREACHABLE, says="unable to accept connection, waking up cluster", known=_SEEN),
+    _dsql(PERMANENT, says="unable to accept connection, access denied"),
+    _size_limit(says="Current cluster size exceeds cluster size limit", service="Aurora DSQL", known=_DOCUMENT),
+    # The others.
+    _answered(OVERLOADED, "58C00 58C01", "a range, or a node, is not available", service="CockroachDB", known=_SOURCE),
+    _cockroach(UNREACHABLE, says="codeBackendDialFailed: "),
+    _cockroach(UNREACHABLE, says="codeUnavailable: "),
+    _cockroach(UNREACHABLE, says="internal server error$"),
+    _cockroach(PERMANENT, says="codeProxyRefusedConnection: "),
+    _cockroach(PERMANENT, says="codeParamsRoutingFailed: "),
+    _cockroach(PERMANENT, says="server requires encryption"),
+    _yugabyte(says="schema version mismatch for table "),
+    _yugabyte(says="Catalog Version Mismatch: A DDL occurred while processing this query"),
+    _planetscale(WRONG_SERVER, "XX000", says="pg_readonly: ", then=EXPIRE, when=_of_server, only_for=_IN_DOUBT),
+    _prisma(UNREACHABLE, says="Failed to connect to upstream database"),
+    _prisma(UNREACHABLE, says="Failed to identify your database: A server error occurred", only_for=_IN_DOUBT),
+    _prisma(UNREACHABLE, says="Failed to identify your database: Your Prisma Postgres database is not", only_for=_IN_DOUBT),
+)
+
 RULES: tuple[Rule, ...] = (
     # What this package has decided already.
     _rule(PERMANENT, OutcomeUnknownError, "`OutcomeUnknownError`: decided already, never repeated"),
@@ -317,38 +524,39 @@ RULES: tuple[Rule, ...] = (
     # The server's own limits on a transaction. It is rolled back, unless it was just ending: the timer of 25P04 can go
     # off between the last look at it and the end of the COMMIT. Only the holder of the transaction can find out.
     _lost(PERMANENT, "25P03 25P04", "a transaction was idle, or lasted, too long; so will the next one", when=_sent),
-    _lost(PERMANENT, "08P01 57P05", "a pooler's limits on a transaction", text=_LIMITS, when=_sent),
+    _lost(PERMANENT, "08P01 57P05", "a pooler's limits on a transaction", text=_LIMITS, when=_sent, known=_SOURCE),
     # Whatever is lost with a COMMIT: before anything that could sound like a guarantee.
     _rule(DISCONNECTED, "", "the connection lost during COMMIT, whatever the reason", where=LOST_COMMIT),
     _rule(DISCONNECTED, "40003 08007", "completion of a statement, or of a transaction, unknown"),
-    _rule(PERMANENT, "XXA00", "committed, but a later step failed (CockroachDB)"),
-    _rule(DISCONNECTED, "08006 57P01 XX000", "its server is lost", where=CONNECTED, text=_LOST_SERVER, when=_sent),
-    # A server, or a pooler, which has no room or is not there.
+    _rule(PERMANENT, "XXA00", "committed, but a later step failed", service="CockroachDB", known=_SOURCE),
+    # Each has been seen before a connection ended. If it ever came as an ERROR on one that lives, it would be no guarantee.
+    _lost_behind("08006", "`remote server read/write error`", text=_ODYSSEY_LOST, service="Odyssey"),
+    _lost_behind("57P01", says="server is shutting down$", service="CockroachDB"),
+    _lost_behind("XX000", says="Timed out: Perform RPC", service="YugabyteDB"),
+    _lost_behind("XX000", says="Invalid argument: Unknown session", service="YugabyteDB"),
+    *_SERVICES,
+    # A server which has no room.
     _connecting(OVERLOADED, "53300", "too many clients"),
-    _unsent(OVERLOADED, "53300", "too many clients, said by a pooler's server"),
-    # Newer poolers send 57014 with `query_wait_timeout`; a server never says that as its last word.
-    _unsent(OVERLOADED, "08P01 57014", "a pooler is full", text=_POOLER_IS_FULL),
-    _unsent(UNREACHABLE, "08P01", "a pooler cannot log in to its server", text=_POOLER_HAS_NO_SERVER),
-    _never_run(OVERLOADED, "58000", "PgDog or PgCat has no free server", where=EXECUTING, text=_NONE_FREE),
-    _never_run(UNREACHABLE, "58000", "PgDog has no server at all", where=EXECUTING, text=_NO_SERVER),
-    _never_run(OVERLOADED, "XX000", "Supavisor has no free server", where=LOST_EXECUTING, text=_SUPAVISOR_BUSY),
+    _unsent(OVERLOADED, "53300", "too many clients, said to a pooler", known=_SOURCE),
     # Opening a connection.
-    _connecting(OVERLOADED, _SERVER, "a proxy is full", text=_PROXY_IS_FULL, when=_recoded),
-    _connecting(UNREACHABLE, _SERVER, "a proxy has no server yet", text=_PROXY_HAS_NO_SERVER, when=_recoded),
+    _connecting(PERMANENT, OSError, "an error of the network's in the application's own `init`", when=_inits_own),
     _connecting(UNREACHABLE, "57P01 57P02 57P03", "starting up, shutting down, in recovery, no hot standby", when=_own),
     _connecting(UNREACHABLE, "08000 08001 08003 08004 08006", "closed during the handshake", when=_own),
-    _connecting(UNREACHABLE, "08P01", "a pooler's server went away during the login", text=_SERVER_CRASHED),
     _connecting(UNREACHABLE, (_INTERFACE, _INTERNAL), "closed while the connection was being set up", text=_ENDED),
-    _connecting(UNREACHABLE, "28000", "`no pg_hba.conf entry`, while waking up", text=_NOT_LET_IN, when=_waking),
+    _connecting(PERMANENT, "28000", "no entry in pg_hba.conf without TLS", text=_NOT_LET_IN_PLAIN, when=_without_tls),
+    _connecting(UNREACHABLE, "28000", says="no pg_hba.conf entry", when=_waking, service="Aurora, waking", known=_SEEN),
     _connecting(UNREACHABLE, ConnectionError, "TLS refused, while waking up", text=_NO_TLS, when=_waking),
     _connecting(UNREACHABLE, _NO_PRIMARY, "`TargetServerAttributeNotMatched`: there is no primary yet"),
     _connecting(UNREACHABLE, _TLS_CUT_OFF, "closed during the TLS handshake"),
     _connecting(PERMANENT, ssl.SSLError, "certificate, TLS version or TLS itself refused"),
+    # asyncpg before 0.32 takes an error in answer to its wish for TLS for a refusal of TLS.
+    _connecting(UNREACHABLE, ConnectionError, "no TLS, nor none", text=_NO_TLS, when=_tls_optional, only_for=_IN_DOUBT),
     _connecting(PERMANENT, ConnectionError, "`rejected SSL upgrade`", text=_NO_TLS),
     _connecting(PERMANENT, _NO_SUCH_PLACE, "missing socket or file, no permission, a host name that cannot be encoded"),
     _connecting(UNREACHABLE, OSError, "refused, reset, no route, name not resolved, timed out"),
-    _unsent(OVERLOADED, "53000 53100 53200 53400", "no room for one more connection now", where=LOST_CONNECTING),
-    _unsent(UNREACHABLE, "40001 40P01", "`init` was in the way of a standby's recovery", where=LOST_CONNECTING),
+    _connecting(OVERLOADED, "53000 53100 53200 53400", "no room for one more connection now", where=LOST_CONNECTING),
+    _connecting(OVERLOADED, "57014", "longer than authentication_timeout", where=LOST_CONNECTING, when=_fatal),
+    _connecting(UNREACHABLE, "40001 40P01", "`init` was in the way of a standby's recovery", where=LOST_CONNECTING),
     # As an ERROR it is the application's `init` that has failed: it is judged like any other statement's.
     _connecting(PERMANENT, _SERVER, "a wrong password, no such database, any other refusal", when=_ends_session),
     # A connection that had died before it was used.
@@ -361,11 +569,12 @@ RULES: tuple[Rule, ...] = (
     _answered(CONTENTION, "40001 40P01", "a serialization failure, a deadlock"),
     _answered(PERMANENT, "53400", "a limit of the statement's own: it meets it again", text=_OWN_LIMIT),
     _answered(OVERLOADED, "53100 53200 53300 53400", "disk full, out of memory, a limit, another server's clients"),
-    _refused(WRONG_SERVER, "25006", "read-only unasked, by no setting: the old primary", then=EXPIRE, when=_demoted),
+    _refused(WRONG_SERVER, "25006", "read-only, unasked, by no setting: the old primary", then=EXPIRE, when=_demoted),
     _refused(STATEMENT_CACHE, "26000 42P05", "the prepared statement is missing, or there already", when=_own),
     # What was created anew is out of date on every connection: the others would fail one after the other.
     _refused(STATEMENT_CACHE, _OLD_PLAN, "`InvalidCachedStatementError`: a cached plan is outdated", then=EXPIRE),
-    _outdated("XX000", "`cache lookup failed for type`: it was created anew", text=_STALE_TYPE, when=_own),
+    # The first is an internal error: never translated.
+    _outdated("XX000", says="cache lookup failed for type ", when=_own),
     _outdated("42704", "`type with OID ... does not exist`: it was created anew", text=_NEW_TYPE, when=_own),
     _outdated("42804 22P03", "an argument cannot be read: a field has another type now", when=_reads_argument),
     # Raised while rows are decoded, when the statement has already run to its end.
@@ -462,7 +671,8 @@ class PostgresClassifier:
         apply it twice.
         """
         inner = self.unwrap(failure.error)
-        if failure.phase is Phase.CONNECT and not isinstance(inner, (OSError, *_SPEAKING)):
+        connecting = failure.phase is Phase.CONNECT and not failure.initializing
+        if connecting and not isinstance(inner, (OSError, *_SPEAKING)):
             # A connector's own error, with what the network said behind it. Anywhere else it may be the application's affair.
             inner = next((each for each in _wrapped(inner, self._unwrap) if _is_of_the_network(each)), inner)
         seen = _see(failure, inner)

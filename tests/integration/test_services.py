@@ -23,10 +23,10 @@ from typing import Any
 import asyncpg
 import pytest
 
-from resilient_pool import BackoffPolicy, OutcomeUnknownError, ResilientPool
+from resilient_pool import AcquireTimeoutError, BackoffPolicy, OutcomeUnknownError, ResilientPool
 from resilient_pool.retry.classifier import PostgresClassifier
 from resilient_pool.retry.verdict import Failure, Outcome, Phase, Verdict
-from resilient_pool.testing import End, Point, Refusal, ScriptedServer
+from resilient_pool.testing import EmbeddedPostgres, End, Point, Refusal, ScriptedClock, ScriptedServer
 
 # From this version on asyncpg passes on what the server said before it closed a connection, and tells an error in answer
 # to its request for TLS from a refusal of TLS.
@@ -36,68 +36,6 @@ PROMPT = BackoffPolicy(base=0.001, max_value=0.002, jitter=None)
 TIMES = ("not_before", "only_for")
 SURVEY = 92
 """How many entries the survey has."""
-
-KNOWN_WRONG = frozenset(
-    {
-        "neon-endpoint-unavailable-connect",
-        "neon-pageserver-away-execute",
-        "neon-pageserver-read-execute",
-        "neon-pageserver-retries-execute",
-        "neon-project-full-execute",
-        "supavisor-checkout-execute-4",
-        "supavisor-connect-failed-execute",
-        "supavisor-nowhere-connect",
-        "supavisor-internal-connect-8",
-        "supavisor-internal-connect-9",
-        "supavisor-internal-connect-10",
-        "supavisor-internal-connect-11",
-        "supavisor-breaker-connect",
-        "supavisor-prepared-missing-execute",
-        "supavisor-prepared-duplicate-execute",
-        "supavisor-prepared-limits-execute",
-        "supavisor-credentials-stale-execute",
-        "rds-proxy-borrow-execute",
-        "rds-proxy-borrow-error-execute",
-        "rds-proxy-full-connect",
-        "dsql-denied-connect",
-        "dsql-token-expired-connect",
-        "dsql-size-execute",
-        "crdb-range-unavailable-execute",
-        "crdb-internal-connection-execute",
-        "crdb-cloud-away-connect",
-        "crdb-cloud-final-older-connect",
-        "yugabyte-schema-older-execute",
-        "pgbouncer-limits-connect",
-        "pgbouncer-shutting-down-connect",
-        "pgbouncer-server-shutting-down-connect",
-        "pgbouncer-server-shutting-down-execute",
-        "pgbouncer-login-timeout-connect",
-        "pgbouncer-query-waited-execute",
-        "pgbouncer-client-idle-execute",
-        "pgbouncer-reconfigured-execute",
-        "pgbouncer-prepared-execute",
-        "pgbouncer-queued-password-execute",
-        "pgbouncer-queued-hba-execute",
-        "pgbouncer-queued-database-execute",
-        "pgbouncer-cached-final-connect",
-        "pgbouncer-cached-final-execute",
-        "pgbouncer-final-08004-connect",
-        "pgcat-shutdown-execute",
-        "pgcat-prepared-execute",
-        "pgdog-tls-connect",
-        "odyssey-no-server-execute",
-        "odyssey-idle-execute",
-        "planetscale-readonly-execute",
-        "prisma-upstream-connect",
-        "prisma-identify-connect",
-        "postgres-hba-without-tls-connect",
-    }
-)
-"""What is judged wrongly today: a line and a phase, or one of its texts by its number. A test fails when one of them is right:
-then take it off the list."""
-
-KNOWN_WRONG_BEFORE_0_32 = frozenset({"odyssey-tcp-full-tls-connect", "postgres-fork-tls-connect"})
-"""Likewise on asyncpg 0.31 and older only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,10 +87,6 @@ class Case:
     row: Row
     text: str
     phase: str
-
-    @property
-    def names(self) -> set[str]:
-        return {self.id, f"{self.row.id}-{self.phase}"}
 
     @property
     def is_a_loss(self) -> bool:
@@ -223,8 +157,9 @@ async def while_idle(case: Case) -> AsyncIterator[Exception]:
         yield await failure_of(connection.execute("SELECT 1"))
 
 
-def judge(error: Exception, phase: Phase, **known: bool) -> Verdict:
-    return PostgresClassifier().classify(Failure(error=error, phase=phase, **known))
+def judge(error: Exception, phase: Phase, row: Row, **known: bool) -> Verdict:
+    sslmode = row.ssl if isinstance(row.ssl, str) else "disable"
+    return PostgresClassifier().classify(Failure(error=error, phase=phase, sslmode=sslmode, **known))
 
 
 def told(verdict: Verdict) -> str:
@@ -241,15 +176,12 @@ def is_right(case: Case, verdict: Verdict) -> bool:
         return told(verdict) == "STALE NOT_EXECUTED"
     if case.is_a_loss and not TELLS_THE_REASON:
         return told(verdict) == "DISCONNECTED UNKNOWN"
-    in_time = [getattr(verdict, name, None) == getattr(case.row, name) for name in TIMES]
+    expected = {name: getattr(case.row, name) for name in TIMES}
+    if case.row.points == ["tls"] and not TELLS_THE_REASON:
+        expected["only_for"] = 15  # what was said is not known
+    in_time = [getattr(verdict, name) == expected[name] for name in TIMES]
     # What is final has no time.
     return told(verdict) in case.row.verdicts and (told(verdict).startswith("PERMANENT") or all(in_time))
-
-
-def is_known_to_be_wrong(case: Case) -> bool:
-    if TELLS_THE_REASON:
-        return not case.names.isdisjoint(KNOWN_WRONG)
-    return not case.names.isdisjoint(KNOWN_WRONG_BEFORE_0_32 | (frozenset() if case.is_a_loss else KNOWN_WRONG))
 
 
 @each(CASES)
@@ -257,30 +189,27 @@ async def test_what_a_service_says_is_judged_rightly(case: Case):
     """In every way in which the driver can meet it, and whether the server is known to be waking or not."""
     phase = Phase(case.phase) if case.phase != "idle" else Phase.EXECUTE
     found = [
-        judge(error, phase, waking=waking)
+        judge(error, phase, case.row, waking=waking)
         async for error in failures(case)
         for waking in ((True,) if case.row.waking else (False, True))
     ]
     judged = f"{case.text!r} is judged {sorted(set(map(told, found)))}"
-    if is_known_to_be_wrong(case):
-        assert not all(is_right(case, verdict) for verdict in found), f"{judged}: take it off the list of what is wrong"
-    else:
-        assert all(is_right(case, verdict) for verdict in found), f"{judged}, right is {wanted(case.row)}"
+    assert all(is_right(case, verdict) for verdict in found), f"{judged}, right is {wanted(case.row)}"
 
 
 @each(LOSSES)
 async def test_whatever_is_said_of_a_lost_commit_its_outcome_is_unknown(case: Case):
     """Before everything that could sound like a guarantee."""
     async for error in while_committing(replace(case, phase="commit")):
-        assert judge(error, Phase.COMMIT).outcome is Outcome.UNKNOWN
+        assert judge(error, Phase.COMMIT, case.row).outcome is Outcome.UNKNOWN
 
 
 # What a pool does then
 
 WAKING = Refusal(at=Point.STARTUP, sqlstate="57P03", message="the database system is starting up", times=1)
 INSERT = "INSERT INTO things VALUES (1)"
-# Where the list is wrong the pool is wrong as well, and where two verdicts are right it may do one thing or the other.
-DECIDED = [case for case in CASES if len(case.row.verdicts) == 1 and case.names.isdisjoint(KNOWN_WRONG)]
+# Where two verdicts are right the pool may do one thing or the other.
+DECIDED = [case for case in CASES if len(case.row.verdicts) == 1]
 
 
 def decided(*phases: str) -> list[Case]:
@@ -304,9 +233,11 @@ async def test_a_pool_connects_again_unless_it_is_of_no_use(case: Case):
     """What is final reaches the caller after one attempt; everything else is a matter of the next."""
     point = Point(case.row.points[0]) if case.row.points else Point.LOGIN
     refused = case.row.said_at(point, case.text, times=1)
+    clock = ScriptedClock()  # no attempt is awaited in vain, however late it comes
     with ScriptedServer(*((WAKING, refused) if case.row.waking else (refused,))) as server:
-        async with ResilientPool(server.dsn(), ssl=case.row.ssl, reconnect=PROMPT) as pool:
+        async with ResilientPool(server.dsn(), ssl=case.row.ssl, reconnect=PROMPT, deadline=60, clock=clock) as pool:
             ended = await outcome_of(pool.execute(INSERT))
+        assert case.row.not_before is None or max(clock.sleeps) == case.row.not_before
         is_final = case.row.verdicts == ["PERMANENT NOT_EXECUTED"]
         assert (ended, server.attempts) == (("failed", 1) if is_final else ("done", 2 + case.row.waking))
         assert server.statements.count(INSERT) == (0 if is_final else 1)
@@ -361,10 +292,158 @@ async def test_a_pool_is_not_troubled_by_what_ends_an_idle_connection(case: Case
         assert server.statements.count(INSERT) == 2
 
 
+# What users see
+
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.id == name)
+
+
+async def test_a_crowd_before_a_compute_that_wakes_is_served_with_few_attempts(postgres: EmbeddedPostgres):
+    """A Neon-like endpoint refuses for three seconds and then hands over: 100 callers, one prober, a real server behind."""
+    asleep = replace(
+        case_of("neon-waking-connect-1").row.said_at(Point.STARTUP, "Couldn't connect to compute node"), seconds=3.0
+    )
+    with ScriptedServer(asleep, host=postgres.host, port=postgres.port) as server:
+        async with ResilientPool(server.dsn(postgres.dsn()), max_size=5) as pool:
+            async with asyncio.timeout(3 * LIMIT):
+                results = await asyncio.gather(*(pool.fetchval("SELECT 7") for _ in range(100)))
+            assert results == [7] * 100
+        refused = len(server.sent)
+        assert refused <= 9
+        # Those that were let in are the pool's size, and a second client that looks what stands there.
+        assert server.attempts <= refused + 6
+
+
+async def test_nobody_fails_at_a_full_pooler_while_two_connections_circulate(postgres: EmbeddedPostgres):
+    """A Supavisor-like endpoint lets two clients in, and answers EMAXCONNSESSION to every other one."""
+    text = case_of("supavisor-full-connect-2").text
+    full = replace(case_of("supavisor-full-connect-2").row.said_at(Point.LOGIN, text), beyond=2)
+    with ScriptedServer(full, host=postgres.host, port=postgres.port) as server:
+        async with ResilientPool(server.dsn(postgres.dsn()), max_size=10, statement_cache_size=0) as pool:
+            async with asyncio.timeout(2 * LIMIT):
+                results = await asyncio.gather(*(pool.fetchval("SELECT pg_sleep(0.01)::text") for _ in range(200)))
+            assert results == [""] * 200
+            assert not pool.stats().circuit_open
+        assert server.sent  # others were refused
+
+
+FINAL = [
+    "supavisor-nowhere-connect-1",
+    "pgbouncer-cached-final-connect-1",
+    "neon-final-connect-1",
+    "prisma-final-connect-1",
+]
+
+
+@each([case_of(name) for name in FINAL])
+@pytest.mark.parametrize("callers", [1, 10])
+async def test_what_no_waiting_cures_is_one_clear_error_at_once(case: Case, callers: int):
+    """A host name that is not there, a wrong password in a pooler's cache, a quota: what was said, after one attempt."""
+    with ScriptedServer(case.row.said_at(Point.LOGIN, case.text)) as server:
+        async with ResilientPool(server.dsn(), ssl=False) as pool:
+            errors = await asyncio.gather(*(failure_of(pool.execute(INSERT)) for _ in range(callers)))
+        assert {type(error).__module__ for error in errors} <= {"asyncpg.exceptions", "asyncpg.exceptions._base"}
+        assert {str(error) for error in errors} == {case.text}
+        assert server.attempts == 1
+
+
+DOUBTFUL = [case for case in CASES if case.row.only_for is not None and case.phase == "connect"]
+
+
+@each(DOUBTFUL)
+async def test_a_quota_that_may_be_a_maintenance_is_believed_after_some_time(case: Case):
+    """For no longer than promised: what was said, with what was waited for in a note."""
+    clock = ScriptedClock()
+    with ScriptedServer(case.row.said_at(Point.LOGIN, case.text)) as server:
+        async with ResilientPool(server.dsn(), ssl=False, deadline=60, clock=clock) as pool:
+            error = await failure_of(pool.execute(INSERT))
+            assert str(error).startswith(case.text)
+            assert clock.monotonic() == pytest.approx(case.row.only_for, abs=0.3)
+            assert any(f"believed after {case.row.only_for} s" in note for note in error.__notes__)
+            attempts = server.attempts
+            assert 10 < attempts < 25
+            # From now on it is believed at once.
+            assert str(await failure_of(pool.execute(INSERT))).startswith(case.text)
+            assert server.attempts == attempts + 1
+
+
+async def test_a_read_only_cluster_is_waited_for_and_then_believed():
+    """PlanetScale says the same of a fail-over and of a full disk."""
+    case, clock = case_of("planetscale-readonly-execute-1"), ScriptedClock()
+    line = case.row.said_at(Point.QUERY, case.text, matching="INSERT", then=End.READY)
+    with ScriptedServer(line) as server:
+        async with ResilientPool(server.dsn(), deadline=60, clock=clock) as pool:
+            error = await failure_of(pool.execute(INSERT))
+        assert str(error).startswith(case.text)
+        assert clock.monotonic() == pytest.approx(15, abs=0.3)
+
+
+@pytest.mark.parametrize("fail_fast", [False, True])
+async def test_a_blocked_client_that_cannot_wait_is_told_when_to_come_again(fail_fast: bool):
+    """After one attempt, and without waiting for anything."""
+    case = case_of("supavisor-breaker-connect-1")
+    with ScriptedServer(case.row.said_at(Point.LOGIN, case.text)) as server:
+        async with ResilientPool(server.dsn(), ssl=False, deadline=20, fail_fast=fail_fast) as pool:
+            errors = await asyncio.gather(*(failure_of(pool.execute(INSERT)) for _ in range(10)))
+        assert server.attempts == 1
+    if fail_fast:
+        assert {str(error) for error in errors} == {case.text}
+        assert all("another attempt makes sense 30 s after" in "".join(error.__notes__) for error in errors)
+    else:
+        assert {type(error) for error in errors} == {AcquireTimeoutError}
+        assert all(29 < error.retry_after <= 30 and str(error.__cause__) == case.text for error in errors)
+
+
+class OfTheApplication(OSError):
+    """What an application's own client of something else raises."""
+
+
+@pytest.mark.parametrize("error", [OfTheApplication(111, "refused"), ConnectionResetError(104, "reset")])
+async def test_an_error_of_inits_own_is_the_applications_and_not_an_absent_server(error: OSError):
+    """It reaches the caller as it is, after one attempt."""
+
+    async def init(connection: asyncpg.Connection) -> None:
+        raise error
+
+    with ScriptedServer() as server:
+        async with ResilientPool(server.dsn(), ssl=False, init=init) as pool:
+            assert await failure_of(pool.execute(INSERT)) is error
+            assert not pool.stats().circuit_open
+        assert server.attempts == 1
+
+
+async def test_a_connection_that_is_lost_under_init_is_the_servers_affair(postgres: EmbeddedPostgres):
+    """Whatever `init` makes of it."""
+
+    async def init(connection: asyncpg.Connection) -> None:
+        try:
+            await connection.execute("SELECT 'init'")
+        except asyncpg.PostgresError as lost:
+            raise ConnectionResetError("init saw it") from lost
+
+    cut = Refusal(at=Point.QUERY, matching="init", times=2)
+    with ScriptedServer(cut, host=postgres.host, port=postgres.port) as server:
+        async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, init=init, reconnect=PROMPT) as pool:
+            assert await pool.fetchval("SELECT 7") == 7
+        assert server.attempts == 3
+
+
+async def test_words_of_a_proxys_in_an_error_of_the_applications_are_the_applications(postgres: EmbeddedPostgres):
+    """A real server raises them, with a code of a pooler's: they reach the caller after one attempt, and no connection is closed."""
+    async with ResilientPool(postgres.dsn(), max_size=1) as pool:
+        for case in LOSSES:
+            code = case.row.sqlstate if case.row.sqlstate not in (None, "42P05", "26000") else "58000"
+            text = case.text.replace("'", "''").replace("%", "%%")
+            raising = f"DO $do$ BEGIN RAISE EXCEPTION '{text}' USING ERRCODE = '{code}'; END $do$"
+            opened = pool.stats().opened
+            error = await failure_of(pool.execute(raising))
+            assert isinstance(error, asyncpg.PostgresError), case.id
+            assert pool.stats().opened == max(opened, 1), case.id
+
+
 def test_the_survey_is_whole():
-    """Every entry has a line, every line a name of its own, and the list of what is wrong names lines that exist."""
+    """Every entry has a line, and every line a name of its own."""
     assert {row.entry for row in ROWS} == set(range(1, SURVEY + 1))
     assert len({row.id for row in ROWS}) == len(ROWS)
     assert {row.evidence for row in ROWS} == {"source", "seen", "document", "supposed"}
-    assert set().union(*(case.names for case in CASES)) >= KNOWN_WRONG | KNOWN_WRONG_BEFORE_0_32
-    assert KNOWN_WRONG.isdisjoint(KNOWN_WRONG_BEFORE_0_32)

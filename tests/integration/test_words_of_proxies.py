@@ -18,7 +18,6 @@ PASSING = {
         "Failed to acquire permit to connect to the database. Too many database connection attempts are currently ongoing.",
     ),
     "a full Supavisor": ("XX000", "(EMAXCONNSESSION) max clients reached in session mode"),
-    "Supavisor's breaker": ("XX000", "(ECIRCUITBREAKER) too many failures, new connections are temporarily blocked"),
     "PgDog without a server": ("58000", 'connection pool for user "app" and database "shop" is down'),
     "a server out of memory": ("53200", "out of memory"),
     "a rate limit": ("53400", "Unable to accept connection, rate exceeded."),

@@ -17,13 +17,17 @@ from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.circuit_breaker import CircuitBreaker
 from resilient_pool.pooling.context import Dispatcher, PoolContext
 from resilient_pool.pooling.resource_pool import ResourcePool
-from resilient_pool.retry.verdict import Fault
+from resilient_pool.retry.verdict import Failure, Fault, Phase
 from resilient_pool.testing import ScriptedClock
 
 
 def exactly(value: float) -> float:
     """A jitter that is none."""
     return value
+
+
+def describe(error, *, waking=False):
+    return Failure(error=error, phase=Phase.CONNECT, sent=False, waking=waking)
 
 
 class FakeConnection:
@@ -115,7 +119,7 @@ class Bench:
         self.counters = Counters()
         self.resources = ResourcePool(config.max_size, self.clock, min_size=config.min_size)
         self.maintenance = FakeMaintenance(self.resources, self.clock, errors, takes)
-        connector = SimpleNamespace(expects_writes=True)
+        connector = SimpleNamespace(describe=describe)
         context = PoolContext(
             config=config, clock=self.clock, counters=self.counters, events=Dispatcher([self.events.append])
         )
@@ -872,3 +876,164 @@ async def test_the_log_has_one_line_when_the_server_is_away_and_one_when_it_is_b
     assert away_line.startswith("the database server is away")
     assert "ConnectionRefusedError" in away_line
     assert back_line.startswith("the database server is back")
+
+
+# What a service says of the time
+
+
+def blocked() -> Exception:
+    fields = {"S": "FATAL", "V": "FATAL", "C": "XX000"}
+    return asyncpg.PostgresError.new(
+        fields
+        | {"M": "(ECIRCUITBREAKER) too many failed attempts to connect to the database, new connections are blocked"}
+    )
+
+
+def in_doubt() -> Exception:
+    fields = {"S": "ERROR", "C": "XX000"}
+    return asyncpg.PostgresError.new(
+        fields | {"M": "Control plane request failed: endpoint is temporarily unavailable. Check your quotas"}
+    )
+
+
+async def test_a_service_that_lets_no_client_in_for_some_time_is_left_alone_for_so_long():
+    """One prober waits, and so does every caller that can; then all are served."""
+    bench = Bench(blocked(), max_size=5)
+    calls = [bench.call() for _ in range(20)]
+    await bench.clock.run(29.9)
+    assert bench.maintenance.began == [0.0]
+    assert [(event.attempt, event.delay) for event in bench.told(RetryScheduled)] == [(1, 30.0)]
+    await bench.clock.run(0.2)
+    assert [call.exception() for call in calls] == [None] * 20
+    assert bench.maintenance.began[1] == 30.0
+
+
+async def test_a_caller_whose_time_is_up_sooner_is_told_at_once_when_to_call_again():
+    """With one error: how long that is, and what the service said behind it. So is one who comes later."""
+    bench = Bench(blocked())
+    patient, hasty = bench.call(45.0), bench.call(20.0)
+    await bench.clock.run(0.1)
+    assert not patient.done()
+    with pytest.raises(AcquireTimeoutError, match=r"before 30\.0 s from now") as told:
+        hasty.result()
+    assert told.value.retry_after == 30.0
+    assert told.value.__cause__.args[0].startswith("(ECIRCUITBREAKER) too many failed attempts")
+    await bench.clock.run(10.0)
+    late = bench.call(15.0)
+    await bench.clock.run(0.0)
+    with pytest.raises(
+        AcquireTimeoutError, match=r"before 19\.9 s from now, .* call again after that, or raise deadline"
+    ):
+        late.result()
+    await bench.clock.run(20.0)
+    assert (patient.exception(), bench.maintenance.began[:2]) == (None, [0.0, 30.0])
+
+
+async def test_who_does_not_wait_for_an_absent_server_is_told_as_well():
+    """With the service's own error, as ever, and a note of when another attempt makes sense."""
+    bench = Bench(blocked())
+    patient, hasty = bench.call(), bench.call(fail_fast=True)
+    await bench.clock.run(0.0)
+    assert isinstance(hasty.exception(), asyncpg.InternalServerError)
+    assert (
+        "resilient_pool: another attempt makes sense 30 s after the last one, not before" in hasty.exception().__notes__
+    )
+    await bench.clock.run(31.0)
+    assert patient.exception() is None
+
+
+async def test_callers_share_what_is_open_while_no_more_clients_are_let_in():
+    """The service lets no new one in, and serves those that it has; also those callers wait whose time is short."""
+    bench = Bench(None, blocked(), max_size=5)
+    await bench.call()
+    calls = [bench.call(10.0, holds=0.5) for _ in range(10)]
+    await bench.clock.run(6.0)
+    assert [call.exception() for call in calls] == [None] * 10
+    assert len(bench.maintenance.began) == 2
+    assert (bench.told(CircuitOpened), bench.circuit_breaker.is_open) == ([], False)
+
+
+async def test_a_connection_that_is_lost_meanwhile_is_not_replaced_before_that_time():
+    """Who can wait does; who cannot is told."""
+    bench = Bench(None, blocked(), max_size=5)
+    await bench.call()
+    first, second = bench.call(holds=0.5), bench.call(holds=0.5)
+    await bench.clock.run(5.0)
+    assert (first.exception(), second.exception()) == (None, None)
+    for entry in bench.resources:
+        entry.resource.broken = True
+    patient = bench.call()
+    await bench.clock.run(1.0)
+    hasty = bench.call(10.0)
+    await bench.clock.run(0.0)
+    with pytest.raises(AcquireTimeoutError, match=r"before 24\.0 s from now") as told:
+        hasty.result()
+    assert isinstance(told.value.__cause__, asyncpg.InternalServerError)
+    await bench.clock.run(23.9)
+    assert (patient.done(), len(bench.maintenance.began)) == (False, 2)
+    await bench.clock.run(0.2)
+    assert patient.exception() is None
+
+
+async def test_one_of_several_that_is_lost_meanwhile_is_not_replaced_before_that_time_either():
+    """The others serve its callers."""
+    bench = Bench(None, None, blocked(), max_size=5)
+    await asyncio.gather(*(bench.call() for _ in range(2)), bench.clock.run(1.0))
+    calls = [bench.call(holds=0.5) for _ in range(3)]
+    await bench.clock.run(5.0)
+    assert (len(bench.maintenance.began), len(bench.maintenance.connections())) == (3, 2)
+    next(iter(bench.resources)).resource.broken = True
+    calls += [bench.call(holds=0.5) for _ in range(3)]
+    await bench.clock.run(5.0)
+    assert [call.exception() for call in calls] == [None] * 6
+    assert len(bench.maintenance.began) == 3
+
+
+async def test_another_server_is_asked_at_once_also_by_a_pool_that_was_blocked():
+    """What was said was said by the one before."""
+    bench = Bench(blocked())
+    call = bench.call()
+    await bench.clock.run(0.0)
+    bench.circuit_breaker.restart()
+    await bench.clock.run(0.0)
+    assert call.exception() is None
+
+
+async def test_a_policy_that_waits_for_less_than_the_service_asks_for_waits_for_nothing():
+    """The longest absence counts like a deadline."""
+    reconnect = BackoffPolicy(base=0.25, max_value=1.0, jitter=exactly, max_attempts=None, max_elapsed=10.0)
+    bench = Bench(blocked(), reconnect=reconnect)
+    call = bench.call(None)
+    await bench.clock.run(0.0)
+    assert isinstance(call.exception(), AcquireTimeoutError)
+
+
+async def test_what_may_pass_is_waited_for_and_then_believed():
+    """A maintenance or a quota, in the same words: for 15 s, with a last attempt at their end, and one clear error."""
+    bench = Bench(*(in_doubt() for _ in range(100)))
+    calls = [bench.call() for _ in range(20)]
+    await bench.clock.run(14.9)
+    assert not any(call.done() for call in calls)
+    await bench.clock.run(0.1)
+    assert {type(call.exception()) for call in calls} == {asyncpg.InternalServerError}
+    assert bench.maintenance.began[-1] == 15.0
+    assert calls[0].exception().__notes__ == [
+        "resilient_pool: gave up after 18 attempts to connect in 15.00 s; the last fault was permanent",
+        "resilient_pool: it was believed after 15 s: something that passes is said in the same words",
+    ]
+    again = bench.call()
+    await bench.clock.run(0.0)
+    assert isinstance(again.exception(), asyncpg.InternalServerError)  # and at once from then on
+
+
+async def test_what_passes_within_that_time_fails_no_caller():
+    """It was a maintenance; the next time it is waited for anew."""
+    bench = Bench(*(in_doubt() for _ in range(10)), None, *(in_doubt() for _ in range(10)))
+    call = bench.call()
+    await bench.clock.run(12.0)
+    assert call.exception() is None
+    for entry in bench.resources:
+        entry.resource.broken = True
+    again = bench.call()
+    await bench.clock.run(12.0)
+    assert again.exception() is None

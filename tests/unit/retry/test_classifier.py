@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import socket
 import ssl
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from asyncpg import exceptions as driver
@@ -124,6 +127,7 @@ CONNECTING = {
         fatal("XX000", "(ECIRCUITBREAKER) too many failures, new connections are temporarily blocked"),
         "UNREACHABLE",
     ),
+    "too slow a login": (fatal("57014", "canceling authentication due to timeout"), "OVERLOADED"),
     "a recovery conflict in init": (loss(fatal("40001")), "UNREACHABLE"),
     "53100": (fatal("53100", "could not write init file"), "OVERLOADED"),
     "53200": (fatal("53200", "out of memory"), "OVERLOADED"),
@@ -768,6 +772,98 @@ def test_only_the_servers_own_error_refuses_a_commit() -> None:
     assert [name for name, error in NO_REFUSALS_OF_COMMIT.items() if refuses_commit(error)] == []
 
 
+# What applications write
+
+SAYINGS = [rule for rule in RULES if rule.says and rule.service != "PostgreSQL"]
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_what_an_application_raises_is_never_taken_for_a_proxys_word(phase: Phase) -> None:
+    """A function may raise any text with any code, user data in it: the verdict is that of any other text, or promises less."""
+    for rule in SAYINGS:
+        for sqlstate in sorted(rule.codes) or ["XX000", "58000", "08P01", "08006", "08000", "53100", "57P05", "P0001"]:
+            texts = (f"{rule.says.removesuffix('$')}", "any other text")
+            raised, other = (raised_in("exec_stmt_raise", sqlstate, text) for text in texts)
+            verdicts = [classify(error, phase) for error in (raised, other)]
+            lost = [classify(loss(error), phase) for error in (raised, other)]
+            assert lost[0] == lost[1] or phase is COMMIT, (rule.evidence, sqlstate)
+            if verdicts[0].outcome is not Outcome.UNKNOWN:
+                assert verdicts[0] == verdicts[1], (rule.evidence, sqlstate)
+
+
+def test_an_error_before_a_loss_promises_nothing() -> None:
+    """The loss may have another reason, and the error may be about anything."""
+    for rule in RULES:
+        for sqlstate in rule.codes - {"25P03", "25P04"}:
+            error = loss(server(sqlstate, rule.says.removesuffix("$") or "told by the server"))
+            if sqlstate not in ("58000", "08000"):  # those that poolers use also in an ERROR
+                assert classify(error).outcome is Outcome.UNKNOWN, (rule.evidence, sqlstate)
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, loss, lambda error: raised_from(error, RuntimeError())])
+@pytest.mark.parametrize("severity", ["ERROR", "FATAL"])
+@pytest.mark.parametrize("phase", [EXECUTE, COMMIT])
+def test_a_transaction_that_was_committed_is_never_said_to_be_rolled_back(
+    phase: Phase, severity: str, wrap: Callable[[BaseException], BaseException]
+) -> None:
+    """CockroachDB's XXA00, with whatever text, and however it comes."""
+    for text in ("transaction committed but schema change aborted with error: (23505): ...", "restart transaction", ""):
+        assert classify(wrap(server("XXA00", text, severity)), phase).outcome is Outcome.UNKNOWN
+    ambiguous = server("40003", "result is ambiguous: error=ba: EndTxn [exhausted] (last error: 40001)", severity)
+    assert classify(wrap(ambiguous), phase).outcome is Outcome.UNKNOWN
+
+
+def test_whatever_a_service_says_of_a_commit_that_is_lost_is_no_promise() -> None:
+    """Nor what it says before it hangs up."""
+    for error in said_by_services():
+        lost = error if isinstance(error, driver.ConnectionDoesNotExistError) else loss(error)
+        assert classify(lost, COMMIT).outcome is Outcome.UNKNOWN
+
+
+INIT = {
+    "refused": ConnectionRefusedError(errno.ECONNREFUSED, "another server's"),
+    "a file": FileNotFoundError(errno.ENOENT, "no such file", "types.json"),
+    "a name": socket.gaierror(socket.EAI_NONAME, "not known"),
+    "wrapped": raised_from(ConnectionResetError(errno.ECONNRESET, "reset"), RuntimeError("the application's")),
+    "raised": raised_in("exec_stmt_raise", "XX000", "Couldn't connect to compute node"),
+}
+
+
+@pytest.mark.parametrize("error", INIT.values(), ids=INIT)
+def test_what_init_meets_itself_is_the_applications_error(error: BaseException) -> None:
+    """The server is there: waiting for it would not end."""
+    assert classify(error, CONNECT, initializing=True).fault is Fault.PERMANENT
+
+
+def test_a_statement_of_inits_that_times_out_says_that_the_server_is_slow() -> None:
+    """It is waited for as before."""
+    assert classify(TimeoutError(), CONNECT, initializing=True).fault is Fault.UNREACHABLE
+    assert classify(loss(), CONNECT, initializing=True).fault is Fault.UNREACHABLE
+
+
+def test_a_client_without_tls_is_refused_for_good_also_by_a_server_that_may_be_waking() -> None:
+    """Unless it is not known whether it would use TLS: with it, the server may have said the same."""
+    for sslmode, fault in (("disable", "PERMANENT"), ("prefer", "UNREACHABLE"), (None, "UNREACHABLE")):
+        failure = Failure(error=NOT_LET_IN, phase=CONNECT, waking=True, sslmode=sslmode)
+        assert PostgresClassifier().classify(failure).fault.name == fault
+
+
+def test_a_client_that_can_do_without_tls_meets_no_refusal_of_it() -> None:
+    """asyncpg before 0.32 takes an error for one; for how long there is hope is in the verdict."""
+    found = {
+        sslmode: PostgresClassifier().classify(Failure(error=TLS_REFUSED, phase=CONNECT, sslmode=sslmode))
+        for sslmode in ("allow", "prefer", "require", "verify-full", None)
+    }
+    assert {sslmode: verdict.fault.name for sslmode, verdict in found.items()} == {
+        "allow": "UNREACHABLE",
+        "prefer": "UNREACHABLE",
+        "require": "PERMANENT",
+        "verify-full": "PERMANENT",
+        None: "PERMANENT",
+    }
+    assert found["prefer"].only_for == 15
+
+
 # Rules of one's own
 
 BUSY = Verdict(fault=Fault.OVERLOADED, outcome=Outcome.ROLLED_BACK, connection=KEEP)
@@ -825,6 +921,27 @@ def rule_for(failure: Failure) -> Rule:
     return next(rule for rule in rules_for(failure.phase, seen.sqlstate, lost=seen.lost) if rule.matches(seen))
 
 
+TLS_REFUSED = ConnectionError('PostgreSQL server at "h:5432" rejected SSL upgrade')
+NOT_LET_IN = fatal("28000", 'no pg_hba.conf entry for host "h", user "u", database "d", no encryption')
+
+
+def said_by_services() -> list[BaseException]:
+    """Make an error of everything in the survey, alone and as the last word of a connection."""
+    survey = json.loads((Path(__file__).parents[2] / "services.json").read_text(encoding="utf-8"))
+    fields = [
+        {"S": row["severity"], "V": row.get("severity_en", row["severity"]), "C": row["sqlstate"], "M": text}
+        | {"D": row.get("detail")}
+        for row in survey
+        for text in row["texts"]
+    ]
+    told = [{name: value for name, value in each.items() if value} for each in fields]
+    # Read in a pooler's sources since, or versions of other texts.
+    told += [{"S": "FATAL", "C": "08P01", "M": text} for text in ("pgbouncer cannot connect to server",)]
+    told += [{"S": "FATAL", "C": "57P05", "M": "client login timeout"}]
+    told += [{"S": "FATAL", "C": "08004", "M": "Clients must connect with TLS"}]
+    return [error for each in told for error in (driver.PostgresError.new(each), loss(driver.PostgresError.new(each)))]
+
+
 def test_every_rule_is_reached_by_a_case_of_these_tables() -> None:
     """No line stands in the shadow of those above it."""
     failures = [Failure(error=error, phase=EXECUTE) for error, _ in EXECUTING.values()]
@@ -832,6 +949,10 @@ def test_every_rule_is_reached_by_a_case_of_these_tables() -> None:
     failures += [Failure(error=error, phase=CONNECT, waking=True) for error, _ in WAKING.values()]
     failures += [Failure(error=error, phase=COMMIT) for error in LOSSES.values()]
     failures += [Failure(error=error, phase=CHECKOUT) for error in (loss(), TimeoutError())]
+    failures += [Failure(error=ConnectionRefusedError(), phase=CONNECT, initializing=True)]
+    failures += [Failure(error=TLS_REFUSED, phase=CONNECT, sslmode="prefer")]
+    failures += [Failure(error=NOT_LET_IN, phase=CONNECT, sslmode="disable")]
+    failures += [Failure(error=error, phase=phase) for phase in (CONNECT, EXECUTE) for error in said_by_services()]
     reached = {id(rule_for(failure)) for failure in failures}
     assert [rule.evidence for rule in RULES if id(rule) not in reached] == []
 
@@ -845,14 +966,6 @@ def test_looking_at_the_code_first_leaves_out_no_rule() -> None:
                 rule for rule in RULES if rule.applies(phase, seen.sqlstate, lost=seen.lost) and rule.matches(seen)
             ]
             assert whole[0] is rule_for(seen.failure)
-
-
-def test_exact_codes_are_asked_before_their_classes() -> None:
-    """Wherever a class of SQLSTATEs is named, no rule after it names a code of that class."""
-    for position, rule in enumerate(RULES):
-        classes = {code for code in rule.codes if len(code) == 2}
-        after = {code for later in RULES[position + 1 :] for code in later.codes if len(code) == 5}
-        assert not {code for code in after if code[:2] in classes}
 
 
 def test_a_guarantee_is_never_given_by_a_rule_for_lost_commits() -> None:

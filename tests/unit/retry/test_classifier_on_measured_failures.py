@@ -22,6 +22,7 @@ BY_ID = {case["id"]: case for case in CASES}
 
 EXPECTED = """
 STALE NOT_EXECUTED
+    D13-client_idle_timeout
     C12c-transaction_timeout/asleep
     B06c-idle_in_tx_timeout/asleep
     B01-idle_session_timeout/running/asyncio/plain/fetch_new/now
@@ -100,7 +101,6 @@ DISCONNECTED UNKNOWN
     C16b-recovery-conflict/idle-in-tx
     D03b-backend-terminated-midquery/fetch
     D08d-KILL-midquery
-    D13-client_idle_timeout
     D13c-query_timeout
     E2-commit-lost-server-sees-close
     E6-terminated-before-commit
@@ -251,6 +251,7 @@ def test_older_drivers_lose_the_reason_and_with_it_only_guarantees() -> None:
         "B06-idle_in_tx_timeout/blocked/asyncio/plain/fetch_new/now": ("PERMANENT UNKNOWN", "DISCONNECTED UNKNOWN"),
         "C12d-transaction_timeout/one-statement": ("PERMANENT UNKNOWN", "DISCONNECTED UNKNOWN"),
         "C12b-transaction_timeout/idle-blocked": ("PERMANENT UNKNOWN", "DISCONNECTED UNKNOWN"),
+        "D13-client_idle_timeout": ("STALE NOT_EXECUTED", "DISCONNECTED UNKNOWN"),
         "D13b-idle_transaction_timeout": ("PERMANENT UNKNOWN", "DISCONNECTED UNKNOWN"),
         "D04b-pg-down-existing-client/0": ("OVERLOADED NOT_EXECUTED", "DISCONNECTED UNKNOWN"),
         "D04c-pg-down-new-client/0": ("UNREACHABLE NOT_EXECUTED", "DISCONNECTED UNKNOWN"),
