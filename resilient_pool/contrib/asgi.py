@@ -266,7 +266,7 @@ class WebPool(Instrument):
         """
         return _Middleware(self, app)
 
-    def answer_to(self, error: BaseException, method: str) -> Answer | None:
+    def answer_to(self, error: Exception, method: str) -> Answer | None:
         """Say what to answer in place of an error that ended a request; `None` if it is not about the database's absence.
 
         503 with `Retry-After` while the server is away, or all connections are in use until the time is up. `Retry-After` is left
@@ -277,14 +277,14 @@ class WebPool(Instrument):
             error: The error.
             method: The request's HTTP method.
         """
-        inner = self._classifier.unwrap(error) if isinstance(error, Exception) else error
+        inner = self._classifier.unwrap(error)
         if isinstance(inner, OutcomeUnknownError):
             return _UNKNOWN
         request = self._current.get() or _Request()
         if isinstance(inner, AcquireTimeoutError):
             stats = None if self._pool is None else self._pool.stats()
             is_away = stats is None or stats.circuit_open or not stats.size
-        elif self._is_about_an_absent_server(error, request.given_up):
+        elif isinstance(inner, Exception) and self._is_about_an_absent_server(inner, request.given_up):
             is_away = True
         else:
             return None
@@ -292,12 +292,14 @@ class WebPool(Instrument):
         may_repeat = method in _IDEMPOTENT or request.uses == 0
         return Answer(status=503, kind=kind, title=title, retry_after=self._retry_after if may_repeat else None)
 
-    def _is_about_an_absent_server(self, error: BaseException, given_up: RetryExhausted | None) -> bool:
-        # The application's own OSError is none of ours: the pool must have given up in this request, with nothing left unknown.
-        if given_up is None or given_up.outcome is Outcome.UNKNOWN or not isinstance(error, Exception):
+    def _is_about_an_absent_server(self, error: Exception, given_up: RetryExhausted | None) -> bool:
+        # The application's own OSError is none of ours: the pool must have given up in this request, with nothing left unknown, and
+        # have said so in a note of this error.
+        if given_up is None or given_up.reason != "absent" or given_up.outcome is Outcome.UNKNOWN:
             return False
+        noted = any(note.startswith("resilient_pool:") for note in getattr(error, "__notes__", ()))
         failure = Failure(error=error, phase=Phase.CONNECT, sent=False)
-        return given_up.reason == "absent" and self._classifier.classify(failure).fault is not Fault.PERMANENT
+        return noted and self._classifier.classify(failure).fault is not Fault.PERMANENT
 
     def litestar_handlers(self) -> Mapping[type[Exception], Callable[[Any, Exception], Any]]:
         """Make what Litestar takes as `exception_handlers=`. What is not about the database's absence is raised again."""
@@ -514,12 +516,12 @@ h2 { font-size: .95rem; margin: 0 0 .5rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .6rem; margin-bottom: .6rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: .6rem; }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .8rem; }
-.card { min-width: 0; } .wide { grid-column: 1 / -1; }
+.card { min-width: 0; } .stack { display: grid; gap: .6rem; align-content: start; } .wide { grid-column: 1 / -1; }
 .tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; line-height: 1.2; }
 .tile span, .none, td.ago { color: var(--faint); font-size: .85rem; }
-table { width: 100%; border-collapse: collapse; } td, th { padding: .2rem .3rem .2rem 0; text-align: left; vertical-align: top; }
+table { width: 100%; border-collapse: collapse; } td, th { padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; }
 tr + tr td, tr + tr th { border-top: 1px solid var(--line); }
-th { font-weight: 400; white-space: nowrap; } td.number { text-align: right; font-variant-numeric: tabular-nums; width: 4rem; }
+th { font-weight: 400; } th:has(+ .bar) { white-space: nowrap; } td.number { text-align: right; font-variant-numeric: tabular-nums; width: 4rem; padding-right: 0; white-space: nowrap; }
 td.ago { white-space: nowrap; width: 4.5rem; } td.what { overflow-wrap: anywhere; }
 td.bar { width: 50%; } svg { display: block; width: 100%; height: .7rem; margin-top: .35rem; } rect { fill: var(--bar); }
 """
@@ -564,7 +566,7 @@ def _page(name: str, readiness: Readiness, stats: PoolStats | None, recent: Iter
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(name)}: pool</title><style>{_STYLE}</style></head><body><main>"
-        f'<h1>{escape(name)} <span class="state {readiness.value}" role="status">{readiness.value}</span></h1>'
+        f'<h1>{escape(name)} <span class="state {readiness.value}">{readiness.value}</span></h1>'
         f"{body}</main><script>{_SCRIPT}</script></body></html>"
     )
 
@@ -587,13 +589,14 @@ def _cards(stats: PoolStats, recent: Iterable[tuple[float, Event]]) -> str:
     totals = {
         "acquired": stats.acquired,
         "opened": stats.opened,
-        "attempts to connect that failed": stats.connect_failures,
+        "failed to connect": stats.connect_failures,
         "found dead before use": stats.stale_found + stats.pings_failed,
         "given up": stats.exhausted,
         "outcomes unknown": stats.outcomes_unknown,
         "outcomes resolved": sum(stats.outcomes_resolved.values()),
         "waits that timed out": stats.wait_timeouts,
-        "outages": f"{stats.circuit_openings} ({_duration(stats.circuit_open_seconds)})",
+        "outages": stats.circuit_openings,
+        "server away for": _duration(stats.circuit_open_seconds),
     }
     waits = {
         f"up to {_duration(bound)}" if math.isfinite(bound) else "longer": stats.wait_histogram[bound]
@@ -604,8 +607,12 @@ def _cards(stats: PoolStats, recent: Iterable[tuple[float, Event]]) -> str:
         (
             _card("Totals", _table(totals)),
             _card(f"Waits: {stats.waits}, {_duration(mean)} on average", _table(waits, bars=True)),
+            '<div class="stack">',
             _card("Retries", _table({fault.value: count for fault, count in stats.retries.items()}, bars=True)),
-            _card("Closed", _table({reason.value: count for reason, count in stats.discarded.items()}, bars=True)),
+            _card(
+                "Connections closed", _table({why.value: count for why, count in stats.discarded.items()}, bars=True)
+            ),
+            "</div>",
             _card("Last events", _events(recent), wide=True),
             "</div>",
         )
@@ -635,7 +642,7 @@ def _table(rows: Mapping[str, object], *, bars: bool = False) -> str:
 
 def _events(recent: Iterable[tuple[float, Event]]) -> str:
     rows = "".join(
-        f'<tr><td class="ago">{_duration(ago)} ago</td><td class="what"><b>{escape(event.name)}</b> {escape(", ".join(_fields(event)))}</td></tr>'
+        f'<tr><td class="ago">{_duration(round(ago))} ago</td><td class="what"><b>{escape(event.name)}</b> {escape(", ".join(_fields(event)))}</td></tr>'
         for ago, event in recent
     )
     return f"<table>{rows}</table>" if rows else '<p class="none">none</p>'
@@ -653,7 +660,7 @@ def _fields(event: Event) -> Iterator[str]:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 1:
+    if 0 < seconds < 1:
         return f"{seconds * 1000:.3g} ms"
     if seconds < 120:  # noqa: PLR2004 - two minutes
         return f"{seconds:.3g} s"
