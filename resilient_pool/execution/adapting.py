@@ -34,6 +34,11 @@ def prepare_replacements(lease: ResilientConnection[Any], prepare: Callable[[], 
     lease._attachments().replacements.append(prepare)  # noqa: SLF001
 
 
+async def prepare(lease: ResilientConnection[Any], sql: str, execute: Callable[[AnyConnection], Awaitable[T]]) -> T:
+    """Run `execute(connection)`, which prepares `sql` on the driver's connection and leaves it to `run` to execute it."""
+    return await lease._first("prepare", sql, execute, keeps_session=True)  # noqa: SLF001
+
+
 async def run(
     lease: ResilientConnection[Any], operation: str, sql: str, execute: Callable[[AnyConnection], Awaitable[T]]
 ) -> T:
