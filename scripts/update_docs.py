@@ -1,12 +1,14 @@
-"""Rewrites the parts of the documentation that are made from the package: the tables of verdicts and of arguments."""
+"""Rewrites the parts of the documentation that are made from the package: the tables of verdicts, arguments and profiles."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from resilient_pool.config.pool_config import ARGUMENTS
+from resilient_pool.profiles import EXPLAINED, Profile
 from resilient_pool.retry.classifier import RULES, Rule
 from resilient_pool.retry.verdict import Fault, Outcome, Phase, Verdict
 
@@ -36,6 +38,48 @@ def arguments() -> str:
     """Write the table of constructor arguments."""
     rows = [(f"`{one.name}`", one.unit, f"`{one.default}`", one.meaning) for one in ARGUMENTS]
     return _table(("argument", "unit or type", "default", "meaning"), rows)
+
+
+_SHOWN = (
+    ("idle", "max_inactive_connection_lifetime"),
+    ("age", "max_lifetime"),
+    ("connect", "timeout"),
+    ("wait", "deadline"),
+    ("statement cache", "statement_cache_size"),
+    ("reset", "session_reset"),
+    ("TLS", "ssl"),
+)
+
+
+def profiles() -> str:
+    """Write the table of profiles; what one leaves at the pool's default stands in brackets."""
+    rows = [(f"[`{name}`](#{name.lower()})", *_values(profile)) for name, profile in EXPLAINED.items()]
+    return _table(("profile", *(title for title, _ in _SHOWN), "more"), rows)
+
+
+def reasons(profile: Profile) -> str:
+    """Write what a profile sets, and why."""
+    rows = [
+        (f"`{name}`", f"`{choice.value!r}`", _sentence(choice.reason), choice.source)
+        for name, choice in profile.choices.items()
+    ]
+    return _table(("argument", "value", "why", "source"), rows)
+
+
+def _values(profile: Profile) -> Iterator[str]:
+    defaults = {argument.name: argument.default for argument in ARGUMENTS}
+    automatic = {"statement_cache_size": "found out", "ssl": "as stated"}
+    for _, name in _SHOWN:
+        choice = profile.choices.get(name)
+        default = automatic.get(name) or defaults[name].removesuffix(".0").strip("'")
+        yield f"({default})" if choice is None else _plain(choice.value)
+    shown = {name for _, name in _SHOWN}
+    others = (f"`{name}={choice.value!r}`" for name, choice in profile.choices.items() if name not in shown)
+    yield ", ".join(others)
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _when(rule: Rule) -> str:
@@ -71,6 +115,8 @@ PARTS: Mapping[str, tuple[Path, Callable[[], str]]] = MappingProxyType(
     {
         "verdicts": (DOCS / "verdicts.md", verdicts),
         "arguments": (DOCS / "reference" / "arguments.md", arguments),
+        "profiles": (DOCS / "services.md", profiles),
+        **{name: (DOCS / "services.md", partial(reasons, profile)) for name, profile in EXPLAINED.items()},
     }
 )
 """The page on which a part stands, between its markers, and what makes it."""
