@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import backoff
 
-from resilient_pool._validation import constructor_names_nearest, require_count, require_number
+from resilient_pool._validation import constructor_names_nearest, require_count, require_number, shown
 from resilient_pool.errors import ConfigurationError
 
 WaitGenerator = Callable[..., Iterator[float | None]]
@@ -62,7 +62,9 @@ class BackoffPolicy:
         if self.max_elapsed is not None:
             require_number("max_elapsed", self.max_elapsed, unit="a number of seconds or None", least=0, above=True)
         if self.jitter is not None and not callable(self.jitter):
-            raise ConfigurationError(f"jitter must be a function of a number of seconds or None, not {self.jitter!r}")
+            raise ConfigurationError(
+                f"jitter must be a function of a number of seconds or None, not {shown(self.jitter)}"
+            )
         self._wait_arguments()
 
     def delays(self) -> Iterator[float]:
@@ -103,8 +105,8 @@ class BackoffPolicy:
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
                 "wait must be a generator function that needs no other arguments than base, factor, max_value or "
-                f"interval (in seconds), not {self.wait!r}: {error}"
-            ) from error
+                f"interval (in seconds), not {shown(self.wait)}{f': {error}' if callable(self.wait) else ''}"
+            ) from (error if callable(self.wait) else None)
         return accepted
 
 

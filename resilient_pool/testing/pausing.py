@@ -173,8 +173,8 @@ class PausingServer(LoopbackService[PausableRelay]):
     * "28000": FATAL "no pg_hba.conf entry for host ...", though the credentials may be right.
 
     The errors answer the startup message, after an answer to a request for TLS. Attempts that the kernel refuses cannot
-    be counted here, only by the client. Everything happens in a thread with an event loop of its own, so a program under test may block. Counts and the
-    log can be read from any thread, also after `close()`.
+    be counted here, only by the client. Everything happens in a thread with an event loop of its own, so a program under
+    test may block. Counts and the log can be read from any thread, also after `close()`.
 
     Args:
         host: Where the real server is.

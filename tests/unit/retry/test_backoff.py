@@ -145,6 +145,17 @@ def test_the_defaults_are_the_documented_ones():
         ),
         ({"max_elapsed": -3}, "max_elapsed must be a number of seconds or None, more than 0, not -3"),
         ({"jitter": 0.5}, "jitter must be a function of a number of seconds or None, not 0.5"),
+        (
+            {"jitter": "hunter2"},
+            "jitter must be a function of a number of seconds or None, not a str that may be secret",
+        ),
+        (
+            {"wait": "hunter2"},
+            (
+                "wait must be a generator function that needs no other arguments than base, factor, max_value or interval "
+                "(in seconds), not a str that may be secret"
+            ),
+        ),
     ],
 )
 def test_a_wrong_number_is_named_with_its_unit_and_value(words, message):
