@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from resilient_pool.config.secrets import Secret, scrub
-from resilient_pool.migrations.evidence import OutputScanner
+from resilient_pool.migrations.connect_failures import OutputScanner
 
 LineSink = Callable[[str], object]
 """Is given each line, scrubbed and without its end."""

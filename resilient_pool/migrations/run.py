@@ -25,7 +25,6 @@ from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal_lenien
 from resilient_pool.config.secrets import Secret, scrub
 from resilient_pool.errors import ConfigurationError, MigrationFailedError
 from resilient_pool.events import MigrationRepeated, MigrationStarted, Observer
-from resilient_pool.migrations.advisory_lock import MigrationLock
 from resilient_pool.migrations.command import (
     LineSink,
     OutputLines,
@@ -37,7 +36,8 @@ from resilient_pool.migrations.command import (
     secrets_around,
     wait_until_done,
 )
-from resilient_pool.migrations.evidence import ServerActivity, failed_to_connect, read_activity, reason_for_doubt
+from resilient_pool.migrations.connect_failures import failed_to_connect
+from resilient_pool.migrations.server import MigrationLock, ServerActivity, read_activity, reason_for_doubt
 from resilient_pool.migrations.sql_directory import SqlFile, apply_files, read_directory
 from resilient_pool.pool import ResilientPool
 from resilient_pool.pooling.context import Dispatcher

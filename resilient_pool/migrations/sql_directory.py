@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import asyncpg
 from resilient_pool.clock import Clock
 from resilient_pool.errors import ConfigurationError, MigrationFailedError, OutcomeUnknownError
 from resilient_pool.execution.connection import ResilientConnection
-from resilient_pool.migrations.command import LineSink
 from resilient_pool.pool import ResilientPool
 from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.sql.lexer import Backslash, Kind, Token, tokens
@@ -223,7 +222,9 @@ def _statements(sql: str) -> Statements:
     )
 
 
-async def apply_files(pool: ResilientPool, files: Sequence[SqlFile], emit: LineSink, clock: Clock) -> tuple[str, ...]:
+async def apply_files(
+    pool: ResilientPool, files: Sequence[SqlFile], emit: Callable[[str], object], clock: Clock
+) -> tuple[str, ...]:
     """Apply the files that are not recorded yet, and return their names.
 
     Args:

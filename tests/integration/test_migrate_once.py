@@ -15,7 +15,7 @@ from migration_tools import PSQL, QUICK, databases, program, through, until
 
 from resilient_pool import MigrationFailedError, ResilientPool, run_migration
 from resilient_pool.events import MigrationRepeated
-from resilient_pool.migrations.evidence import read_activity, reason_for_doubt
+from resilient_pool.migrations.server import read_activity, reason_for_doubt
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 NOWHERE = "postgresql://postgres@127.0.0.1:1/postgres"

@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from resilient_pool import PostgresClassifier
-from resilient_pool.migrations.evidence import OutputScanner, could_not_connect, failed_to_connect
+from resilient_pool.migrations.connect_failures import OutputScanner, could_not_connect, failed_to_connect
 
 # Recorded from alembic 1.20 with SQLAlchemy 2.1 and asyncpg 0.32; the tracebacks' middles are left out.
 ALEMBIC = """\
