@@ -213,8 +213,8 @@ class DriverConnection:
         if hasattr(connection, "_pool_holder"):
             # From asyncpg 0.32 on a connection that is closed reports it here; before, to what holds its proxy.
             inside._pool_holder = weakref.ref(self)  # noqa: SLF001
-        resume = partial(_resume_writing, inside._protocol, inside._loop)  # noqa: SLF001
-        asyncpg.Connection.add_termination_listener(connection, resume)
+        let_go = partial(_let_go, inside._protocol, inside._stmt_cache, inside._loop)  # noqa: SLF001
+        asyncpg.Connection.add_termination_listener(connection, let_go)
         self._reset_roles: tuple[str, ...] = ()
         self._reset_session: tuple[str, ...] = ()
         self._is_resettable = True
@@ -676,10 +676,16 @@ _CLOSED = re.compile(r"connection is closed$")
 _NOT_BEGUN = re.compile(r"^(not connected$|cannot switch to state (1[1-8]|21); )")
 
 
-def _resume_writing(protocol: Any, loop: asyncio.AbstractEventLoop, _connection: object) -> None:
-    # The driver leaves those waiting for ever who wait until they may write: `executemany()` of a prepared statement, say.
+def _let_go(protocol: Any, statements: Any, loop: asyncio.AbstractEventLoop, _connection: object) -> None:
     # Later, for what can be cut short is better off: on asyncio's loop all that is left would be written to nowhere.
-    loop.call_later(_CUT, protocol.resume_writing)
+    def let_go() -> None:
+        # The driver leaves those waiting for ever who wait until they may write: `executemany()` of a prepared statement, say.
+        protocol.resume_writing()
+        # A statement that was prepared in the turn in which the connection was lost has come into the cache since it was
+        # emptied, with a timer that would keep the connection's memory for minutes.
+        statements.clear()
+
+    loop.call_later(_CUT, let_go)
 
 
 # The versions of asyncpg on which both ways were seen to do the same.
