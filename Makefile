@@ -10,6 +10,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 CHAOS_SECONDS ?= 120
 CHAOS_SEED ?= 1
+SOAK_SECONDS ?= 1800
+SOAK_SEED ?= 1
 
 # A test that hangs shows where, and ends the run.
 NO_HANGING := -o faulthandler_timeout=180 -o faulthandler_exit_on_timeout=true
@@ -29,7 +31,7 @@ DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 
 SITE := $(VENV)/.site
 
-.PHONY: help demo test pythons chaos check bench format tables charts docs dist clean
+.PHONY: help demo test pythons chaos soak check bench format tables charts docs dist clean
 
 help:
 	@echo "make demo   asyncpg.Pool and ResilientPool with databases that pause when idle, and under the same faults"
@@ -37,6 +39,7 @@ help:
 	@echo "make test   all tests, on the installed wheel and on every supported asyncpg"
 	@echo "make pythons the unit and transaction tests on every Python from 3.11 on that this machine has"
 	@echo "make chaos  reads, writes and transactions under faults, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
+	@echo "make soak   the same and more for half an hour, and what the process holds (SOAK_SECONDS=1800, SOAK_SEED=1)"
 	@echo "make check  formatting, lint, types, import contracts"
 	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
 	@echo "make docs   the documentation, into build/site; every link is checked"
@@ -64,7 +67,12 @@ pythons: $(DEVELOP)
 
 chaos: $(VENV)/.wheel
 	RESILIENT_POOL_CHAOS_SECONDS=$(CHAOS_SECONDS) RESILIENT_POOL_CHAOS_SEED=$(CHAOS_SEED) \
-		$(BIN)/pytest --capture=no $(NO_HANGING) -o faulthandler_timeout=$$(($(CHAOS_SECONDS) + 180)) tests/chaos
+		$(BIN)/pytest --capture=no $(NO_HANGING) -o faulthandler_timeout=$$(($(CHAOS_SECONDS) + 180)) tests/chaos/test_chaos.py
+
+soak: $(VENV)/.wheel
+	RESILIENT_POOL_SOAK_SECONDS=$(SOAK_SECONDS) RESILIENT_POOL_SOAK_SEED=$(SOAK_SEED) \
+		RESILIENT_POOL_SOAK_REPORT=benchmarks/results/soak.md \
+		$(BIN)/pytest --capture=no -o faulthandler_timeout=0 tests/chaos/test_soak.py
 
 check: $(DEVELOP)
 	$(BIN)/ruff format --check .
