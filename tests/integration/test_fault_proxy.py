@@ -15,6 +15,7 @@ import pytest
 import uvloop
 
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy, TlsCertificates
+from resilient_pool.testing._relay import _reset
 
 LOST = (asyncpg.ConnectionDoesNotExistError, OSError, asyncpg.InternalClientError)
 BRIEF = 0.15
@@ -462,3 +463,17 @@ async def test_a_connection_ended_while_the_server_is_being_reached_begins_no_se
             with side:
                 assert await asyncio.wait_for(loop.sock_recv(side, 100), 5) == b""
             writer.close()
+
+
+def test_a_connection_whose_server_is_gone_can_be_reset(postgres):
+    """Its socket to the server is closed already, in the turn before the proxy sees that: nothing is raised."""
+
+    async def reset() -> None:
+        _, writer = await asyncio.open_connection(postgres.host, postgres.port)
+        writer.transport.abort()
+        await asyncio.sleep(0)
+        assert writer.get_extra_info("socket").fileno() == -1
+        _reset(writer)
+
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:  # as the proxy's own
+        runner.run(reset())
