@@ -424,12 +424,19 @@ class DriverConnection:
             self.connection.terminate()
 
     def terminate(self) -> None:
-        """Hang up at once, unless the connection is closed already. It needs no event loop."""
-        if self.connection.is_closed():
+        """Hang up at once, unless that was done already. It needs no event loop."""
+        inside: Any = self.connection
+        if inside._aborted:  # noqa: SLF001
             return
-        transport: Any = getattr(self.connection, "_transport", None)
+        transport: Any = getattr(inside, "_transport", None)
         try:
-            self.connection.terminate()
+            if inside.is_closed():
+                # By what the server said last: the socket's end is still to come, if it ever does, and when it comes the
+                # driver does not find a connection any more to let go of its statements, whose timers last for minutes.
+                inside._abort()  # noqa: SLF001
+                asyncpg.Connection.terminate(inside)
+            else:
+                inside.terminate()
         except RuntimeError:
             # Its event loop is closed. asyncio's own leaves sockets open then; uvloop's has closed them.
             sock = transport.get_extra_info("socket")

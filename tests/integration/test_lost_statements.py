@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import asyncpg
+
 from resilient_pool import ResilientPool
+from resilient_pool.pooling.driver import DriverConnection
 
 
 def statement_timers(loop: asyncio.AbstractEventLoop) -> int:
@@ -29,3 +32,21 @@ async def test_a_statement_whose_connection_was_lost_as_it_was_prepared_is_not_k
         async with asyncio.timeout(10):
             while statement_timers(loop):
                 await asyncio.sleep(0.02)
+
+
+async def test_a_connection_that_only_counts_as_closed_is_let_go_of_when_it_is_dropped(dsn):
+    """Its driver waits for the socket's end, which may never come: no timer keeps its statements, its listeners are called."""
+    loop = asyncio.get_running_loop()
+    connection = await asyncpg.connect(dsn)
+    driver, heard = DriverConnection(connection), []
+    assert await connection.fetchval("SELECT $1::int", 1) == 1
+    connection.add_termination_listener(heard.append)
+    goodbye = asyncio.create_task(connection._protocol.close(10))
+    await asyncio.sleep(0)
+    assert connection.is_closed()
+    assert statement_timers(loop) == 1
+    driver.terminate()
+    assert statement_timers(loop) == 0
+    await goodbye
+    assert heard == [connection]
+    driver.terminate()
