@@ -7,6 +7,7 @@ and writes the figures where `RESILIENT_POOL_SOAK_REPORT` says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import statistics
@@ -74,10 +75,10 @@ class Figures:
         return "\n".join([
             f"# Soak: {last['seconds']:.0f} s, seed {SEED}",
             "",
-            f"{sum(self.faults.values())} faults ({', '.join(f'{name} {n}' for name, n in sorted(self.faults.items()))}), "
+            (f"{sum(self.faults.values())} faults ({', '.join(f'{name} {n}' for name, n in sorted(self.faults.items()))}), "
             f"{self.fired} requests met by one; {last['calls']} calls, {sum(last['errors'].values())} errors, "
             f"{last['wrong']} wrong answers; "
-            f"{last['stats']['retries_total']} retries, {last['stats']['opened']} connections opened.",
+            f"{last['stats']['retries_total']} retries, {last['stats']['opened']} connections opened."),
             "",
             f"Writes: {dict(sorted(self.writes.items()))}; {wrong}.",
             "",
@@ -113,16 +114,18 @@ async def run(seconds: float, seed: int, ledger: Path) -> Figures:
                     lines = [json.loads(line) async for line in process.stdout]
                     assert await process.wait() == 0
             finally:
-                faults.cancel()
                 if process.returncode is None:
                     process.kill()
-            await asyncio.wait([faults])
+                await process.wait()
+                faults.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await faults
             fired = proxy.fired
         await server.terminate_backends()
         async with server.admin() as admin:
             rows = await count_rows(admin)
     *samples, end = lines
-    writes = dict(_read(line) for line in ledger.read_text().splitlines())
+    writes = dict(map(_read, ledger.read_text().splitlines()))  # noqa: ASYNC240 - nothing else runs
     return Figures(
         samples=samples, closed=end["closed"], calls=end["calls"], audit=audit(writes, rows),
         writes=Counter(write.outcome.value for write in writes.values()), faults=injector.faults, fired=fired,
