@@ -8,6 +8,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from sybil import Example, Sybil
@@ -75,9 +76,11 @@ async def shop(postgres, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-async def test_the_blocks_of_a_page_run_one_after_the_other(page, shop):
+async def test_the_blocks_of_a_page_run_one_after_the_other(page, shop, monkeypatch):
     """What a reader types in gives what the page says."""
-    namespace = {"__name__": "example"}
+    module = ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)  # where frameworks look up what annotations name
+    namespace = vars(module)
     for example in blocks(page):
         await run(example, namespace)
 
