@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
 
+from resilient_pool._version import __version__
 from resilient_pool.cli.parser import Parser, without_arguments
 from resilient_pool.clock import SystemClock
 from resilient_pool.config.pool_config import PoolConfig
@@ -62,9 +63,21 @@ WAIT_SECONDS = 100.0
 _NO_CONNECTION = ("08", "28", "3D", "53", "57")
 
 _EPILOG = """\
-The database is the one that --dsn names, else the environment variable DATABASE_URL, else PGHOST, PGPORT, PGUSER,
-PGDATABASE and PGPASSWORD. Exit status: 0 done; 1 the migration failed (or, of doctor, something needs to be changed);
-2 the command line or the configuration is wrong; 3 the database was never available, or refused the login.
+the database:
+  what --dsn names, else DATABASE_URL, else PGHOST, PGPORT, PGUSER, PGDATABASE,
+  PGPASSWORD and PostgreSQL's other environment variables
+
+exit status:
+  0  done
+  1  the migration failed, or the doctor found a problem
+  2  the command line or the configuration is wrong
+  3  the database was never available, or refused the login
+
+examples:
+  resilient-pool wait --timeout 60 && exec serve
+  resilient-pool migrate migrations/
+  resilient-pool migrate -- alembic upgrade head
+  resilient-pool doctor
 """
 
 
@@ -97,7 +110,10 @@ def _is_not_printed_anyway(record: logging.LogRecord) -> bool:
 
 def _main(given: list[str]) -> int:
     before, separator, command = _split_command(given)
-    options, extras = _parser(given).parse_known_args(before)
+    parser = _parser(given)
+    options, extras = parser.parse_known_args(before)
+    if options.action is None:
+        parser.error("it takes a command: migrate, wait or doctor; --help says more")
     stray = options.action == "migrate" and options.directory
     options.parser.refuse_unknown(
         extras, "a command stands behind --, as in migrate -- alembic upgrade head; " if stray else ""
@@ -119,10 +135,13 @@ def _split_command(given: list[str]) -> tuple[list[str], bool, list[str]]:
 
 
 def _parser(given: Sequence[str]) -> Parser:
-    make = functools.partial(Parser, given=given)
-    parser = make(prog="resilient-pool", epilog=_EPILOG)
+    make = functools.partial(Parser, given=given, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make(
+        prog="resilient-pool", description="Waits for a PostgreSQL database, migrates it, checks it.", epilog=_EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"resilient-pool {__version__}")
     kind = cast("type[Parser]", make)  # it makes one, which is all that is asked of it
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=kind)
+    actions = parser.add_subparsers(dest="action", metavar="COMMAND", title="commands", parser_class=kind)
     common = make(add_help=False)
     common.add_argument("--dsn", help="where the database is; a password in it can be seen in the process list")
     common.add_argument("--json", action="store_true", help="write the result to standard output as JSON")
@@ -132,22 +151,36 @@ def _parser(given: Sequence[str]) -> Parser:
         epilog=_EPILOG,
         usage="resilient-pool migrate [options] (DIRECTORY | -- COMMAND...)",
         help="wait for the database, then run a migration",
+        description="Waits for the database, then runs a migration: one at a time, and again only if it could not connect.",
     )
     migrate.add_argument("directory", nargs="*", help="a directory of *.sql files")
     _add_migrate_options(migrate)
-    wait = actions.add_parser("wait", parents=[common], epilog=_EPILOG, help="wait until the database answers")
+    wait = actions.add_parser(
+        "wait",
+        parents=[common],
+        epilog=_EPILOG,
+        help="wait until the database answers",
+        description="Waits until the database answers a query, also one that is asleep or starting.",
+    )
     _add_seconds(wait, "--timeout", WAIT_SECONDS, "how long to wait")
-    doctor = actions.add_parser("doctor", parents=[common], epilog=_EPILOG, help="check the database, and give advice")
+    doctor = actions.add_parser(
+        "doctor",
+        parents=[common],
+        epilog=_EPILOG,
+        help="check the database, and give advice",
+        description="Checks the database and what is known of the application's pool, and names what to change. Changes nothing.",
+    )
     _add_seconds(doctor, "--timeout", WAIT_SECONDS, "how long to wait for the database")
-    doctor.add_argument("--min-size", type=int, help="the application's min_size")
+    doctor.add_argument("--min-size", type=int, metavar="N", help="the application's min_size")
     doctor.add_argument(
         "--max-size",
         type=int,
+        metavar="N",
         help="the application's max_size (default: the pool's own, or --min-size if that is more)",
     )
-    doctor.add_argument("--statement-cache-size", type=int, help="the application's statement_cache_size")
+    doctor.add_argument("--statement-cache-size", type=int, metavar="N", help="the application's statement_cache_size")
     doctor.add_argument(
-        "--max-inactive-connection-lifetime", type=float, metavar="SECONDS", help="the application's own, likewise"
+        "--max-inactive-connection-lifetime", type=float, metavar="SECONDS", help="the application's own"
     )
     for action in (migrate, wait, doctor):
         action.set_defaults(parser=action)
@@ -246,8 +279,8 @@ async def _until_signalled(action: Coroutine[Any, Any, int], caught: list[int]) 
 def _report(options: argparse.Namespace, error: Exception) -> int:
     """Report an error, and return its exit status."""
     status, word = _meaning(error)
-    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-    text = scrub(f"{_describe(error)}{notes}", _secrets(options))
+    notes = [*getattr(error, "__notes__", ()), *(_whereabouts(options) if status == UNAVAILABLE else ())]
+    text = scrub("\n  ".join((_describe(error), *notes)), _secrets(options))
     if status == USAGE:
         text = without_arguments(text, [word for word in (options.dsn, *getattr(options, "directory", ())) if word])
     _log(f"resilient-pool: {word}: {text}")
@@ -271,7 +304,21 @@ def _meaning(error: Exception) -> tuple[int, str]:
     return FAILED, "it failed"
 
 
+def _whereabouts(options: argparse.Namespace) -> Iterator[str]:
+    """Yield where the database was looked for, and how to name another one if none was named."""
+    config = _config_of(options)
+    if config is None:
+        return
+    places = [f"{host}:{port}" for host, port in zip(config.host or (), config.port or (), strict=False)]
+    login = [f"{what} {name}" for what, name in (("database", config.database), ("user", config.user)) if name]
+    yield "looked for at " + ", ".join((*(places or ["this machine"]), *login))
+    if not places and options.dsn is None:
+        yield "no database was named: pass --dsn, or set DATABASE_URL or PGHOST"
+
+
 def _describe(error: Exception) -> str:
+    if isinstance(error, asyncpg.ClientConfigurationError):
+        return f"{error}; what the DSN does not say is taken from PGSSLMODE and PostgreSQL's other variables"
     # The errors of the network and of the driver do not all say what they are.
     own = isinstance(error, ResilientPoolError | asyncpg.PostgresError)
     return str(error) if own and str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
@@ -279,11 +326,15 @@ def _describe(error: Exception) -> str:
 
 def _secrets(options: argparse.Namespace) -> tuple[Secret, ...]:
     given = [str(word) for word in (options.dsn, *_command_of(options)) if word]
+    config = _config_of(options)
+    return (*(() if config is None else config.secrets()), *secrets_around(given))
+
+
+def _config_of(options: argparse.Namespace) -> PoolConfig | None:
     try:
-        known = PoolConfig.from_arguments(sealed_dsn(options.dsn)).secrets()
+        return PoolConfig.from_arguments(sealed_dsn(options.dsn))
     except ConfigurationError:
-        known = ()
-    return (*known, *secrets_around(given))
+        return None
 
 
 def _command_of(options: argparse.Namespace) -> Sequence[str]:

@@ -253,9 +253,10 @@ class PoolConfig:
                 f"sslrootcert=system needs sslmode=verify-full, not {self.ssl!r}: anyone can get a certificate from an "
                 "authority that the system trusts, but not for this host's name"
             )
-        if self.host is not None and self.port is not None and len(self.host) != len(self.port):
+        hosts, ports = len(self.host or (None,)), len(self.port or (None,))
+        if self.port is not None and ports != hosts:
             raise ConfigurationError(
-                f"port must be one number, or one for each of the {len(self.host)} hosts, not {len(self.port)} numbers"
+                f"port must be one number, or one for each of the {hosts} hosts, not {ports} numbers"
             )
 
     def __repr__(self) -> str:
@@ -336,8 +337,8 @@ class PoolConfig:
         arguments = {name: value for name, value in arguments.items() if value is not None or name == "timeout"}
         if self.host is not None:
             arguments["host"] = list(self.host)
-        if self.port is not None:
-            arguments["port"] = list(self.port)
+        if self.port is not None:  # without a host, one port is for all places in which the driver looks
+            arguments["port"] = list(self.port) if self.host is not None else self.port[0]
         if self.server_settings:
             arguments["server_settings"] = dict(self.server_settings)
         options = dict(self.tls)

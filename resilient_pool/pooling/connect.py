@@ -197,7 +197,7 @@ class Connector:
 
     async def _reach(self, target: PoolConfig, login: Login, ends: float) -> AnyConnection:
         """Connect to the first of the hosts that answers and is of the wanted kind."""
-        hosts = candidates(target.host or (), target.port or ())
+        hosts = [] if target.host is None else candidates(target.host, target.port or ())
         if not hosts or (len(hosts) == 1 and hosts[0].address is not None):
             return await self._dial(target, login, ends, {})
         if target.target_session_attrs != "prefer-standby":

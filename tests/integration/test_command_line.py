@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
+import pytest
 from migration_tools import run
 
+import resilient_pool
+from resilient_pool.cli.main import main
 from resilient_pool.testing import PausingServer, ScriptedServer
 
 
@@ -37,3 +41,81 @@ async def test_the_doctor_names_the_profile_of_the_service_and_applies_nothing(p
             *("max_inactive_connection_lifetime", "max_lifetime", "timeout", "statement_cache_size", "ssl")
         ]
         assert status == 0
+
+
+# For a person who has not read anything
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """Type a line, with nothing but these variables in the environment; return the status and what was printed."""
+    for name in list(os.environ):
+        if name.startswith("PG") or name == "DATABASE_URL":
+            monkeypatch.delenv(name)
+
+    def typed(line: str, **environment: str) -> tuple[int, str]:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        try:
+            status = main(line.split())
+        except SystemExit as end:
+            status = end.code
+        return status, "".join(capsys.readouterr())
+
+    return typed
+
+
+def test_a_line_without_a_command_says_which_there_are(typed):
+    """And where to read more."""
+    status, printed = typed("")
+    assert status == 2
+    assert "it takes a command: migrate, wait or doctor; --help says more" in printed
+
+
+@pytest.mark.parametrize("line", ["--help", "wait --help", "doctor --help", "migrate --help"])
+def test_help_says_what_it_does_where_the_database_is_taken_from_and_what_a_status_means(typed, line):
+    """With examples, in lines that a terminal has room for."""
+    status, printed = typed(line)
+    assert status == 0
+    for expected in ("DATABASE_URL", "exit status:", "examples:", "resilient-pool migrate -- alembic upgrade head"):
+        assert expected in printed
+    assert max(map(len, printed.splitlines())) <= 110
+
+
+def test_the_version_is_printed(typed):
+    """As programs do."""
+    assert typed("--version") == (0, f"resilient-pool {resilient_pool.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "environment", "where"),
+    [
+        ("wait", {}, "looked for at this machine\n  no database was named: pass --dsn, or set DATABASE_URL or PGHOST"),
+        ("wait", {"PGHOST": "127.0.0.1", "PGPORT": "1", "PGUSER": "me"}, "looked for at 127.0.0.1:1, user me\n"),
+        (
+            "doctor",
+            {"DATABASE_URL": "postgresql://me:hunter2@127.0.0.1:1/shop"},
+            "127.0.0.1:1, database shop, user me\n",
+        ),
+    ],
+)
+def test_a_database_that_is_not_there_is_named(typed, line, environment, where):
+    """Without its password; and if none was named, how to name one."""
+    if "PGHOST" not in environment and "DATABASE_URL" not in environment:
+        environment = {"PGPORT": "1"}  # of this machine, where a server may well listen
+    status, printed = typed(f"{line} --timeout 0.2", **environment)
+    assert status == 3
+    assert where in printed
+    assert "hunter2" not in printed
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [({"PGSSLMODE": "hunter2"}, "PGSSLMODE"), ({"PGPORT": "hunter2"}, "PGPORT"), ({"PGSERVICE": "hunter2"}, "service")],
+)
+def test_a_wrong_variable_is_named_and_its_value_is_not_shown(typed, environment, named):
+    """A password that was put into the wrong one stays where it is."""
+    status, printed = typed("wait --timeout 1", **environment)
+    assert status == 2
+    assert named in printed
+    assert "hunter2" not in printed

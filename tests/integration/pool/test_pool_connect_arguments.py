@@ -10,6 +10,7 @@ import pytest
 
 from resilient_pool import (
     BackoffPolicy,
+    ConfigurationError,
     Disposition,
     Fault,
     Outcome,
@@ -397,3 +398,23 @@ async def test_a_write_on_a_standby_is_refused_in_the_end(standby):
             with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
                 await pool.execute("CREATE TABLE not_here (id int)")
         assert await pool.fetchval("SELECT 1") == 1
+
+
+@pytest.mark.parametrize("source", ["argument", "environment", "DSN"])
+async def test_a_port_without_a_host_is_this_machines(postgres, make_pool, monkeypatch, source):
+    """The driver looks for a socket's directory first, and then at localhost, as libpq's programs do."""
+    monkeypatch.delenv("PGHOST", raising=False)
+    if source == "environment":
+        monkeypatch.setenv("PGPORT", str(postgres.port))
+    dsn = f"postgresql:///postgres?port={postgres.port}" if source == "DSN" else None
+    arguments = {"port": postgres.port} if source == "argument" else {}
+    async with make_pool(dsn, user="postgres", database="postgres", **arguments) as pool:
+        assert await pool.fetchval("SELECT current_setting('port')::int") == postgres.port
+
+
+def test_several_ports_without_hosts_are_refused():
+    """Which of them belongs to which place nothing says."""
+    with pytest.raises(
+        ConfigurationError, match="port must be one number, or one for each of the 1 hosts, not 2 numbers"
+    ):
+        ResilientPool(port=[5432, 5433])
