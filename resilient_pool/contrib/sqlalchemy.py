@@ -773,6 +773,12 @@ class AdaptedLease(AsyncAdapt_asyncpg_connection):
         if self._is_alone:
             self._pool.terminate()
 
+    def _handle_exception(self, error: Exception) -> NoReturn:
+        if self._connection.is_released:
+            self._connection = _ENDED  # a lease that has ended answers no question
+        super()._handle_exception(error)
+        raise error
+
     # Transactions
 
     def join(self, unit: _Unit) -> None:
@@ -896,7 +902,7 @@ class _Unit(Attempt[Any]):
         self._adapted: AdaptedLease | None = None
         self._session: AsyncSession | None = None
         self._failure: Exception | None = None
-        self._is_tried = self._is_committed_here = self._is_rolled_back = False
+        self._is_tried = self._has_committed = self._is_rolled_back = False
 
     # Beginning
 
@@ -959,7 +965,7 @@ class _Unit(Attempt[Any]):
         self._failure = await self._commit()
         if self._failure is not None:
             raise self._failure
-        self._is_committed_here = True
+        self._has_committed = True
 
     async def rollback(self) -> None:
         """Roll back, so that another transaction may begin."""
@@ -981,7 +987,7 @@ class _Unit(Attempt[Any]):
         finally:
             await self._close()
         if self._is_tried:
-            return self._committed(error, raised)
+            return self._after_commit(error, raised)
         if raised is not None:
             failure = await super()._end(raised)
             if failure is None:
@@ -1002,18 +1008,27 @@ class _Unit(Attempt[Any]):
             return error
         return None
 
-    def _committed(self, error: BaseException | None, raised: Exception | None) -> Exception | None:
-        """Return the failure of a commit, as the application saw it; what came after one that succeeded is the application's."""
-        seen = error if raised is None else raised
-        if self._is_committed_here or self._failure is None:
+    def _after_commit(self, error: BaseException | None, raised: Exception | None) -> Exception | None:
+        """Return the failure of the commit, as the application saw it, if another attempt may cure it.
+
+        What was raised after a commit that succeeded, or in place of its failure, is the application's own.
+
+        Args:
+            error: What was raised in the block.
+            raised: What was raised when the session was committed at its end.
+        """
+        if self._failure is None:
             if raised is not None:
                 raise raised
+            if error is None and not self._has_committed:
+                raise asyncpg.InterfaceError(
+                    "the commit inside the block failed, and its error was caught there: nothing is known to be committed"
+                )
             return None
-        if seen is None:
-            return self._failure
+        seen = error if raised is None else raised
         if isinstance(seen, Exception) and self._shared.context.unwrap(seen) is self._failure:
             return seen
-        return None
+        return self._failure if error is None else None
 
     async def _close(self) -> None:
         """Close the session and its connection. Nothing is sent."""
