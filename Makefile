@@ -68,6 +68,8 @@ pythons: $(DEVELOP)
 chaos: $(VENV)/.wheel
 	RESILIENT_POOL_CHAOS_SECONDS=$(CHAOS_SECONDS) RESILIENT_POOL_CHAOS_SEED=$(CHAOS_SEED) \
 		$(BIN)/pytest --capture=no $(NO_HANGING) -o faulthandler_timeout=$$(($(CHAOS_SECONDS) + 180)) tests/chaos/test_chaos.py
+	RESILIENT_POOL_LOAD_SECONDS=$$(($(CHAOS_SECONDS) / 2)) $(BIN)/pytest $(NO_HANGING) -o faulthandler_timeout=600 \
+		tests/integration/test_load.py
 
 soak: $(VENV)/.wheel
 	RESILIENT_POOL_SOAK_SECONDS=$(SOAK_SECONDS) RESILIENT_POOL_SOAK_SEED=$(SOAK_SEED) \

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         MigrationFailedError,
         MigrationLockedError,
         OutcomeUnknownError,
+        PoolOverloadedError,
         ResilientPoolError,
         UnknownArgumentError,
     )
@@ -53,6 +54,7 @@ __all__ = [
     "Outcome",
     "OutcomeUnknownError",
     "Phase",
+    "PoolOverloadedError",
     "PoolStats",
     "PostgresClassifier",
     "ResilientConnection",
@@ -76,6 +78,7 @@ _HOMES = {
         "MigrationFailedError",
         "MigrationLockedError",
         "OutcomeUnknownError",
+        "PoolOverloadedError",
         "ResilientPoolError",
         "UnknownArgumentError",
     ),

@@ -31,6 +31,13 @@ class AcquireTimeoutError(ResilientPoolError, TimeoutError):
         return f"{super().__str__()}; see docs/symptoms.md#acquire-timeout"
 
 
+class PoolOverloadedError(AcquireTimeoutError):
+    """As many callers as `max_waiting` allows were waiting for a connection already. Nothing was sent; it was not waited for."""
+
+    def __str__(self) -> str:
+        return ResilientPoolError.__str__(self)
+
+
 class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnknownError):
     """It is not known whether a statement, or a transaction, took effect, and it must not be repeated.
 

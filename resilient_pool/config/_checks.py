@@ -144,6 +144,7 @@ def _any_text(_: str) -> bool:
 BACKOFF = _instance(BackoffPolicy, "BackoffPolicy", "a BackoffPolicy", quiet=True)
 BUDGET = _instance(RetryBudget, "RetryBudget", "a RetryBudget", quiet=True)
 BYTES = _number("bytes", 0, whole=True)
+CALLERS_OR_NONE = _number("callers", 0, whole=True, optional=True)
 CLASSIFIER = _having("a classifier", "classify")
 CLOCK = _having("a clock", "now", "monotonic", "sleep", "call_later", optional=True)
 CONNECTIONS = _number("connections", 0, whole=True)

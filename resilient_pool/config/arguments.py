@@ -58,6 +58,7 @@ class PoolArguments(ConnectArguments, total=False):
 
     min_size: int
     max_size: int
+    max_waiting: int | None
     init_size: int | None
     max_queries: int
     max_inactive_connection_lifetime: float

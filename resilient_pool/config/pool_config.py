@@ -171,6 +171,8 @@ class PoolConfig:
     gsslib: str | None = option(None, kinds.GSS_LIBRARY, "Which library GSSAPI uses.")
     min_size: int = option(0, kinds.CONNECTIONS, "How many connections are kept open when idle.")
     max_size: int = option(10, kinds.MAX_SIZE, "How many connections may be open.")
+    max_waiting: int | None = option(None, kinds.CALLERS_OR_NONE,
+        "How many callers may wait for a connection; one more fails at once. None is no limit.")
     init_size: int = option(0, kinds.CONNECTIONS,
         "How many connections are opened at the start; None is min_size.", shown="None")
     max_queries: int = option(50000, kinds.OPERATIONS, "After how many operations a connection is replaced.")

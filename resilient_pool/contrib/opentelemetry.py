@@ -177,6 +177,7 @@ _COUNTERS: Sequence[_Metric] = (
         "Callers whose time was up while they waited.",
         _one(lambda s: s.wait_timeouts),
     ),
+    ("resilient_pool.overloads", "{call}", "Callers refused because of max_waiting.", _one(lambda s: s.overloads)),
     ("resilient_pool.acquired", "{use}", "Connections handed to callers.", _one(lambda s: s.acquired)),
     (
         "resilient_pool.connect.failures",

@@ -114,6 +114,7 @@ _COUNTERS: tuple[_Reading, ...] = (
     ("outcomes_unknown", "Operations of which it is not known whether they took effect.", lambda s: s.outcomes_unknown),
     ("resets", "Sessions reset after use.", lambda s: s.resets),
     ("wait_timeouts", "Callers whose time was up while they waited.", lambda s: s.wait_timeouts),
+    ("overloads", "Callers that were refused because as many as max_waiting waited.", lambda s: s.overloads),
     ("circuit_openings", "How often the server was found away.", lambda s: s.circuit_openings),
     ("circuit_open_seconds", "How long the server was away, together.", lambda s: s.circuit_open_seconds),
 )

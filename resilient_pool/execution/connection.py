@@ -967,7 +967,7 @@ class LeaseManager:
         """Return an entry with a healthy connection: this one if its connection is healthy or can be replaced, else another."""
         if entry is not None and await self._acquirer.ensure_healthy(entry, deadline):
             return entry
-        return await self._acquirer.acquire(deadline, fail_fast=fail_fast)
+        return await self._acquirer.acquire(deadline, fail_fast=fail_fast, is_begun=True)
 
     async def set_up(self, lease: ResilientConnection[Any], deadline: float | None) -> None:
         """Let the application prepare a connection until `deadline`."""

@@ -239,7 +239,7 @@ class Subscription:
 
     async def _attempt(self, execution: Execution[None]) -> PoolEntry[DriverConnection]:
         operation = execution.operation
-        entry = await self._listeners.acquirer.acquire(operation.deadline, fail_fast=operation.fail_fast)
+        entry = await self._listeners.acquirer.acquire(operation.deadline, fail_fast=operation.fail_fast, is_begun=True)
         listens = False
         try:
             if entry.resource is None:

@@ -50,6 +50,7 @@ class PoolStats:
         wait_histogram: How many of the waits took how long: by the smallest of `WAIT_BOUNDS`, in seconds, that was not
             exceeded; bounds without any are absent. They add up to `waits`.
         wait_timeouts: Those of the waits whose time was up.
+        overloads: Callers that were refused because as many as `max_waiting` waited.
         circuit_openings: How often the server was found away.
         circuit_open_seconds: How long it was away, in seconds, together; an outage that goes on is not in it yet.
         pooler: Whether a pooler was found between this process and PostgreSQL.
@@ -80,6 +81,7 @@ class PoolStats:
     wait_seconds: float
     wait_histogram: Mapping[float, int]
     wait_timeouts: int
+    overloads: int
     circuit_openings: int
     circuit_open_seconds: float
     pooler: bool
@@ -116,6 +118,7 @@ class Counters:
     wait_seconds: float = 0.0
     wait_histogram: Counter[float] = field(default_factory=Counter)
     wait_timeouts: int = 0
+    overloads: int = 0
     circuit_openings: int = 0
     circuit_open_seconds: float = 0.0
     pooler: bool = False

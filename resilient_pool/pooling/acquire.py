@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from math import inf
 
-from resilient_pool.errors import AcquireTimeoutError
+from resilient_pool.errors import AcquireTimeoutError, PoolOverloadedError
 from resilient_pool.events import CallerWaited, DiscardReason, WaitEnd, WaitReason
 from resilient_pool.pooling.circuit_breaker import CircuitBreaker
 from resilient_pool.pooling.context import PoolContext
@@ -44,6 +44,7 @@ class Acquirer:
         self._ping_after = context.config.ping_after
         self._ping_timeout = context.config.ping_timeout
         self._max_queries = context.config.max_queries
+        self._max_waiting = inf if context.config.max_waiting is None else context.config.max_waiting
         self._resources = resources
         self._maintenance = maintenance
         self._circuit_breaker = circuit_breaker
@@ -99,14 +100,18 @@ class Acquirer:
         else:
             self._idle.append(entry)
 
-    async def acquire(self, deadline: float | None, *, fail_fast: bool = False) -> PoolEntry[DriverConnection]:
+    async def acquire(
+        self, deadline: float | None, *, fail_fast: bool = False, is_begun: bool = False
+    ) -> PoolEntry[DriverConnection]:
         """Take an entry with a healthy connection in it.
 
         Args:
             deadline: Until when to wait for an entry and for a connection, on the line of `Clock.monotonic()`.
             fail_fast: Whether not to wait for a server that is known to be away.
+            is_begun: Whether it is for something that is under way, for which `max_waiting` is no limit.
 
         Raises:
+            PoolOverloadedError: As many callers as may wait do so already.
             AcquireTimeoutError: No entry became free in time.
             Exception: Whatever opening a connection raised last. No entry is held then.
         """
@@ -115,13 +120,23 @@ class Acquirer:
         while True:
             entry = self._at_hand()
             if entry is None:
+                if not is_begun and self._resources.waiting >= self._max_waiting:
+                    raise self._overload()
                 entry = await self._wait(deadline, fail_fast=fail_fast)
+                is_begun = True  # who has waited is not sent away
             if not self.is_ready(entry):
                 self._maintenance.close_if_idle_too_long(entry)
                 if not await self.ensure_healthy(entry, deadline):
                     continue
             self._counters.acquired += 1
             return entry
+
+    def _overload(self) -> PoolOverloadedError:
+        self._counters.overloads += 1
+        return PoolOverloadedError(
+            f"{self._resources.waiting} callers wait for a connection, and max_waiting={self._max_waiting}; "
+            "shed load, or raise max_waiting or max_size"
+        )
 
     async def _let_a_lone_reset_end(self, deadline: float | None) -> None:
         # One who uses the pool alone gets the same connection again, as with asyncpg's pool, with the tables that are

@@ -61,9 +61,11 @@ class MeteredAcquirer(Acquirer):
         super().__init__(context, resources, maintenance, circuit_breaker)
         self._begin_use, self._end_use = maintenance.begin_use, maintenance.end_use
 
-    async def acquire(self, deadline: float | None, *, fail_fast: bool = False) -> PoolEntry[DriverConnection]:
+    async def acquire(
+        self, deadline: float | None, *, fail_fast: bool = False, is_begun: bool = False
+    ) -> PoolEntry[DriverConnection]:
         """Take an entry with a healthy connection in it, and begin its use."""
-        entry = await super().acquire(deadline, fail_fast=fail_fast)
+        entry = await super().acquire(deadline, fail_fast=fail_fast, is_begun=is_begun)
         self._begin_use(entry)
         return entry
 

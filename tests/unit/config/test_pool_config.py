@@ -57,6 +57,7 @@ REFUSED = [
     ("max_size", None, "max_size must be a whole number of connections, at least 1, not None"),
     ("min_size", -1, "min_size must be a whole number of connections, at least 0, not -1"),
     ("min_size", "1", "min_size must be a whole number of connections, at least 0, not '1'"),
+    ("max_waiting", -1, "max_waiting must be a whole number of callers, at least 0, or None, not -1"),
     ("min_size", 11, "min_size <= init_size <= max_size connections must hold, not 11 <= 11 <= 10"),
     ("init_size", 11, "min_size <= init_size <= max_size connections must hold, not 0 <= 11 <= 10"),
     ("max_queries", 0, "max_queries must be a whole number of operations, at least 1, not 0"),
