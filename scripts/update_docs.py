@@ -23,7 +23,7 @@ def verdicts() -> str:
             rule.service,
             _sentence(rule.evidence),
             _when(rule),
-            ", ".join(sorted(rule.codes)),
+            ", ".join(sorted(rule.codes)) + "; any in connect" * rule.recoded,
             f"`{rule.verdict.fault.value}`",
             f"`{rule.verdict.outcome.value}`",
             _again(rule.verdict),

@@ -115,6 +115,7 @@ class Rule:
         known: How that is known.
         where: In which phases, and whether as the end of a connection.
         codes: Codes of which the error must have one; empty means any.
+        recoded: Whether any code will do while connecting: it is said by what has one code for everything then.
         errors: Types of which the error must be one; empty means any.
         says: How the message begins, or with "$" at its end the whole of it; empty means any.
         text: A pattern which the message must contain.
@@ -127,6 +128,7 @@ class Rule:
     known: Known
     where: Where
     codes: frozenset[str]
+    recoded: bool
     errors: tuple[type[BaseException], ...]
     says: str
     text: str | None
@@ -137,7 +139,7 @@ class Rule:
         return (
             phase in self.where.phases
             and self.where.lost in (None, lost)
-            and (not self.codes or sqlstate in self.codes)
+            and (not self.codes or sqlstate in self.codes or (self.recoded and phase is Phase.CONNECT))
         )
 
     def matches(self, seen: Sighting) -> bool:
@@ -162,8 +164,7 @@ _READS_AN_ARGUMENT = frozenset(
 )
 
 
-# The codes of what poolers say for themselves; PgDog says some of it as an ERROR, and RDS Proxy perhaps.
-_POOLERS = frozenset({"08000", "08006", "08P01", "57014", "58000", "XX000"})
+# PgDog says for itself what it says as an ERROR as well, and RDS Proxy perhaps.
 _ALSO_AS_ERROR = frozenset({"08000", "58000"})
 # Those by which functions in PL/pgSQL, PL/Python, PL/Perl and PL/Tcl raise errors with codes and messages of their own.
 _RAISE = frozenset({"exec_stmt_raise", "PLy_output", "do_util_elog", "pltcl_elog"})
@@ -229,16 +230,14 @@ def _server_answer(seen: Sighting) -> bool:
 
 
 def _in_handshake(seen: Sighting) -> bool:
-    return not seen.failure.initializing and _of_proxy(seen)
+    return isinstance(seen.error, driver.PostgresError) and not seen.failure.initializing and _of_proxy(seen)
 
 
 def _queued(seen: Sighting) -> bool:
     """Whether a pooler says it for which this client waits for a server: nothing was forwarded to one."""
     if seen.failure.phase is Phase.CONNECT:
         return _in_handshake(seen)
-    if seen.severity == "ERROR":
-        return seen.sqlstate in _ALSO_AS_ERROR and _of_proxy(seen)
-    return _fatal(seen) and seen.sqlstate in _POOLERS
+    return _fatal(seen) or (seen.severity == "ERROR" and seen.sqlstate in _ALSO_AS_ERROR and _of_proxy(seen))
 
 
 def _fatal_answer(seen: Sighting) -> bool:
@@ -246,7 +245,7 @@ def _fatal_answer(seen: Sighting) -> bool:
 
 
 def _inits_own(seen: Sighting) -> bool:
-    """Whether the application's `init` met it elsewhere. That a statement of `init`'s has timed out says that the server is slow."""
+    """Whether the application's `init` met it elsewhere. If a statement of `init`'s has timed out, the server is slow."""
     timed_out = isinstance(seen.error, TimeoutError) and seen.error.errno is None
     return seen.failure.initializing and not timed_out
 
@@ -293,6 +292,7 @@ def _rule(
     says: str = "",
     text: str | None = None,
     when: Callable[[Sighting], bool] | None = None,
+    recoded: bool = False,
     service: str = "PostgreSQL",
     known: Known = Known.PROVOKED,
     not_before: float | None = None,
@@ -310,6 +310,7 @@ def _rule(
         says: How the message begins, or with "$" at its end the whole of it.
         text: A pattern which the message must contain.
         when: What else must hold.
+        recoded: Whether any code will do while connecting.
         service: Who says it: the server, the driver, a pooler or a managed service.
         known: How that is known.
         not_before: For how many seconds it is useless to try again.
@@ -325,6 +326,7 @@ def _rule(
         known=known,
         where=where,
         codes=frozenset(codes.split()),
+        recoded=recoded,
         errors=errors if isinstance(errors, tuple) else (errors,),
         says=says,
         text=text,
@@ -364,29 +366,30 @@ _OLD_TYPE = driver.OutdatedSchemaCacheError
 _TLS_CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 _NO_SUCH_PLACE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, UnicodeError)
 
-# What services say. While connecting, before they have handed over, the text counts whatever the code: most have one for
-# everything (Neon and Supavisor XX000, PgCat and PgDog 58000, Prisma none), also for what the server behind them said.
+# What services say. While connecting, before they have handed over, the text counts whatever the code: most have one
+# for everything (Neon and Supavisor XX000, PgCat and PgDog 58000, Prisma none), also for what their server has said.
 # Later it counts with a code of theirs only, as a FATAL, or as an ERROR that no function of a server's has raised.
 
-_at_login = functools.partial(_connecting, raised=_SERVER, when=_in_handshake)
+_at_login = functools.partial(_connecting, raised="", when=_in_handshake)
 _instead = functools.partial(_never_run, where=IN_USE, when=_fatal_answer)
-_in_queue = functools.partial(_never_run, raised=_SERVER, where=EXECUTING, when=_queued)
+_in_queue = functools.partial(_never_run, where=EXECUTING, when=_queued, recoded=True)
 _SOURCE, _SEEN, _DOCUMENT = Known.SOURCE, Known.SEEN, Known.DOCUMENT
-_pgbouncer = functools.partial(_in_queue, service="PgBouncer", known=_SOURCE)
+_pgbouncer = functools.partial(_in_queue, raised="08P01 57014", service="PgBouncer", known=_SOURCE)
 _pgbouncer_login = functools.partial(_at_login, service="PgBouncer", known=_SOURCE)
 _pgbouncer_idle = functools.partial(_instead, STALE, "08P01", service="PgBouncer", known=_SOURCE)
-_pgcat = functools.partial(_in_queue, service="PgCat", known=_SOURCE)
+_pgcat = functools.partial(_in_queue, raised="58000", service="PgCat", known=_SOURCE)
 _pgcat_login = functools.partial(_at_login, service="PgCat", known=_SOURCE)
 _pgcat_idle = functools.partial(_instead, STALE, "58000", service="PgCat", known=_SOURCE)
-_pgdog = functools.partial(_in_queue, service="PgDog", known=_SOURCE)
+_pgdog = functools.partial(_in_queue, raised="58000", service="PgDog", known=_SOURCE)
 _pgdog_login = functools.partial(_at_login, service="PgDog", known=_SOURCE)
-_odyssey = functools.partial(_in_queue, service="Odyssey", known=_SOURCE)
-_supavisor = functools.partial(_in_queue, service="Supavisor", known=_SOURCE)
+_odyssey = functools.partial(_in_queue, raised="08006", service="Odyssey", known=_SOURCE)
+_supavisor = functools.partial(_in_queue, raised="XX000 08006", service="Supavisor", known=_SOURCE)
 _supavisor_login = functools.partial(_at_login, service="Supavisor", known=_SOURCE)
 _supavisor_cache = functools.partial(_instead, STATEMENT_CACHE, "XX000", service="Supavisor", known=_SOURCE)
 _neon = functools.partial(_at_login, service="Neon", known=_SOURCE)
 _neon_storage = functools.partial(_answered, OVERLOADED, where=ANSWERED, service="Neon", known=_SOURCE, when=_of_server)
 _rds_proxy = functools.partial(_at_login, service="RDS Proxy", known=_DOCUMENT)
+_rds_queue = functools.partial(_in_queue, raised="08000", service="RDS Proxy", known=_DOCUMENT)
 _dsql = functools.partial(_at_login, service="Aurora DSQL", known=_DOCUMENT)
 _cockroach = functools.partial(_at_login, service="CockroachDB Cloud", known=_SOURCE)
 _prisma = functools.partial(_at_login, service="Prisma Postgres", known=_SEEN)
@@ -450,7 +453,7 @@ _SERVICES: tuple[Rule, ...] = (
     _odyssey(UNREACHABLE, evidence="`failed to connect to remote server`, and the like", text=_ODYSSEY_HAS_NONE),
     _odyssey(STALE, evidence="`Odyssey has dropped the connection`, idle", text=_ODYSSEY_DROPPED, when=_dropped_idle),
     _cache_lost("26000 42P05", "the prepared statement is missing, or there already", service="Supavisor"),
-    _refused_queued("28000 28P01 3D000", "the server behind the pooler refuses the login", service="PgBouncer, Supavisor"),
+    _refused_queued("28000 28P01 3D000", "the server refuses the pooler's login", service="PgBouncer, Supavisor"),
     # Supabase.
     _supavisor(OVERLOADED, says="(EMAXCONN) "),
     _supavisor(OVERLOADED, says="(EMAXCONNSESSION) "),
@@ -494,7 +497,7 @@ _SERVICES: tuple[Rule, ...] = (
     _neon_storage("08001 58030 XX000", says="[NEON_SMGR] "),
     _size_limit(says="could not extend file because project size limit (", service="Neon", known=_SOURCE),
     # Amazon.
-    _rds_proxy(OVERLOADED, says="Timed-out waiting to acquire database connection", where=EXECUTING, when=_queued),
+    _rds_queue(OVERLOADED, says="Timed-out waiting to acquire database connection"),
     _rds_proxy(OVERLOADED, says="The maximum number of client connections to the proxy exceeded"),
     _rds_proxy(OVERLOADED, says="Rate of connection to proxy exceeded"),
     _rds_proxy(OVERLOADED, says="The IAM authentication failed because of too many competing requests"),
@@ -514,7 +517,7 @@ _SERVICES: tuple[Rule, ...] = (
     _planetscale(WRONG_SERVER, "XX000", says="pg_readonly: ", then=EXPIRE, when=_of_server, only_for=_IN_DOUBT),
     _prisma(UNREACHABLE, says="Failed to connect to upstream database"),
     _prisma(UNREACHABLE, says="Failed to identify your database: A server error occurred", only_for=_IN_DOUBT),
-    _prisma(UNREACHABLE, says="Failed to identify your database: Your Prisma Postgres database is not", only_for=_IN_DOUBT),
+    _prisma(UNREACHABLE, says="Failed to identify your database: Your Prisma Postgres database is", only_for=_IN_DOUBT),
 )
 
 RULES: tuple[Rule, ...] = (
@@ -529,7 +532,7 @@ RULES: tuple[Rule, ...] = (
     _rule(DISCONNECTED, "", "the connection lost during COMMIT, whatever the reason", where=LOST_COMMIT),
     _rule(DISCONNECTED, "40003 08007", "completion of a statement, or of a transaction, unknown"),
     _rule(PERMANENT, "XXA00", "committed, but a later step failed", service="CockroachDB", known=_SOURCE),
-    # Each has been seen before a connection ended. If it ever came as an ERROR on one that lives, it would be no guarantee.
+    # Each was seen before a connection ended. If it ever came as an ERROR on one that lives, it would be no guarantee.
     _lost_behind("08006", "`remote server read/write error`", text=_ODYSSEY_LOST, service="Odyssey"),
     _lost_behind("57P01", says="server is shutting down$", service="CockroachDB"),
     _lost_behind("XX000", says="Timed out: Perform RPC", service="YugabyteDB"),
