@@ -154,6 +154,9 @@ class Rule:
 
 # What else must hold
 
+# What servers and poolers say when they do not know themselves what became of a COMMIT: a lost connection (08), a server
+# that ends (57P), a pooler's or the system's trouble (58), an internal error (XX, also CockroachDB's XXA00: it has).
+_NO_WORD_ABOUT_A_COMMIT = ("08", "57P", "58", "XX")
 # Functions of postgres_fdw's and dblink's that raise what another server has said to this one, or that it is away.
 _FOREIGN = frozenset({"pgfdw_report_error", "pgfdw_report", "pgfdw_report_internal", "connect_pg_server"}) | frozenset(
     {"dblink_res_error", "dblink_connect", "dblink_get_conn", "dblink_conn_not_avail"}
@@ -258,6 +261,10 @@ def _tls_optional(seen: Sighting) -> bool:
     return seen.failure.sslmode in {"allow", "prefer"}
 
 
+def _no_refusal(seen: Sighting) -> bool:
+    return _from_server(seen) and seen.sqlstate.startswith(_NO_WORD_ABOUT_A_COMMIT)
+
+
 def _dropped_idle(seen: Sighting) -> bool:
     detail = getattr(seen.error, "detail", None) or ""
     return _fatal(seen) and detail.endswith("due to idle timeout")
@@ -276,7 +283,8 @@ CONNECTING, CHECKING, CONNECTED, EXECUTING = (
     Where(ANY.phases - {Phase.CONNECT}),
     Where(ANY.phases - {Phase.COMMIT}),
 )
-LOST_CONNECTING, LOST_COMMIT = CONNECTING._replace(lost=True), Where(frozenset({Phase.COMMIT}), lost=True)
+COMMITTING = Where(frozenset({Phase.COMMIT}), lost=False)
+LOST_CONNECTING, LOST_COMMIT = CONNECTING._replace(lost=True), COMMITTING._replace(lost=True)
 ANSWERED = EXECUTING._replace(lost=False)  # what is no word about a COMMIT
 IN_USE = Where(frozenset({Phase.CHECKOUT, Phase.EXECUTE}), lost=True)
 
@@ -537,6 +545,7 @@ RULES: tuple[Rule, ...] = (
     _lost_behind("57P01", says="server is shutting down$", service="CockroachDB"),
     _lost_behind("XX000", says="Timed out: Perform RPC", service="YugabyteDB"),
     _lost_behind("XX000", says="Invalid argument: Unknown session", service="YugabyteDB"),
+    _rule(PERMANENT, "", "an ERROR that says nothing of a COMMIT: 08, 57P, 58, XX", where=COMMITTING, when=_no_refusal),
     *_SERVICES,
     # A server which has no room.
     _connecting(OVERLOADED, "53300", "too many clients"),
@@ -845,11 +854,6 @@ def reports_closed_connection(error: BaseException) -> bool:
     return isinstance(error, driver.InterfaceError) and re.search(_CLOSED, _text_of(error)) is not None
 
 
-# What servers and poolers say when they do not know themselves what became of a COMMIT: a lost connection (08), a server that
-# ends (57P), a pooler's or the system's trouble (58), an internal error (XX, also CockroachDB's XXA00: it has committed).
-_NO_WORD_ABOUT_A_COMMIT = ("08", "40003", "57P", "58", "XX")
-
-
 def refuses_commit(error: BaseException) -> bool:
     """Say whether an answer to COMMIT is a refusal, so that the transaction is certain to be rolled back.
 
@@ -862,4 +866,4 @@ def refuses_commit(error: BaseException) -> bool:
     """
     if not isinstance(error, driver.PostgresError) or _severity_of(error) != "ERROR":
         return False
-    return _sqlstate_of(error) != "" and not _sqlstate_of(error).startswith(_NO_WORD_ABOUT_A_COMMIT)
+    return _sqlstate_of(error) != "" and not _sqlstate_of(error).startswith((*_NO_WORD_ABOUT_A_COMMIT, "40003"))

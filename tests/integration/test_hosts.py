@@ -12,7 +12,7 @@ import pytest
 
 from resilient_pool import ResilientPool
 from resilient_pool.pooling.hosts import HEAD_START
-from resilient_pool.testing import FaultProxy, TlsCertificates
+from resilient_pool.testing import FaultProxy, Point, Refusal, ScriptedServer, TlsCertificates
 
 
 @contextlib.contextmanager
@@ -181,6 +181,54 @@ async def test_what_the_server_refuses_for_good_is_not_asked_of_the_next_host(po
             with pytest.raises(asyncpg.InvalidCatalogNameError):
                 await pool.fetchval("SELECT 42")
         assert proxy.attempts == 0
+
+
+NEVER = Refusal(
+    at=Point.STARTUP,
+    sqlstate="57P03",
+    message="the database system is not accepting connections",
+    detail="Hot standby mode is disabled.",
+)
+
+
+async def test_a_host_that_never_serves_makes_way_for_the_next(postgres):
+    """A standby that lets nobody in says the same for ever."""
+    with ScriptedServer(NEVER) as never:
+        where = arguments(postgres, ["127.0.0.1"] * 2, [never.port, postgres.port])
+        async with ResilientPool(**where) as pool:
+            assert await pool.fetchval("SELECT 42") == 42
+            assert pool.stats().connect_failures == 0
+        assert never.attempts == 1
+
+
+async def test_a_host_that_speaks_no_tls_makes_way_for_one_that_does(postgres):
+    """It is required, and another host may offer it."""
+    certificates = TlsCertificates()
+    with (
+        ScriptedServer() as plain,
+        ScriptedServer(host=postgres.host, port=postgres.port, tls=certificates) as encrypted,
+    ):
+        where = arguments(postgres, ["127.0.0.1"] * 2, [plain.port, encrypted.port], ssl="require")
+        async with ResilientPool(**where) as pool:
+            assert await pool.fetchval("SELECT 42") == 42
+        assert (plain.attempts, plain.statements) == (1, ())
+
+
+async def test_a_host_that_is_blocked_for_some_time_does_not_hide_that_another_one_is_back_sooner(postgres):
+    """Waiting is for the one that may serve first."""
+    text = (
+        "(ECIRCUITBREAKER) too many failed attempts to connect to the database, new connections are temporarily blocked"
+    )
+    blocked = Refusal(at=Point.STARTUP, sqlstate="XX000", message=text)
+    starting = Refusal(at=Point.STARTUP, sqlstate="57P03", message="the database system is starting up", times=1)
+    for order in (1, -1):
+        with (
+            ScriptedServer(blocked) as first,
+            ScriptedServer(starting, host=postgres.host, port=postgres.port) as second,
+        ):
+            where = arguments(postgres, ["127.0.0.1"] * 2, [first.port, second.port][::order], deadline=10)
+            async with ResilientPool(**where) as pool:
+                assert await pool.fetchval("SELECT 42") == 42
 
 
 async def test_when_every_host_fails_the_error_says_how_each_did(postgres, resolver):

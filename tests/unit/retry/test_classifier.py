@@ -772,6 +772,14 @@ def test_only_the_servers_own_error_refuses_a_commit() -> None:
     assert [name for name, error in NO_REFUSALS_OF_COMMIT.items() if refuses_commit(error)] == []
 
 
+def test_what_does_not_refuse_a_commit_promises_nothing_about_it() -> None:
+    """The verdict and the single question agree."""
+    refused = {name: classify(error, COMMIT).outcome for name, error in REFUSALS_OF_COMMIT.items()}
+    assert refused == dict.fromkeys(REFUSALS_OF_COMMIT, Outcome.ROLLED_BACK)
+    unknown = {name: classify(error, COMMIT).outcome for name, error in NO_REFUSALS_OF_COMMIT.items()}
+    assert unknown == dict.fromkeys(NO_REFUSALS_OF_COMMIT, Outcome.UNKNOWN)
+
+
 # What applications write
 
 SAYINGS = [rule for rule in RULES if rule.says and rule.service != "PostgreSQL"]
@@ -947,7 +955,7 @@ def test_every_rule_is_reached_by_a_case_of_these_tables() -> None:
     failures = [Failure(error=error, phase=EXECUTE) for error, _ in EXECUTING.values()]
     failures += [Failure(error=error, phase=CONNECT) for error, _ in CONNECTING.values()]
     failures += [Failure(error=error, phase=CONNECT, waking=True) for error, _ in WAKING.values()]
-    failures += [Failure(error=error, phase=COMMIT) for error in LOSSES.values()]
+    failures += [Failure(error=error, phase=COMMIT) for error in (*LOSSES.values(), *NO_REFUSALS_OF_COMMIT.values())]
     failures += [Failure(error=error, phase=CHECKOUT) for error in (loss(), TimeoutError())]
     failures += [Failure(error=ConnectionRefusedError(), phase=CONNECT, initializing=True)]
     failures += [Failure(error=TLS_REFUSED, phase=CONNECT, sslmode="prefer")]
