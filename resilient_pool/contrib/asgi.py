@@ -269,8 +269,9 @@ class WebPool(Instrument):
     def answer_to(self, error: Exception, method: str) -> Answer | None:
         """Say what to answer in place of an error that ended a request; `None` if it is not about the database's absence.
 
-        503 with `Retry-After` while the server is away, or all connections are in use until the time is up. `Retry-After` is left
-        out if the request had used the pool before, and its method is not idempotent: a part of it may have been done. 500, with
+        503 with `Retry-After` while the server is away, or all connections are in use until the time is up; with that time after
+        which a service that blocks new connections lets them in again, if that is later. `Retry-After` is left out if the request
+        had used the pool before, and its method is not idempotent: a part of it may have been done. 500, with
         a text that says so, if it is not known what became of a write.
 
         Args:
@@ -280,8 +281,9 @@ class WebPool(Instrument):
         inner = self._classifier.unwrap(error)
         if isinstance(inner, OutcomeUnknownError):
             return _UNKNOWN
-        request = self._current.get() or _Request()
+        request, after = self._current.get() or _Request(), self._retry_after
         if isinstance(inner, AcquireTimeoutError):
+            after = max(after, math.ceil(inner.retry_after or 0.0))
             stats = None if self._pool is None else self._pool.stats()
             is_away = stats is None or stats.circuit_open or not stats.size
         elif isinstance(inner, Exception) and self._is_about_an_absent_server(inner, request.given_up):
@@ -290,7 +292,7 @@ class WebPool(Instrument):
             return None
         kind, title = _AWAY if is_away else _BUSY
         may_repeat = method in _IDEMPOTENT or request.uses == 0
-        return Answer(status=503, kind=kind, title=title, retry_after=self._retry_after if may_repeat else None)
+        return Answer(status=503, kind=kind, title=title, retry_after=after if may_repeat else None)
 
     def _is_about_an_absent_server(self, error: Exception, given_up: RetryExhausted | None) -> bool:
         # The application's own OSError is none of ours: the pool must have given up in this request, with nothing left unknown, and

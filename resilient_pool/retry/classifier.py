@@ -170,7 +170,7 @@ _READS_AN_ARGUMENT = frozenset(
 # PgDog says for itself what it says as an ERROR as well, and RDS Proxy perhaps.
 _ALSO_AS_ERROR = frozenset({"08000", "58000"})
 # Those by which functions in PL/pgSQL, PL/Python, PL/Perl and PL/Tcl raise errors with codes and messages of their own.
-_RAISE = frozenset({"exec_stmt_raise", "PLy_output", "do_util_elog", "pltcl_elog"})
+_RAISE = frozenset({"exec_stmt_raise", "PLy_output", "PLy_elog_impl", "do_util_elog", "pltcl_elog"})
 
 
 def _demoted(seen: Sighting) -> bool:
@@ -391,6 +391,7 @@ _pgcat_idle = functools.partial(_instead, STALE, "58000", service="PgCat", known
 _pgdog = functools.partial(_in_queue, raised="58000", service="PgDog", known=_SOURCE)
 _pgdog_login = functools.partial(_at_login, service="PgDog", known=_SOURCE)
 _odyssey = functools.partial(_in_queue, raised="08006", service="Odyssey", known=_SOURCE)
+_odyssey_idle = functools.partial(_instead, STALE, "08006", when=_dropped_idle, service="Odyssey", known=_SOURCE)
 _supavisor = functools.partial(_in_queue, raised="XX000 08006", service="Supavisor", known=_SOURCE)
 _supavisor_login = functools.partial(_at_login, service="Supavisor", known=_SOURCE)
 _supavisor_cache = functools.partial(_instead, STATEMENT_CACHE, "XX000", service="Supavisor", known=_SOURCE)
@@ -459,7 +460,7 @@ _SERVICES: tuple[Rule, ...] = (
     _pgdog_login(PERMANENT, says="only TLS connections are allowed"),
     _pgdog_login(PERMANENT, says="Clients must connect with TLS"),
     _odyssey(UNREACHABLE, evidence="`failed to connect to remote server`, and the like", text=_ODYSSEY_HAS_NONE),
-    _odyssey(STALE, evidence="`Odyssey has dropped the connection`, idle", text=_ODYSSEY_DROPPED, when=_dropped_idle),
+    _odyssey_idle("`Odyssey has dropped the connection`, with a detail that says idle", text=_ODYSSEY_DROPPED),
     _cache_lost("26000 42P05", "the prepared statement is missing, or there already", service="Supavisor"),
     _refused_queued("28000 28P01 3D000", "the server refuses the pooler's login", service="PgBouncer, Supavisor"),
     # Supabase.

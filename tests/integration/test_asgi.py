@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from resilient_pool import ResilientConnection, ResilientPool, RetriedTransaction
 from resilient_pool.contrib.asgi import WebPool, header_budget
-from resilient_pool.testing import PausingServer
+from resilient_pool.testing import PausingServer, Point, Refusal, ScriptedServer
 
 FRAMEWORKS = ["fastapi", "starlette", "litestar"]
 WRITE = "INSERT INTO visits VALUES ($1)"
@@ -229,6 +229,18 @@ async def test_an_absent_server_is_503_with_retry_after_within_the_requests_own_
         answer = await client.post("/write", headers={"X-Request-Timeout": "0.4"})
         assert (answer.status_code, answer.json()["retry"]) == (503, True)
         assert asyncio.get_running_loop().time() - started < 5
+
+
+async def test_a_client_is_told_when_a_service_that_blocks_new_connections_lets_them_in_again(framework):
+    """Sooner is useless, and the request does not wait for it."""
+    text = (
+        "(ECIRCUITBREAKER) too many failed attempts to connect to the database, new connections are temporarily blocked"
+    )
+    with ScriptedServer(Refusal(at=Point.STARTUP, sqlstate="XX000", message=text)) as server:
+        async with serving(framework, web_pool(server.dsn())) as client:
+            answer = await client.get("/read", headers={"X-Request-Timeout": "5"})
+            assert (answer.status_code, answer.headers["retry-after"], answer.json()["retry"]) == (503, "30", True)
+        assert server.attempts == 1
 
 
 async def test_a_busy_pool_is_503_as_well(framework, dsn):
