@@ -7,15 +7,15 @@ import contextlib
 import os
 import warnings
 from asyncio import get_running_loop
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from enum import Enum
 from types import TracebackType
-from typing import Any, ClassVar, Generic, Self, TypeVar, Unpack, cast
+from typing import Any, ClassVar, Generic, Never, Self, TypeVar, Unpack, cast
 from weakref import WeakSet
 
 import asyncpg
 
-from resilient_pool._validation import names_nearest, require_known, require_seconds
+from resilient_pool._validation import names_nearest, require_call, require_known, require_seconds
 from resilient_pool.clock import Clock, SystemClock, deadline_scope
 from resilient_pool.config.arguments import ConnectArguments, RecordT, TypedPoolArguments
 from resilient_pool.config.pool_config import PoolConfig, SealedDsn, seal
@@ -323,24 +323,23 @@ class ResilientPool(Queries[RecordT]):
 
     # Leasing
 
-    @names_nearest
-    def acquire(self, *, timeout: float | None = None, fail_fast: bool | None = None) -> Acquisition[RecordT]:
+    def acquire(
+        self, *, timeout: float | None = None, fail_fast: bool | None = None, **unknown: Never
+    ) -> Acquisition[RecordT]:
         """Acquire a connection: `async with pool.acquire() as connection`, or `await` it and `release()` it.
 
         Args:
             timeout: How many seconds to wait for a healthy connection. Default: the pool's `deadline`.
             fail_fast: Whether to fail at once while the server is known to be away. Default: as the pool was made.
+            **unknown: Nothing: what is misspelt is refused, with the nearest name.
 
         Raises:
             AcquireTimeoutError: None became free in time.
             Exception: The driver's own error, when no connection could be opened in time.
         """
-        require_seconds("timeout", timeout)
-        return Acquisition(self, timeout, fail_fast=fail_fast)
-
-    async def _acquire(self, timeout: float | None, *, fail_fast: bool | None) -> ResilientConnection[RecordT]:
-        self._require_open()
-        return await self._leases.lease(timeout, fail_fast=fail_fast)
+        if unknown or timeout is not None:
+            require_call(ResilientPool.acquire, timeout, unknown)
+        return Acquisition(self, timeout, fail_fast)
 
     @names_nearest
     async def release(self, connection: ResilientConnection[RecordT], *, timeout: float | None = None) -> None:
@@ -362,9 +361,13 @@ class ResilientPool(Queries[RecordT]):
             raise asyncpg.InterfaceError(
                 f"ResilientPool.release() received invalid connection: {connection!r} is not a member of this pool"
             )
+        await self._release(connection, timeout)
+
+    async def _release(self, connection: ResilientConnection[RecordT], timeout: float | None) -> None:
         if connection.is_released:
             return
-        self._require_loop()
+        if get_running_loop() is not self._loop:
+            self._require_loop()
         reset = self._leases.release(connection, timeout)
         error = await _end_of(reset) if self._waits_for_reset else None
         if error is not None:
@@ -649,7 +652,7 @@ class Acquisition(Generic[RecordT]):
 
     __slots__ = ("_connection", "_fail_fast", "_pool", "_timeout", "_used")
 
-    def __init__(self, pool: ResilientPool[RecordT], timeout: float | None, *, fail_fast: bool | None) -> None:
+    def __init__(self, pool: ResilientPool[RecordT], timeout: float | None, fail_fast: bool | None) -> None:
         self._pool = pool
         self._timeout = timeout
         self._fail_fast = fail_fast
@@ -658,21 +661,26 @@ class Acquisition(Generic[RecordT]):
 
     def __await__(self) -> Generator[Any, None, ResilientConnection[RecordT]]:
         self._used = True
-        return self._pool._acquire(self._timeout, fail_fast=self._fail_fast).__await__()  # noqa: SLF001
+        return self._acquire().__await__()
 
     async def __aenter__(self) -> ResilientConnection[RecordT]:
         if self._used:
             raise asyncpg.InterfaceError("a connection is already acquired")
         self._used = True
-        self._connection = await self._pool._acquire(self._timeout, fail_fast=self._fail_fast)  # noqa: SLF001
+        self._connection = await self._acquire()
         return self._connection
+
+    def _acquire(self) -> Coroutine[Any, Any, ResilientConnection[RecordT]]:
+        pool = self._pool
+        pool._require_open()  # noqa: SLF001
+        return pool._leases.lease(self._timeout, fail_fast=self._fail_fast)  # noqa: SLF001
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            await self._pool.release(connection)
+            await self._pool._release(connection, None)  # noqa: SLF001
 
 
 class Invocation:

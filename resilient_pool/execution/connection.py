@@ -70,6 +70,10 @@ _FRESH, _TRYING, _SETTING_UP, _USED = LeaseState.FRESH, LeaseState.TRYING, Lease
 _RELEASED, _CLOSED = LeaseState.RELEASED, LeaseState.CLOSED
 
 
+# In seconds.
+_A_MOMENT = 0.001
+
+
 class _Attachments:
     """What an application has attached to a lease rather than to its session: it goes along to a replacement.
 
@@ -298,7 +302,8 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         if options:
             _check(options)
         if self._state is not _USED and self._state is not _SETTING_UP:
-            self._require_active(operation)
+            if self._state is not _FRESH:
+                self._require_active(operation)
             return await self._try((operation, sql, execute, arguments, options, replayable))
         keeps_session, self._keeps_session = self._keeps_session, False
         if self._tracker is not None:
@@ -365,12 +370,13 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         self._state = _TRYING
         operation, sql, execute, arguments, *_ = asked
         kept, self._keeps_session = self._keeps_session, False
-        started, execution, fresh = self._leases.begin_call(), None, None
+        leases = self._leases
+        started, execution, fresh = leases.begin_call(), None, None
         try:
             while True:
                 failure, driver, queries = None, self._driver, 0
                 try:
-                    if execution is None and driver is not None and self._leases.is_ready(self._entry, driver):
+                    if execution is None and driver is not None and leases.is_ready(self._entry, driver, started):
                         queries = driver.queries if driver.is_customized else 0
                         result = await execute(driver.connection, *arguments)
                     else:
@@ -397,7 +403,9 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             raise
         finally:
             self._interrupted = fresh is None
-            if self._state is _TRYING:
+            if fresh is False and self._state is _TRYING and self._entry is not None:
+                self._state = _USED
+            elif self._state is _TRYING:
                 self._end_trying(fresh=self._has_nothing_to_lose(execution) if fresh is None else fresh)
         return result
 
@@ -447,15 +455,12 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             raise asyncpg.ConnectionDoesNotExistError("connection was closed while it was being set up")
         if driver is not self._driver:
             self._detach_driver()
-            self._become_proxy_of(driver)
+            driver.attach_proxy(self)
+            self._driver = driver
             execution.attempt.phase, execution.attempt.driver = Phase.CHECKOUT, driver
             if self._leases.sets_up or self._attached is not None:
                 await self._set_up(driver, execution)
         return driver
-
-    def _become_proxy_of(self, driver: DriverConnection) -> None:
-        driver.attach_proxy(self)
-        self._driver = driver
 
     async def _set_up(self, driver: DriverConnection, execution: Execution[T]) -> None:
         # What `setup` does is part of getting the connection: it fails as a whole, and is repeated as a whole.
@@ -881,6 +886,8 @@ class LeaseManager:
         self.connection_class = config.connection_class
         self.retry_loop = retry_loop
         self._retry_budget = config.retry_budget
+        self._monotonic = context.clock.monotonic
+        self._ping_after = config.ping_after
         self.read_check = retry_loop.read_check
         # The application's own callbacks and statements may leave anything behind.
         self.trusts_texts = (
@@ -907,20 +914,24 @@ class LeaseManager:
     def begin_call(self) -> float:
         """Count an operation, and return when it began."""
         self._retry_budget.calls += 1
-        return self._clock.monotonic()
+        return self._monotonic()
 
     async def lease(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection[Any]:
         """Lease a healthy connection within `seconds`."""
-        options: CallOptions = {"idempotent": True, "deadline": seconds, "fail_fast": fail_fast}
-        asked: Asked[None] = ("acquire", None, do_nothing, (), options, True)
         started = self.begin_call()
-        execution = self.retry_loop.new_execution(*asked, started) if self.sets_up else None
+        options: CallOptions = {"idempotent": True, "deadline": seconds, "fail_fast": fail_fast}
+        execution: Execution[None] | None = None
+        if self.sets_up:
+            execution = self.retry_loop.new_execution("acquire", options=options, started=started)
         while True:
             try:
+                entry = self._acquirer.try_acquire() if execution is None else None
+                if entry is not None:
+                    return self.new_lease(entry, entry.resource)
                 return await self.lease_for(execution, self.retry_loop.limits(started, options))
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                 failure = error
-            execution = execution or self.retry_loop.new_execution(*asked, started)
+            execution = execution or self.retry_loop.new_execution("acquire", options=options, started=started)
             await self.retry_loop.wait_for_retry(execution, failure)
 
     async def lease_for(
@@ -935,31 +946,40 @@ class LeaseManager:
         entry = self._acquirer.try_acquire()
         if entry is None:
             entry = await self._acquirer.acquire(limits[0], fail_fast=limits[1])
+        if execution is None:
+            return self.new_lease(entry, entry.resource)
         lease = self.new_lease(entry)
         leased = False
         try:
-            await self.attach(lease, execution)
+            await lease._attach(execution)  # noqa: SLF001
             leased = True
         finally:
             if not leased:
                 self.release(lease)
         return lease
 
-    def new_lease(self, entry: PoolEntry[DriverConnection]) -> ResilientConnection[Any]:
-        """Make a lease of an entry, to be attached to its connection."""
+    def new_lease(
+        self, entry: PoolEntry[DriverConnection], driver: DriverConnection | None = None
+    ) -> ResilientConnection[Any]:
+        """Make a lease of an entry; unless it is given its connection, it is still to be attached to that, and set up."""
         pooled = entry.resource is not None and entry.resource.is_pooled
-        return (self._pooled_lease_class if pooled else self._lease_class)(self, entry)
+        lease = (self._pooled_lease_class if pooled else self._lease_class)(self, entry)
+        if driver is not None:
+            driver.attach_proxy(lease)
+            lease._driver = driver  # noqa: SLF001
+        return lease
 
-    async def attach(self, lease: ResilientConnection[Any], execution: Execution[Any] | None) -> None:
+    async def attach(self, lease: ResilientConnection[Any], execution: Execution[Any]) -> None:
         """Attach a new lease to its connection, and let the application set it up."""
-        if execution is not None:
-            await lease._attach(execution)  # noqa: SLF001
-        else:
-            lease._become_proxy_of(lease._entry.resource)  # type: ignore[union-attr, arg-type] # noqa: SLF001
+        await lease._attach(execution)  # noqa: SLF001
 
-    def is_ready(self, entry: PoolEntry[DriverConnection] | None, driver: DriverConnection) -> bool:
-        """Whether the connection of a lease can be used as it is."""
-        return entry is not None and entry.resource is driver and self._acquirer.is_ready(entry)
+    def is_ready(self, entry: PoolEntry[DriverConnection] | None, driver: DriverConnection, now: float) -> bool:
+        """Whether the connection of a lease can be used as it is, at an instant on the line of `Clock.monotonic()`."""
+        if entry is None or entry.resource is not driver:
+            return False
+        # What was looked at when it was leased, a moment ago, is not looked at again.
+        is_known = now - entry.taken_at_monotonic < _A_MOMENT and driver.is_usable
+        return is_known or self._acquirer.is_ready(entry)
 
     async def ensure_healthy(
         self, entry: PoolEntry[DriverConnection] | None, deadline: float | None, *, fail_fast: bool = False
@@ -1047,7 +1067,7 @@ class LeaseManager:
             lease._detach_driver()  # noqa: SLF001
         finally:
             # What was asked long ago vouches for nothing: the reset asks again, and no caller waits for that.
-            if entry is not None and keeps and self._clock.now() - entry.taken_at < self._config.ping_after:
+            if entry is not None and keeps and self._monotonic() - entry.taken_at_monotonic < self._ping_after:
                 self._acquirer.release(entry)
             elif entry is not None:
                 reset = self._maintenance.reset_and_release(entry, seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from math import inf
+from typing import Any
 
 from resilient_pool.errors import AcquireTimeoutError, PoolOverloadedError
 from resilient_pool.events import CallerWaited, DiscardReason, WaitEnd, WaitReason
@@ -19,6 +20,9 @@ _SLOW = 0.1
 
 # For so many seconds the end of a reset is waited for, where another connection could be taken or opened.
 _PROMPT = 0.05
+# Looking a member up in its enumeration takes long (Python 3.11).
+_BUSY, _CONNECTING = WaitReason.BUSY, WaitReason.CONNECTING
+_SERVED, _CANCELLED = WaitEnd.SERVED, WaitEnd.CANCELLED
 
 
 class Acquirer:
@@ -54,6 +58,7 @@ class Acquirer:
         self._monotonic = context.clock.monotonic
         self._counters = context.counters
         self._events = context.events
+        self._has_observers = bool(context.events)
 
     def try_acquire(self) -> PoolEntry[DriverConnection] | None:
         """Take the entry that was used last, if it is idle and its connection can be used as it is."""
@@ -118,18 +123,36 @@ class Acquirer:
         if self._maintenance.returning:
             await self._let_a_lone_reset_end(deadline)
         while True:
-            entry = self._at_hand()
+            entry: Any = self._at_hand()
             if entry is None:
                 if not is_begun and self._resources.waiting >= self._max_waiting:
                     raise self._overload()
-                entry = await self._wait(deadline, fail_fast=fail_fast)
                 is_begun = True  # who has waited is not sent away
+                reason, started, end, failure = (
+                    self._begin_wait(deadline, fail_fast),
+                    self._monotonic(),
+                    _CANCELLED,
+                    None,
+                )
+                ticket = self._resources.enqueue(None if deadline is None else deadline - started, fail_fast=fail_fast)
+                try:
+                    entry = await ticket
+                    end = _SERVED
+                except Exception as error:  # noqa: BLE001 - it is raised below, when the wait has ended
+                    end, failure = self._end_and_failure(error)
+                finally:
+                    if entry is None:
+                        self._resources.give_up(ticket)
+                    self._end_wait(started, reason, end)
+                    self._circuit_breaker.stop_prober_if_unused()
+                if failure is not None:
+                    raise failure
             if not self.is_ready(entry):
                 self._maintenance.close_if_idle_too_long(entry)
                 if not await self.ensure_healthy(entry, deadline):
                     continue
             self._counters.acquired += 1
-            return entry
+            return entry  # type: ignore[no-any-return]
 
     def _overload(self) -> PoolOverloadedError:
         self._counters.overloads += 1
@@ -153,46 +176,36 @@ class Acquirer:
                 self._end_wait(started, WaitReason.RESETTING, end)
 
     def _at_hand(self) -> PoolEntry[DriverConnection] | None:
-        if not self._resources.idle:
-            if self._resources.is_full or self._is_worth_waiting():
+        resources = self._resources
+        if not self._idle:
+            # A connection that is being reset comes back sooner than a new one could be opened, as long as no other caller waits
+            # for it. One to spare is opened all the same: then a caller whose writes follow each other need not wait for the
+            # resets between them, and still it does not open one connection after the other.
+            if resources.is_full or self._maintenance.returning > len(resources.waiters) + 1:
                 return None
             self._circuit_breaker.half_open_if_unconnected()
-        return self._resources.take()
+        return resources.take()
 
-    def _is_worth_waiting(self) -> bool:
-        # A connection that is being reset comes back sooner than a new one could be opened, as long as no other caller waits
-        # for it. One to spare is opened all the same: then a caller whose writes follow each other need not wait for the
-        # resets between them, and still it does not open one connection after the other.
-        return self._maintenance.returning > self._resources.waiting + 1
-
-    async def _wait(self, deadline: float | None, *, fail_fast: bool) -> PoolEntry[DriverConnection]:
-        self._maintenance.require_open()
+    def _begin_wait(self, deadline: float | None, fail_fast: bool) -> WaitReason:
+        """Let a connection be opened if that is needed, and say why the caller has to wait. Raises if it need not wait."""
+        if self._maintenance.closing:
+            self._maintenance.require_open()
         refusal = self._circuit_breaker.refusal(deadline, fail_fast=fail_fast)
         self._circuit_breaker.ensure_prober()
         if refusal is not None:
             raise refusal
-        started, end = self._clock.monotonic(), WaitEnd.CANCELLED
-        reason = WaitReason.BUSY if self._resources.has_resources else WaitReason.CONNECTING
-        try:
-            entry = await self._resources.wait(None if deadline is None else deadline - started, fail_fast=fail_fast)
-            end = WaitEnd.SERVED
-            return entry  # noqa: TRY300 - the wait ends below, whichever way
-        except Exception as error:
-            end = WaitEnd.FAILED
-            if not isinstance(error, AcquireTimeoutError) or error.retry_after is not None:
-                raise
-            end = WaitEnd.TIMEOUT
-            self._counters.wait_timeouts += 1
-            failure = self._circuit_breaker.error_for_timeout(error)
-        finally:
-            self._end_wait(started, reason, end)
-            self._circuit_breaker.stop_prober_if_unused()
-        raise failure
+        return _BUSY if not self._has_observers or self._resources.has_resources else _CONNECTING
+
+    def _end_and_failure(self, error: Exception) -> tuple[WaitEnd, Exception]:
+        if not isinstance(error, AcquireTimeoutError) or error.retry_after is not None:
+            return WaitEnd.FAILED, error
+        self._counters.wait_timeouts += 1
+        return WaitEnd.TIMEOUT, self._circuit_breaker.error_for_timeout(error)
 
     def _end_wait(self, started: float, reason: WaitReason, end: WaitEnd) -> None:
-        now = self._clock.monotonic()
+        now = self._monotonic()
         self._counters.count_wait(now - started)
-        if not self._events:
+        if not self._has_observers:
             return
         outage = self._circuit_breaker.outage_since(started)
         self._events.emit(

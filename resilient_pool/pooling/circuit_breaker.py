@@ -179,6 +179,8 @@ class CircuitBreaker:
             deadline: Until when the caller could wait, on the line of `Clock.monotonic()`.
             fail_fast: Whether the caller does not wait for a server that is away.
         """
+        if self._outage is None and self._blocked_until == -math.inf:
+            return None  # as nearly always
         now = self._clock.monotonic()
         if fail_fast and self._outage is not None:
             return self._outage.error_for_caller(now)

@@ -171,6 +171,7 @@ class DriverConnection:
 
     __slots__ = (
         "__weakref__",
+        "_asks_its_class",
         "_is_resettable",
         "_poll",
         "_proxy",
@@ -206,6 +207,7 @@ class DriverConnection:
         self.session_info: dict[object, Any] = {}
         self.pid = connection.get_server_pid()
         self.is_customized = overrides_statements(type(connection))
+        self._asks_its_class = type(connection).is_closed is not asyncpg.Connection.is_closed
         self.protocol: Any = connection._protocol  # type: ignore[attr-defined] # noqa: SLF001
         self._poll = self._watch()
         self._proxy: LeaseProxy | None = None
@@ -257,7 +259,10 @@ class DriverConnection:
     @property
     def is_usable(self) -> bool:
         """Whether the connection is open and wanted."""
-        return not (self.invalidated or self.connection.is_closed())
+        connection: Any = self.connection
+        if self.invalidated or self._asks_its_class:
+            return not (self.invalidated or connection.is_closed())
+        return self.protocol.is_connected() and not connection._aborted  # noqa: SLF001
 
     @property
     def is_cancelling(self) -> bool:
@@ -278,7 +283,10 @@ class DriverConnection:
 
     def socket_is_idle(self) -> bool:
         """Whether the connection is open and wanted and nothing at all has happened to its socket. About a microsecond."""
-        return not (self.invalidated or self.connection.is_closed() or self._poll(0))
+        connection: Any = self.connection
+        if self.invalidated or self._asks_its_class:  # the driver's own `is_closed` is asked in one step less
+            return not (self.invalidated or connection.is_closed() or self._poll(0))
+        return not (connection._aborted or not self.protocol.is_connected() or self._poll(0))  # noqa: SLF001
 
     async def drain_socket(self) -> bool:
         """Let the loop read until the socket is quiet or the connection closed, and say whether it can be used.
@@ -558,9 +566,14 @@ class DriverConnection:
 
     def detach_proxy(self, proxy: LeaseProxy) -> None:
         """End a lease: what was made in it becomes invalid, listeners left behind are warned of. Nothing, if it has ended."""
-        if self._proxy is proxy:
-            self.drop_proxy(proxy)
-            self.connection._on_release()  # type: ignore[attr-defined] # noqa: SLF001
+        connection: Any = self.connection
+        if self._proxy is not proxy:
+            return
+        self._proxy = connection._proxy = None  # noqa: SLF001
+        if connection._listeners or connection._log_listeners:  # noqa: SLF001
+            connection._on_release()  # noqa: SLF001
+        else:
+            connection._pool_release_ctr += 1  # noqa: SLF001 - all that it does then
 
     def drop_proxy(self, proxy: LeaseProxy) -> None:
         """End a lease of a connection that is closed. Nothing, if it has ended."""

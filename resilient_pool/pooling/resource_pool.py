@@ -93,19 +93,21 @@ class ResourcePool(Generic[R]):
         idle_entries: The idle ones; the one that was used last is at the end, and is taken first. An entry may be taken from
             there, and put there while no caller waits, without a call of `take` or `put`.
         waiters: Those who wait.
+        connect_limit: How many resources may be opened at the same time.
+        ceiling: How many resources there may be at present.
         on_connection_needed: Called when an entry was given up although a caller waits, or although fewer than `min_size` are left.
         on_return: Called with an entry whose taker was cancelled before it had it. It must `put` the entry.
     """
 
     __slots__ = (
-        "_admitted",
-        "_all",
-        "_ceiling",
         "_drained",
+        "_entries",
         "_fail_fast",
         "_limits",
         "_max_size",
         "_min_size",
+        "ceiling",
+        "connect_limit",
         "idle_entries",
         "on_connection_needed",
         "on_return",
@@ -113,9 +115,9 @@ class ResourcePool(Generic[R]):
     )
 
     def __init__(self, max_size: int, clock: Clock, *, min_size: int = 0) -> None:
-        self._max_size = self._admitted = self._ceiling = max_size
+        self._max_size = self.connect_limit = self.ceiling = max_size
         self._min_size = min_size
-        self._all: set[PoolEntry[R]] = set()
+        self._entries: set[PoolEntry[R]] = set()
         self.idle_entries: list[PoolEntry[R]] = []
         self._limits: TimeoutQueue[asyncio.Future[PoolEntry[R]]] = TimeoutQueue(clock, self._time_is_up)
         self.waiters = self._limits.waiting
@@ -128,12 +130,12 @@ class ResourcePool(Generic[R]):
         return f"<ResourcePool size={self.size} idle={self.idle} waiting={self.waiting} max_size={self._max_size}>"
 
     def __iter__(self) -> Iterator[PoolEntry[R]]:
-        return iter(tuple(self._all))
+        return iter(tuple(self._entries))
 
     @property
     def size(self) -> int:
         """How many resources exist, whatever they are doing."""
-        return len(self._all)
+        return len(self._entries)
 
     @property
     def idle(self) -> int:
@@ -153,37 +155,27 @@ class ResourcePool(Generic[R]):
     @property
     def is_full(self) -> bool:
         """Whether there are as many resources as there may be at present."""
-        return len(self._all) >= self._ceiling
-
-    @property
-    def ceiling(self) -> int:
-        """How many resources there may be at present."""
-        return self._ceiling
+        return len(self._entries) >= self.ceiling
 
     @property
     def is_connection_needed(self) -> bool:
         """Whether another resource would serve a caller."""
-        return bool(self.waiters) or len(self._all) < self._min_size
+        return bool(self.waiters) or len(self._entries) < self._min_size
 
     @property
     def opening(self) -> int:
         """How many resources are in the hands of a caller that is about to fill them."""
-        return sum(entry.resource is None for entry in self._all)
-
-    @property
-    def connect_limit(self) -> int:
-        """How many resources may be opened at the same time."""
-        return self._admitted
+        return sum(entry.resource is None for entry in self._entries)
 
     @property
     def may_open(self) -> bool:
         """Whether the holder of an empty entry may fill it."""
-        return self.opening <= self._admitted and len(self._all) <= self._ceiling
+        return self.opening <= self.connect_limit and len(self._entries) <= self.ceiling
 
     @property
     def has_resources(self) -> bool:
         """Whether any entry is filled."""
-        return any(entry.resource is not None for entry in self._all)
+        return any(entry.resource is not None for entry in self._entries)
 
     def idle_resources(self) -> Iterator[R]:
         """Iterate over the resources of the idle resources."""
@@ -206,23 +198,23 @@ class ResourcePool(Generic[R]):
         return self._grow()
 
     def _grow(self) -> PoolEntry[R] | None:
-        return None if self.is_full or self.opening >= self._admitted else self.reserve()
+        return None if self.is_full or self.opening >= self.connect_limit else self.reserve()
 
     def reserve(self) -> PoolEntry[R] | None:
         """Take a new and empty entry, admitted or not, or `None` if there are `max_size` already."""
-        if len(self._all) >= self._max_size:
+        if len(self._entries) >= self._max_size:
             return None
         entry: PoolEntry[R] = PoolEntry()
-        self._all.add(entry)
+        self._entries.add(entry)
         return entry
 
     def set_connect_limit(self, number: int) -> None:
         """Let that many resources be opened at the same time."""
-        self._admitted = number
+        self.connect_limit = number
 
     def restrict(self, ceiling: int | None) -> None:
         """Let no more than that many resources be made by `take` and `offer`; `None` for `max_size`."""
-        self._ceiling = self._max_size if ceiling is None else min(ceiling, self._max_size)
+        self.ceiling = self._max_size if ceiling is None else min(ceiling, self._max_size)
 
     def offer_entry(self) -> bool:
         """Give the first waiter a new entry to fill, if another one may be, and say whether that was so."""
@@ -231,42 +223,36 @@ class ResourcePool(Generic[R]):
             self.put(entry)
         return entry is not None
 
-    async def wait(self, seconds: float | None, *, fail_fast: bool = False) -> PoolEntry[R]:
-        """Wait for an entry, behind all callers that wait already.
+    def enqueue(self, seconds: float | None, *, fail_fast: bool = False) -> asyncio.Future[PoolEntry[R]]:
+        """Begin to wait for an entry, behind all callers that wait already.
 
         Args:
             seconds: For how long at most; `None` for ever. The end may be noticed late, by a fiftieth of that time and
                 never by more than 0.05 s.
             fail_fast: Whether `fail_fast_waiters` ends it.
 
-        Raises:
-            AcquireTimeoutError: None became free in time.
+        Returns:
+            What is to be awaited for the entry. If that ends in any other way, by a cancellation too, `give_up` must follow.
+            It raises `AcquireTimeoutError` if no entry became free in time.
         """
         ticket: asyncio.Future[PoolEntry[R]] = asyncio.get_running_loop().create_future()
         self._limits.begin(ticket, seconds)
         if fail_fast:
             self._fail_fast.add(ticket)
             ticket.add_done_callback(self._fail_fast.discard)
-        served = False
-        try:
-            entry = await ticket
-            served = True
-        finally:
-            if not served:
-                self._give_up(ticket)
-        return entry
+        return ticket
 
-    def _give_up(self, ticket: asyncio.Future[PoolEntry[R]]) -> None:
+    def give_up(self, ticket: asyncio.Future[PoolEntry[R]]) -> None:
+        """Wait no more. An entry that was handed over all the same, in the turn of the loop in which the caller was cancelled, goes back."""
         self.waiters.pop(ticket, None)
-        # The entry may have been handed over in the same turn of the loop as a cancellation. The pool may be closing since.
         if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
-            self.on_return(ticket.result())
+            self.on_return(ticket.result())  # which knows whether the pool is closing since
 
     def _time_is_up(self, ticket: asyncio.Future[PoolEntry[R]], seconds: float) -> None:
         if not ticket.done():
             ticket.set_exception(
                 AcquireTimeoutError(
-                    f"no connection became free within {max(seconds, 0.0):.3g} s: {'all ' * self.is_full}{len(self._all)} of "
+                    f"no connection became free within {max(seconds, 0.0):.3g} s: {'all ' * self.is_full}{len(self._entries)} of "
                     f"max_size={self._max_size} are in use and {len(self.waiters)} more callers wait; "
                     "raise max_size or deadline, or hold connections for a shorter time"
                 )
@@ -286,7 +272,7 @@ class ResourcePool(Generic[R]):
 
     def withdraw(self, condition: Callable[[PoolEntry[R]], bool], *, keep: int = 0) -> list[PoolEntry[R]]:
         """Take all idle resources that meet a condition, the longest unused first, while more than `keep` resources remain."""
-        spare = len(self._all) - keep
+        spare = len(self._entries) - keep
         chosen = [entry for entry in self.idle_entries if condition(entry)][: max(spare, 0)]
         for entry in chosen:
             self.idle_entries.remove(entry)
@@ -321,7 +307,7 @@ class ResourcePool(Generic[R]):
 
     async def drained(self) -> None:
         """Wait until no entry is left, or until waiting for it has no more sense: see `stop_draining`."""
-        if self._all:
+        if self._entries:
             self._drained.clear()
             await self._drained.wait()
 
@@ -330,8 +316,8 @@ class ResourcePool(Generic[R]):
         self._drained.set()
 
     def _forget(self, entry: PoolEntry[R]) -> None:
-        self._all.discard(entry)
-        if not self._all:
+        self._entries.discard(entry)
+        if not self._entries:
             self._drained.set()
         if self.is_connection_needed:
             self.on_connection_needed()

@@ -223,10 +223,10 @@ class PoolMachine(RuleBasedStateMachine):
         resources = self.pool._resources
         idle = list(resources.idle_entries)
         assert len(idle) == len(set(idle))
-        assert set(idle) <= resources._all
+        assert set(idle) <= resources._entries
         held = [lease._entry for lease in self.leases if lease._entry is not None]
         assert not set(held) & set(idle)
-        connections = [id(entry.resource.connection) for entry in resources._all if entry.resource is not None]
+        connections = [id(entry.resource.connection) for entry in resources._entries if entry.resource is not None]
         assert len(connections) == len(set(connections))
         assert not [entry for entry in idle if entry.resource is None or entry.resource.connection._protocol.busy]
         assert not (idle and resources.is_awaited)

@@ -24,6 +24,17 @@ def filled(resources: ResourcePool[str], name: str, idle_since: float = 0.0) -> 
     return entry
 
 
+async def queued(resources, seconds, *, fail_fast=False):
+    """What a caller does who finds no entry."""
+    ticket, entry = resources.enqueue(seconds, fail_fast=fail_fast), None
+    try:
+        entry = await ticket
+    finally:
+        if entry is None:
+            resources.give_up(ticket)
+    return entry
+
+
 async def start(*coroutines):
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     for _ in range(3):
@@ -60,7 +71,7 @@ async def test_waiters_are_served_in_the_order_in_which_they_came(clock):
     served = []
 
     async def wait(name):
-        got = await resources.wait(None)
+        got = await queued(resources, None)
         served.append(name)
         resources.put(got)
 
@@ -77,7 +88,7 @@ async def test_a_waiter_cancelled_while_it_waits_leaves_no_trace(clock):
     """The next in line is served as if the cancelled one had never come."""
     resources = ResourcePool[str](1, clock)
     entry = filled(resources, "a")
-    first, second = await start(resources.wait(None), resources.wait(None))
+    first, second = await start(queued(resources, None), queued(resources, None))
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     resources.put(entry)
@@ -89,7 +100,7 @@ async def test_a_waiter_cancelled_as_it_is_served_passes_the_slot_on(clock):
     """An entry handed over in the same turn of the loop as a cancellation is not lost."""
     resources = ResourcePool[str](1, clock)
     entry = filled(resources, "a")
-    first, second = await start(resources.wait(None), resources.wait(None))
+    first, second = await start(queued(resources, None), queued(resources, None))
     resources.put(entry)
     first.cancel()
     assert await asyncio.wait_for(second, 1) is entry
@@ -100,7 +111,7 @@ async def test_the_last_waiter_cancelled_as_it_is_served_returns_the_slot(clock)
     """With nobody else in line the entry is idle again."""
     resources = ResourcePool[str](1, clock)
     entry = filled(resources, "a")
-    (only,) = await start(resources.wait(None))
+    (only,) = await start(queued(resources, None))
     resources.put(entry)
     only.cancel()
     await asyncio.gather(only, return_exceptions=True)
@@ -111,7 +122,7 @@ async def test_waiting_ends_at_its_time_limit_with_an_error_that_says_what_to_do
     """The error names the figures and the arguments that would help."""
     resources = ResourcePool[str](1, clock)
     filled(resources, "a")
-    (waiter,) = await start(resources.wait(2.5))
+    (waiter,) = await start(queued(resources, 2.5))
     clock.advance(2.4)
     assert not waiter.done()
     clock.advance(0.2)
@@ -124,7 +135,7 @@ async def test_all_who_wait_share_one_timer(clock):
     """A timer for each would cost more than all the rest of waiting; the one that was set ends by itself."""
     resources = ResourcePool[str](1, clock)
     entry = filled(resources, "a")
-    waiters = await start(*(resources.wait(60.0) for _ in range(100)))
+    waiters = await start(*(queued(resources, 60.0) for _ in range(100)))
     assert clock.pending == [60.0]
     for waiter in waiters:
         resources.put(entry)
@@ -138,7 +149,7 @@ async def test_each_who_waits_is_told_soon_after_the_own_time_is_up(clock):
     resources = ResourcePool[str](1, clock)
     filled(resources, "a")
     limits = [60.0, 2.0, 0.01, 2.03, 2.0001, 0.5, 30.0, 0.0, -1.0, 59.99]
-    waiters = await start(*(resources.wait(limit) for limit in limits))
+    waiters = await start(*(queued(resources, limit) for limit in limits))
     ended = {}
     while clock.pending:
         await clock.run(clock.pending[0])
@@ -156,7 +167,7 @@ async def test_limits_that_end_close_together_are_noticed_together(clock):
     """A crowd that came one after the other does not set the timer once for each."""
     resources = ResourcePool[str](1, clock)
     filled(resources, "a")
-    waiters = await start(*(resources.wait(60.0 + number / 1000) for number in range(1000)))
+    waiters = await start(*(queued(resources, 60.0 + number / 1000) for number in range(1000)))
     set_before = timers_set(clock)
     await clock.run(62.0)
     assert all(isinstance(waiter.exception(), AcquireTimeoutError) for waiter in waiters)
@@ -167,7 +178,7 @@ async def test_a_waiter_whose_time_is_up_as_it_is_cancelled_takes_no_slot_along(
     """The cancelled one, its neighbour whose time is up and the next in line each end as they must."""
     resources = ResourcePool[str](1, clock)
     entry = filled(resources, "a")
-    cancelled, late, third = await start(resources.wait(1.0), resources.wait(1.0), resources.wait(9.0))
+    cancelled, late, third = await start(queued(resources, 1.0), queued(resources, 1.0), queued(resources, 9.0))
     cancelled.cancel()
     clock.advance(1.0)
     resources.put(entry)
@@ -182,7 +193,7 @@ async def test_a_waiter_cancelled_as_its_time_is_up_leaves_no_trace(clock):
     """An error set in the same turn as the cancellation is no entry, and is not passed on."""
     resources = ResourcePool[str](1, clock)
     entry = filled(resources, "a")
-    waiter, second = await start(resources.wait(1.0), resources.wait(None))
+    waiter, second = await start(queued(resources, 1.0), queued(resources, None))
     clock.advance(1.0)
     waiter.cancel()
     await asyncio.gather(waiter, return_exceptions=True)
@@ -195,7 +206,7 @@ async def test_a_waiting_coroutine_that_is_closed_gives_its_slot_back(clock):
     """An event loop that ends closes what is left, without a cancellation."""
     resources = ResourcePool[str](1, clock)
     entry = filled(resources, "a")
-    served, unserved = resources.wait(1.0), resources.wait(1.0)
+    served, unserved = queued(resources, 1.0), queued(resources, 1.0)
     served.send(None)
     unserved.send(None)
     resources.put(entry)
@@ -208,11 +219,11 @@ async def test_a_short_limit_is_kept_on_real_clocks():
     """Behind somebody who waits for a minute, fifty milliseconds are fifty milliseconds."""
     resources = ResourcePool[str](1, SystemClock())
     filled(resources, "a")
-    (patient,) = await start(resources.wait(60.0))
+    (patient,) = await start(queued(resources, 60.0))
     loop = asyncio.get_running_loop()
     began = loop.time()
     with pytest.raises(AcquireTimeoutError):
-        await asyncio.wait_for(resources.wait(0.05), 5)
+        await asyncio.wait_for(queued(resources, 0.05), 5)
     assert loop.time() - began > 0.04
     patient.cancel()
 
@@ -221,7 +232,7 @@ async def test_an_empty_slot_goes_to_a_waiter_who_may_then_open(clock):
     """A connection that was lost leaves its place to the next in line."""
     resources = ResourcePool[str](1, clock)
     entry = filled(resources, "a")
-    (waiter,) = await start(resources.wait(None))
+    (waiter,) = await start(queued(resources, None))
     entry.empty()
     resources.put(entry)
     assert (await waiter).resource is None
@@ -250,7 +261,7 @@ async def test_everybody_who_waits_can_be_dismissed(clock):
     """Each gets an error of its own: shared ones would collect each other's tracebacks."""
     resources = ResourcePool[str](1, clock)
     filled(resources, "a")
-    waiters = await start(resources.wait(None), resources.wait(9.0))
+    waiters = await start(queued(resources, None), queued(resources, 9.0))
     resources.fail_waiters(lambda: RuntimeError("closing"))
     assert clock.pending == []
     errors = await asyncio.gather(*waiters, return_exceptions=True)
@@ -276,7 +287,7 @@ async def test_a_hundred_waiters_of_whom_half_give_up_all_end(clock):
     held = [filled(resources, str(number)) for number in range(3)]
 
     async def use():
-        entry = resources.take() or await resources.wait(None)
+        entry = resources.take() or await queued(resources, None)
         await asyncio.sleep(0)
         resources.put(entry)
 
