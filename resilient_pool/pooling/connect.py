@@ -30,7 +30,7 @@ from resilient_pool.pooling.driver import (
     forget_locals,
 )
 from resilient_pool.pooling.hosts import Candidate, PinnedLoop, Race, UnansweredHosts, candidates
-from resilient_pool.retry.classifier import refuses_credentials, refuses_user
+from resilient_pool.retry.classifier import refuses_credentials, refuses_question, refuses_user
 from resilient_pool.retry.verdict import Failure, Fault, Phase
 
 _LOGGER = logging.getLogger("resilient_pool")
@@ -346,7 +346,9 @@ class Connector:
                 clients.append(second := DriverConnection(await self._connect(self._target, until)))
                 with anyio.fail_after(self._left(until)):
                     self._keeps_state = await _keeps_listener(first, second, channel)
-            except Exception:  # noqa: BLE001 - there may be no room for two more, or none of them is served
+            except Exception as error:  # noqa: BLE001 - there may be no room for two more, or none of them is served
+                if refuses_question(error):
+                    self._keeps_state = True  # so it will be the next time, and two clients are two logins
                 return True
             finally:
                 for client in clients:

@@ -322,6 +322,20 @@ async def test_a_proxy_whose_server_cannot_be_asked_who_it_is_is_taken_for_a_poo
                     assert await lease.fetchval("SELECT count(*) FROM pg_prepared_statements") == size
 
 
+@pytest.mark.parametrize("sqlstate", ["0A000", "42601", "XX000"])
+async def test_a_server_without_listen_is_asked_once_whether_sessions_are_kept(postgres, sqlstate):
+    """Two clients are two logins: not one more for each SET on a lease, which is sent."""
+    with in_front_of(postgres, *lines(containing("LISTEN resilient_pool"), sqlstate)) as server:
+        async with Proxy(server.host, server.port) as proxy:
+            where = {"host": "127.0.0.1", "port": proxy.port, "user": "postgres", "database": "postgres", "ssl": False}
+            async with asyncio.timeout(LIMIT), ResilientPool(**where, statement_cache_size=100, max_size=1) as pool:
+                for _ in range(4):
+                    async with pool.acquire() as connection:
+                        await connection.execute("SET search_path TO elsewhere")
+                        assert await connection.fetchval("SELECT current_setting('search_path')") == "elsewhere"
+            assert proxy.clients == 1 + 2
+
+
 async def test_cockroachdb_is_sent_a_whole_reset():
     """asyncpg sends it none, so that one caller's settings would be the next one's."""
     with ScriptedServer(parameters={"crdb_version": "CockroachDB CCL v25.2.1"}) as server:
