@@ -17,6 +17,7 @@ from resilient_pool.config.secrets import Secret
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.events import Event, Observer, PoolerDetected
 from resilient_pool.pool import ResilientPool
+from resilient_pool.pooling.driver import numbers_transactions
 from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.retry.classifier import refuses_question
 
@@ -174,6 +175,8 @@ async def _ask(pool: ResilientPool) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return what the server says, by the names of `Facts`, and the names of what it has refused to say."""
     answers: dict[str, Any] = {}
     unsaid: list[str] = []
+    async with pool.acquire() as connection:
+        can_resolve = numbers_transactions(connection)
     before = after = 0.0
     for name, question in _QUESTIONS.items():
         before = datetime.now(UTC).timestamp()
@@ -186,6 +189,7 @@ async def _ask(pool: ResilientPool) -> tuple[dict[str, Any], tuple[str, ...]]:
             unsaid.append(name)
         after = datetime.now(UTC).timestamp()
     clock = answers.pop("clock")  # the last one asked
+    answers["resolves"] = answers["resolves"] and can_resolve
     return {**answers, "skew": None if clock is None else clock - (before + after) / 2}, tuple(unsaid)
 
 

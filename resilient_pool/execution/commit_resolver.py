@@ -174,8 +174,8 @@ class CommitResolver:
         if row is None:
             return
         capabilities = Capabilities(
-            ids=row["ids"],
-            epoch=row["ids"] and row["epoch"],
+            ids=row["ids"] and driver.numbers_transactions,
+            epoch=row["ids"] and row["epoch"] and driver.numbers_transactions,
             epoch_for_all=row["epoch_for_all"],
         )
         if self._log is not None and not row["read_only"]:  # on a standby it is
@@ -213,7 +213,9 @@ class CommitResolver:
             Exception: Whatever the driver raises. The transaction can only be rolled back then.
         """
         capabilities: Capabilities | None = driver.capabilities
-        known = Capabilities(ids=True, epoch=True, log=self._log is not None) if capabilities is None else capabilities
+        known = capabilities or Capabilities(
+            ids=driver.numbers_transactions, epoch=driver.numbers_transactions, log=self._log is not None
+        )
         logs = known.log and not readonly
         if not (logs or known.ids):
             return CommitToken()

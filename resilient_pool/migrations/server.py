@@ -18,6 +18,7 @@ from resilient_pool.events import MigrationLockLost, MigrationLockWaited
 from resilient_pool.execution.connection import ResilientConnection
 from resilient_pool.pool import ResilientPool
 from resilient_pool.pooling.context import Dispatcher
+from resilient_pool.pooling.driver import numbers_transactions
 from resilient_pool.retry.classifier import refuses_question
 
 _POLL_SECONDS = 0.5
@@ -245,6 +246,9 @@ async def read_activity(pool: ResilientPool, deadline: float | None) -> ServerAc
         deadline: Seconds that may be spent waiting for the server; `None` is no limit.
     """
     try:
+        async with pool.acquire(timeout=deadline) as connection:
+            if not numbers_transactions(connection):
+                return None  # and its counters are one node's
         connected = await pool.fetchval(_CONNECTED, deadline=deadline)
         counted = await pool.fetchrow(_COUNTED, deadline=deadline)
     except Exception:  # noqa: BLE001 - without an answer there is no evidence; the migration itself does not depend on it

@@ -158,6 +158,7 @@ class DriverConnection:
         is_customized: Whether an application's class may send more than one statement where one is asked for.
         is_pooled: Whether a pooler may let another server answer from one query to the next.
         read_only: Why it has refused to write, if it was asked.
+        numbers_transactions: Whether ids of transactions mean something on its server.
         has_catalog: Whether its server has not refused to be asked, from its catalog, what a text can do.
         has_served: Whether it has answered anything since it was opened, or was closed by the application itself.
         ended: Whether the application closed it itself.
@@ -186,6 +187,7 @@ class DriverConnection:
         "invalidated",
         "is_customized",
         "is_pooled",
+        "numbers_transactions",
         "opened_at",
         "pid",
         "protocol",
@@ -198,6 +200,7 @@ class DriverConnection:
         self.invalidated = False
         self.has_served = False
         self.has_catalog = True
+        self.numbers_transactions = numbers_transactions(connection)
         self.ended = False
         self.opened_at = 0.0
         self.capabilities: Capabilities | None = None
@@ -911,6 +914,20 @@ async def _cut_short(connection: AnyConnection, task: asyncio.Task[Any]) -> None
             connection.terminate()
     if not task.done():
         await asyncio.wait((task,), timeout=_CUT)
+
+
+class _HasSettings(Protocol):
+    def get_settings(self) -> Any: ...
+
+
+def numbers_transactions(connection: _HasSettings) -> bool:
+    """Whether transactions have the ids that PostgreSQL's functions speak of; where they have others, those must not be asked.
+
+    YugabyteDB has the functions, since its servers are made of PostgreSQL's, but its transactions are distributed: what a server
+    says of its own ids says nothing of them, and an older one ends the session of a client that asks. CockroachDB may get them.
+    """
+    settings = connection.get_settings()
+    return not (hasattr(settings, "crdb_version") or "-YB-" in getattr(settings, "server_version", ""))
 
 
 def overrides_statements(connection_class: type[AnyConnection]) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import struct
 
 import asyncpg
 import pytest
@@ -14,6 +15,7 @@ from test_poolers import Proxy
 
 from resilient_pool import (
     ConfigurationError,
+    MigrationFailedError,
     MigrationLockedError,
     OutcomeUnknownError,
     ResilientPool,
@@ -222,6 +224,39 @@ async def test_a_lost_commit_is_unknown_where_the_server_cannot_be_asked(postgre
             assert caught.value.xid is None
     assert sum("INSERT" in sql for sql in server.statements) == 1
     assert await table() == [1] * executed
+
+
+class Renamed(Proxy):
+    """Says that it is another product of another version."""
+
+    async def _until_ready(self, reader: asyncio.StreamReader) -> bytes:
+        greeting = await super()._until_ready(reader)
+        begin = greeting.index(b"server_version\0") - 5
+        (length,) = struct.unpack_from("!I", greeting, begin + 1)
+        body = b"server_version\x0015.2-YB-2.25.1.0-b381\0"
+        return greeting[:begin] + b"S" + struct.pack("!I", len(body) + 4) + body + greeting[begin + 1 + length :]
+
+
+async def test_ids_of_transactions_are_not_asked_of_a_database_that_has_others(postgres, table):
+    """YugabyteDB has PostgreSQL's functions, whose answers say nothing of its transactions; an older one ends who asks."""
+    lost = Refusal(at=Point.COMMIT, then=End.RESET, executed=False, times=1, nth=3)
+    with in_front_of(postgres, lost) as server:
+        async with Renamed(server.host, server.port) as proxy:
+            dsn = f"postgresql://postgres@127.0.0.1:{proxy.port}/postgres?sslmode=disable"
+            async with asyncio.timeout(LIMIT), ResilientPool(dsn, max_size=1, statement_cache_size=0) as pool:
+                await insert(pool, 1)
+                await insert(pool, 2)
+                with pytest.raises(OutcomeUnknownError):
+                    await insert(pool, 3)
+            words = "psql: error: connection to server at 'db', port 5432 failed: Connection refused"
+            failing = program(f"import sys; sys.exit({words!r})")
+            with pytest.raises(MigrationFailedError) as caught:
+                await run_migration(failing, dsn=dsn, on_line=lambda _: None, deadline=5.0)
+            assert "could not be asked" in "".join(caught.value.__notes__)
+            status, output, errors = await run("doctor", dsn=dsn)
+            assert (status, "cannot be asked what became of a COMMIT" in output) == (0, True), errors
+    assert not [sql for sql in server.statements if "pg_current_xact_id" in sql]
+    assert await table() == [1, 2]
 
 
 async def test_a_server_without_savepoints_is_not_asked_for_one_again(postgres, table):
