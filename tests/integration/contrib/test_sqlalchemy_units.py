@@ -212,7 +212,7 @@ async def test_listeners_to_after_commit_hear_of_what_is_committed(engine, proxy
     maker = async_sessionmaker(engine, class_=Own)
     async for attempt in retry_session(maker):
         async with attempt as session:
-            event.listen(session.sync_session, "after_commit", lambda _: heard.append(attempt.number))
+            event.listen(session.sync_session, "after_commit", lambda _, number=attempt.number: heard.append(number))
             session.add(Order(name="once"))
             await session.flush()
             proxy.swallow_next_answer(matching=b"COMMIT", then="rst")
