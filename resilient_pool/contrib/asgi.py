@@ -16,6 +16,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 import math
 import time
 from collections import deque
@@ -55,6 +56,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_LOGGER = logging.getLogger("resilient_pool")
 
 # By RFC 9110 these change nothing (section 9.2.1), and those may be repeated (9.2.2), whatever became of the first.
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
@@ -271,8 +274,8 @@ class WebPool(Instrument):
 
         503 with `Retry-After` while the server is away, or all connections are in use until the time is up; with that time after
         which a service that blocks new connections lets them in again, if that is later. `Retry-After` is left out if the request
-        had used the pool before, and its method is not idempotent: a part of it may have been done. 500, with
-        a text that says so, if it is not known what became of a write.
+        had used the pool before, and its method is not idempotent: a part of it may have been done. 500, with a text that says
+        so, if it is not known what became of a write; that is logged as an error as well.
 
         Args:
             error: The error.
@@ -280,6 +283,7 @@ class WebPool(Instrument):
         """
         inner = self._classifier.unwrap(error)
         if isinstance(inner, OutcomeUnknownError):
+            _LOGGER.error("a request is answered with 500: it is not known whether it took effect", exc_info=error)
             return _UNKNOWN
         request, after = self._current.get() or _Request(), self._retry_after
         if isinstance(inner, AcquireTimeoutError):
@@ -390,7 +394,8 @@ class WebPool(Instrument):
     @asynccontextmanager
     async def request(self, scope: Scope) -> AsyncIterator[None]:
         """Give a request its budget, and take note of what the pool does for it."""
-        seconds = self._budget(scope)
+        # A WebSocket has no response to be in time for.
+        seconds = self._budget(scope) if scope["type"] == "http" else None
         token = self._current.set(_Request())
         try:
             with deadline_scope(None if seconds is None else time.monotonic() + seconds):

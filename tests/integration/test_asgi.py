@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import asyncpg
 import httpx
 import pytest
+import uvicorn
 from fastapi import Depends, FastAPI
 from litestar import Litestar
 from litestar import get as litestar_get
@@ -18,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from resilient_pool import ResilientConnection, ResilientPool, RetriedTransaction
+from resilient_pool import OutcomeUnknownError, ResilientConnection, ResilientPool, RetriedTransaction
 from resilient_pool.contrib.asgi import WebPool, header_budget
 from resilient_pool.testing import PausingServer, Point, Refusal, ScriptedServer
 
@@ -142,6 +143,7 @@ def litestar_application(database):
         dependencies={"connection": Provide(database.connection), "attempts": Provide(database.transaction)},
         lifespan=[database.lifespan],
         exception_handlers=database.litestar_handlers(),
+        logging_config=None,
     )
 
 
@@ -259,13 +261,15 @@ async def test_an_error_of_the_applications_own_is_not_the_databases(framework, 
         assert (await client.get("/read", headers={"X-Request-Timeout": "0.2"})).status_code == 503
 
 
-async def test_an_unknown_outcome_tells_the_client_not_to_repeat(framework, dsn, proxy, visits):
-    """It is no 503, has no Retry-After, and says why."""
+async def test_an_unknown_outcome_tells_the_client_not_to_repeat(framework, dsn, proxy, visits, caplog):
+    """It is no 503, has no Retry-After, and says why; the log has the error."""
     async with serving(framework, web_pool(proxy.dsn(dsn))) as client:
         proxy.swallow_next_answer(matching="INSERT")
         answer = await client.post("/plain-write")
         assert (answer.status_code, "retry-after" in answer.headers) == (500, False)
         assert (answer.json()["type"], answer.json()["retry"]) == ("urn:resilient-pool:outcome-unknown", False)
+    (logged,) = [record for record in caplog.records if record.levelname == "ERROR" and record.name == "resilient_pool"]
+    assert isinstance(logged.exc_info[1], OutcomeUnknownError)
     assert await visits.fetchval("SELECT count(*) FROM visits") == 1
 
 
@@ -425,6 +429,48 @@ async def test_a_write_runs_to_its_end_although_its_client_has_gone(sleeper):
     gone.set()
     await run_until_disconnected(database, app, "POST", gone)
     assert ended == ["done"]
+
+
+async def test_a_browser_that_is_closed_ends_its_request_on_the_server(dsn, visits):
+    """Over a real socket, through uvicorn and FastAPI."""
+    database = web_pool(dsn)
+    app = FastAPI(lifespan=database.lifespan)
+    app.add_middleware(database.middleware)
+
+    @app.get("/sleep")
+    async def sleep():
+        await database.pool.fetchval("SELECT pg_sleep(11)")
+
+    running = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(11)' AND state = 'active'"
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+    serving = asyncio.ensure_future(server.serve())
+    async with asyncio.timeout(10):
+        while not server.started:
+            await asyncio.sleep(0.005)
+        _, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
+        writer.write(b"GET /sleep HTTP/1.1\r\nHost: test\r\n\r\n")
+        while not await visits.fetchval(running):
+            await asyncio.sleep(0.01)
+        writer.close()
+        while await visits.fetchval(running):
+            await asyncio.sleep(0.01)
+    server.should_exit = True
+    await serving
+
+
+async def test_a_websocket_is_not_limited_by_a_requests_time(dsn):
+    """It lives on, whatever the header said."""
+    database, sent = web_pool(dsn), []
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.02)
+        sent.append(await database.pool.fetchval("SELECT 1"))
+
+    app.state = type("State", (), {})()
+    async with database.lifespan(app):
+        scope = {"type": "websocket", "path": "/", "headers": [(b"x-request-timeout", b"0.01")]}
+        await database.middleware(app)(scope, None, None)
+    assert sent == [1]
 
 
 async def test_what_follows_a_response_is_not_cancelled(dsn):
