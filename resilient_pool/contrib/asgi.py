@@ -602,6 +602,7 @@ def _cards(stats: PoolStats, recent: Iterable[tuple[float, Event]]) -> str:
         "outcomes unknown": stats.outcomes_unknown,
         "outcomes resolved": sum(stats.outcomes_resolved.values()),
         "waits that timed out": stats.wait_timeouts,
+        "callers refused": stats.overloads,
         "outages": stats.circuit_openings,
         "server away for": _duration(stats.circuit_open_seconds),
     }
