@@ -135,6 +135,15 @@ async def test_a_pool_is_measured_under_its_name(sdk, dsn):
         assert point.attributes == {NAME: "orders"}
 
 
+async def test_uses_need_not_be_recorded(sdk, dsn):
+    """They are the one thing that happens with every call."""
+    telemetry = PoolTelemetry(meter_provider=sdk.meters, use_time=False)
+    async with ResilientPool(dsn, observers=[telemetry.observer("orders")]) as pool:
+        await pool.fetchval("SELECT 1")
+        assert "db.client.connection.use_time" not in sdk.metrics()
+        assert sdk.metrics()["db.client.connection.create_time"] is not None
+
+
 async def test_pools_of_one_name_are_added_up_and_a_forgotten_one_is_gone(sdk, dsn):
     """One for each event loop, say; the telemetry keeps none of them alive."""
     observer = sdk.telemetry.observer("orders")

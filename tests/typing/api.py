@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import assert_type
 
@@ -17,6 +17,7 @@ from resilient_pool import (
     Event,
     Failure,
     Fault,
+    Instrument,
     MigrationFailedError,
     MigrationLockedError,
     MigrationResult,
@@ -37,6 +38,9 @@ from resilient_pool import (
     run_migration,
 )
 from resilient_pool.config.arguments import PoolArguments
+from resilient_pool.contrib.asgi import Answer, ASGIApp, Readiness, WebPool, header_budget
+from resilient_pool.contrib.opentelemetry import PoolTelemetry
+from resilient_pool.contrib.prometheus import PoolCollector
 from resilient_pool.execution.transaction import Attempt, Isolation, RetriedTransaction, TransactionOptions
 from resilient_pool.testing import End, Point, Refusal, ScriptedServer
 
@@ -246,3 +250,40 @@ async def tests_with_a_script() -> None:
         assert_type(server.attempts, int)
     async with ScriptedServer(login="scram", parameters={"server_version": "15.0"}) as alone:
         assert_type(alone.dsn(), str)
+
+
+class Uses(Instrument):
+    """Measure uses as an application would."""
+
+    def __call__(self, event: Event, /) -> None:
+        """Take note of an event."""
+
+    def attach(self, stats: Callable[[], PoolStats]) -> None:
+        """Read the statistics."""
+        assert_type(stats().wait_histogram, Mapping[float, int])
+
+    def enter_background(self) -> None:
+        """Set nothing."""
+
+    def used(self, seconds: float) -> None:
+        """Take note of a use."""
+
+
+def observability() -> None:
+    """Have a pool seen by everything that can see one."""
+    telemetry = PoolTelemetry(use_time=False)
+    pool = ResilientPool(DSN, observers=[Uses(), telemetry.observer("orders"), StructlogObserver()])
+    PoolCollector({"orders": pool})
+
+
+async def web(application: ASGIApp) -> None:
+    """Serve requests."""
+    database = WebPool(
+        lambda watch: ResilientPool(DSN, observers=[watch]), budget=header_budget("X-Ms", unit=0.001), page_path="/pool"
+    )
+    assert_type(database.middleware(application), ASGIApp)
+    assert_type(database.readiness(), Readiness)
+    async with database.lifespan(application):
+        await database.pool.execute("SELECT 1")
+    answer = database.answer_to(TimeoutError(), "GET")
+    assert_type(answer, Answer | None)
