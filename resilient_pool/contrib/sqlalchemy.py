@@ -49,6 +49,7 @@ from resilient_pool.execution.loop_control import FramePosition
 from resilient_pool.execution.transaction import Attempt, RetriedTransaction, TransactionOptions
 from resilient_pool.pool import ResilientPool
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
+from resilient_pool.single_connection import connect
 
 T = TypeVar("T")
 
@@ -197,20 +198,11 @@ class ResilientDBAPI(AsyncAdapt_asyncpg_dbapi):
         return await_only(self._connect_alone(recipe))
 
     async def _connect_alone(self, recipe: _Recipe) -> AdaptedLease:
-        alone = dataclasses.replace(
-            recipe, arguments={**recipe.arguments, "max_size": 1, "min_size": 0, "init_size": 0}
-        )
-        pool = alone.pool()
-        connected = False
         try:
-            lease = await (await pool).acquire()
-            connected = True
+            connection = await connect(**recipe.arguments)
         except Exception as error:  # noqa: BLE001 - it is raised again, as SQLAlchemy words it
             raise_translated(self, error)
-        finally:
-            if not connected:
-                pool.terminate()
-        return AdaptedLease(self, lease, pool, is_alone=True, **recipe.statements)
+        return AdaptedLease(self, connection, **recipe.statements)
 
 
 def raise_translated(dbapi: ResilientDBAPI, error: Exception) -> NoReturn:
@@ -698,13 +690,12 @@ class AdaptedLease(AsyncAdapt_asyncpg_connection):
     Args:
         dbapi: The DBAPI.
         lease: The lease.
-        pool: Where it is released to.
+        pool: Where it is released to; `None` for a connection that no pool keeps.
         record_of: Returns the record of a lease's connection, for a connection that is replaced.
-        is_alone: Whether it is its pool's only one, and is closed together with it.
         **statements: How SQLAlchemy prepares statements.
     """
 
-    __slots__ = ("_is_alone", "_loop", "_pool", "_record_of", "_unit")
+    __slots__ = ("_loop", "_pool", "_record_of", "_unit")
 
     _connection: Any
 
@@ -712,17 +703,15 @@ class AdaptedLease(AsyncAdapt_asyncpg_connection):
         self,
         dbapi: ResilientDBAPI,
         lease: Lease,
-        pool: ResilientPool[Any],
+        pool: ResilientPool[Any] | None = None,
         *,
         record_of: Callable[[Lease], _Record] | None = None,
-        is_alone: bool = False,
         **statements: Any,
     ) -> None:
         super().__init__(dbapi, lease, **statements)  # type: ignore[no-untyped-call]
         self._pool = pool
         self._loop = asyncio.get_running_loop()
         self._record_of = record_of
-        self._is_alone = is_alone
         self._unit: _Unit | None = None
 
     # Leases
@@ -745,33 +734,25 @@ class AdaptedLease(AsyncAdapt_asyncpg_connection):
         lease, self._connection = self._connection, _ENDED
         if is_lent or lease.is_released:
             return
-        if in_greenlet():
+        if in_greenlet() and self._pool is not None:
             await_only(self._pool.release(lease))
         else:
             lease.terminate()
 
     def close(self) -> None:
         """Close the connection: a detached one, or one that no pool keeps."""
-        if self._unit is not None:
-            return
-        super().close()  # type: ignore[no-untyped-call]
-        if self._is_alone:
-            await_only(self._pool.close(timeout=_GOODBYE))
+        if self._unit is None:
+            super().close()  # type: ignore[no-untyped-call]
 
     async def _terminate_graceful_close(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
             self._terminate_force_close()
-            return
-        if self._unit is None and not self._connection.is_released:
+        elif self._unit is None and not self._connection.is_released:
             await super()._terminate_graceful_close()
-        if self._is_alone:
-            await self._pool.close(timeout=2)
 
     def _terminate_force_close(self) -> None:
         if self._unit is None and not self._connection.is_released:
             super()._terminate_force_close()
-        if self._is_alone:
-            self._pool.terminate()
 
     def _handle_exception(self, error: Exception) -> NoReturn:
         if self._connection.is_released:
