@@ -546,7 +546,6 @@ RULES: tuple[Rule, ...] = (
     _lost_behind("57P01", says="server is shutting down$", service="CockroachDB"),
     _lost_behind("XX000", says="Timed out: Perform RPC", service="YugabyteDB"),
     _lost_behind("XX000", says="Invalid argument: Unknown session", service="YugabyteDB"),
-    _rule(PERMANENT, "", "an ERROR that says nothing of a COMMIT: 08, 57P, 58, XX", where=COMMITTING, when=_no_refusal),
     *_SERVICES,
     # A server which has no room.
     _connecting(OVERLOADED, "53300", "too many clients"),
@@ -598,6 +597,7 @@ RULES: tuple[Rule, ...] = (
     # For the application to see. On Python 3.11 the kernel's time-out (errno 110, a loss) is a `TimeoutError` too.
     _rule(PERMANENT, TimeoutError, "the caller's own time-out (`TimeoutError` without errno)"),
     _never_run(PERMANENT, _INTERFACE, "`InterfaceError`: busy, or given back", then=KEEP, text=_NOT_NOW),
+    _rule(PERMANENT, "", "an ERROR that says nothing of a COMMIT: 08, 57P, 58, XX", where=COMMITTING, when=_no_refusal),
     _answered(PERMANENT, "08P01", "the driver was not understood", where=ANY, then=DISCARD, when=_from_server),
     _answered(PERMANENT, "", "any other error from the server", where=ANY, when=_from_server),
     _rule(PERMANENT, "", "anything else: arguments that cannot be encoded, errors of the driver or the application"),
