@@ -442,12 +442,7 @@ class CircuitBreaker:
         self._last_opened = None
         self._is_final = verdict.fault is Fault.PERMANENT
         if not (self._is_final or self._is_reported):
-            away = (
-                "new connections cannot be set up"
-                if verdict.fault in _ABOUT_SETTING_UP
-                else "the database server is away"
-            )
-            self._report(error, f"{away}: callers wait, and one task tries to reach it")
+            self._report(error, f"{_what_is_wrong(verdict)}: callers wait, and one task tries to reach it")
         if self._is_final or self._is_exhausted(outage):
             self._take_outage()
             if not self._is_final:
@@ -485,6 +480,8 @@ class CircuitBreaker:
         self._capped.remember(error, verdict, counts=True)
         if self._capped.is_final and not is_known:
             self._log(error, "the database server refuses another connection: callers share those that are open")
+        elif verdict.not_before is not None:
+            self._log(error, f"{_what_is_wrong(verdict)}: callers share those that are open")
         delay = self._delay_next_attempt(verdict, now, is_news=True)
         self._last_opened, self._is_final = None, self._capped.is_final
         # With those that are being opened beside this one: they may be let in.
@@ -533,6 +530,12 @@ class CircuitBreaker:
                 elapsed=now - outage.began,
             )
         )
+
+
+def _what_is_wrong(verdict: Verdict) -> str:
+    if verdict.not_before is not None:
+        return f"no new connection is let in for {verdict.not_before:g} s"
+    return "new connections cannot be set up" if verdict.fault in _ABOUT_SETTING_UP else "the database server is away"
 
 
 class Outage:

@@ -896,7 +896,7 @@ def in_doubt() -> Exception:
     )
 
 
-async def test_a_service_that_lets_no_client_in_for_some_time_is_left_alone_for_so_long():
+async def test_a_service_that_lets_no_client_in_for_some_time_is_left_alone_for_so_long(caplog):
     """One prober waits, and so does every caller that can; then all are served."""
     bench = Bench(blocked(), max_size=5)
     calls = [bench.call() for _ in range(20)]
@@ -906,6 +906,10 @@ async def test_a_service_that_lets_no_client_in_for_some_time_is_left_alone_for_
     await bench.clock.run(0.2)
     assert [call.exception() for call in calls] == [None] * 20
     assert bench.maintenance.began[1] == 30.0
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [
+        "no new connection is let in for 30 s",
+        "the database server is back",
+    ]
 
 
 async def test_a_caller_whose_time_is_up_sooner_is_told_at_once_when_to_call_again():
@@ -942,7 +946,7 @@ async def test_who_does_not_wait_for_an_absent_server_is_told_as_well():
     assert patient.exception() is None
 
 
-async def test_callers_share_what_is_open_while_no_more_clients_are_let_in():
+async def test_callers_share_what_is_open_while_no_more_clients_are_let_in(caplog):
     """The service lets no new one in, and serves those that it has; also those callers wait whose time is short."""
     bench = Bench(None, blocked(), max_size=5)
     await bench.call()
@@ -951,6 +955,10 @@ async def test_callers_share_what_is_open_while_no_more_clients_are_let_in():
     assert [call.exception() for call in calls] == [None] * 10
     assert len(bench.maintenance.began) == 2
     assert (bench.told(CircuitOpened), bench.circuit_breaker.is_open) == ([], False)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(
+        "no new connection is let in for 30 s: callers share those that are open (InternalServerError: "
+    )
 
 
 async def test_a_connection_that_is_lost_meanwhile_is_not_replaced_before_that_time():
