@@ -77,6 +77,8 @@ class Connector:
         """
         init_error, why = self._init_failure or (None, None)
         initializing = error is init_error
+        if initializing:
+            self._init_failure = None  # it is asked for once, and holds on to the frames that it went through
         return Failure(
             error=error,
             phase=Phase.CONNECT,
