@@ -536,7 +536,9 @@ def _with_ports(given: dict[str, object], usual: object) -> dict[str, object]:
     ports = _listed(given.get("port", usual))
     if isinstance(ports, tuple):
         one = usual[0] if isinstance(usual, tuple) and len(usual) == 1 else _DEFAULT_PORT
-        ports = tuple(one if port is None else _as_port(port) for port in ports)
+        # asyncpg takes digits too: ports are often read from the environment.
+        digits = (int(port) if isinstance(port, str) and port.isascii() and port.isdigit() else port for port in ports)
+        ports = tuple(one if port is None else port for port in digits)
     if isinstance(hosts, tuple) and (ports is None or isinstance(ports, tuple)):
         ports = ports or (_DEFAULT_PORT,)
         ports = ports * len(hosts) if len(ports) == 1 else ports
@@ -549,30 +551,20 @@ def _listed(value: object) -> object:
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping) else value
 
 
-def _as_port(value: object) -> object:
-    # asyncpg takes digits too: ports are often read from the environment.
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
-
-
 def _from_password_file(given: Mapping[str, object]) -> PasswordFile | None:
     """Return where the password file has the password, if it has one for any of the hosts."""
     for name in ("host", "port", "user", "database", "passfile"):
         _KINDS[name].check(name, given.get(name))
     path = chosen_file(_path(given.get("passfile")))
-    user = given.get("user") or _system_user()
-    if path is None or user is None:
+    user = given.get("user")
+    with contextlib.suppress(KeyError, OSError, ImportError):
+        user = user or getpass.getuser()
+    if path is None or not user:
         return None
     hosts = cast("Iterable[str]", given.get("host") or ("localhost",))
     ports = cast("Iterable[int]", given.get("port") or (_DEFAULT_PORT,))
     found = PasswordFile(path, list(zip(hosts, ports, strict=False)), str(given.get("database") or user), str(user))
     return found if found.last is not None else None
-
-
-def _system_user() -> str | None:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return None
 
 
 def _shaped(given: dict[str, object]) -> dict[str, object]:

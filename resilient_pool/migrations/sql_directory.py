@@ -288,15 +288,12 @@ def _check(files: Iterable[SqlFile], recorded: Mapping[str, asyncpg.Record], inv
             _check_recorded(file, recorded[file.name], invalid)
         elif file.statements.any and file.checksum in gone:
             before = gone[file.checksum]
+            rename = f"UPDATE {TABLE} SET name = {_quoted(file.name)} WHERE name = {_quoted(before)}"  # noqa: S608
             raise MigrationFailedError(
                 f"{file.name} holds exactly what is recorded as {before}, which is no longer in the directory: most "
                 f"likely it was renamed, and would be applied again. Give it its name back, or rename the record: "
-                f"{_renaming(before, file.name)}. If it has to be applied as well, change a comment in it"
+                f"{rename}. If it has to be applied as well, change a comment in it"
             )
-
-
-def _renaming(before: str, after: str) -> str:
-    return f"UPDATE {TABLE} SET name = {_quoted(after)} WHERE name = {_quoted(before)}"  # noqa: S608 - for a person
 
 
 def _quoted(text: str) -> str:
@@ -460,12 +457,9 @@ async def find_invalid_objects(pool: ResilientPool) -> frozenset[InvalidObject]:
 
 def _named_in(sql: str, objects: Iterable[InvalidObject]) -> frozenset[InvalidObject]:
     """Return those that a statement names together with their table."""
-    names = {_truncate(token.text) for token in tokens(sql) if token.kind in (Kind.WORD, Kind.QUOTED)}
+    texts = (token.text for token in tokens(sql) if token.kind in (Kind.WORD, Kind.QUOTED))
+    names = {text.encode()[:_MAX_NAME_BYTES].decode(errors="ignore") for text in texts}
     return frozenset(each for each in objects if each.plain in names and each.owner in names)
-
-
-def _truncate(name: str) -> str:
-    return name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def _described(objects: Iterable[InvalidObject]) -> str:

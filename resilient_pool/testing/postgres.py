@@ -277,7 +277,10 @@ class EmbeddedPostgres:
         async with self.admin() as connection:
             before = await connection.fetchval("SELECT pg_conf_load_time()")
             for name, value in settings.items():
-                await connection.execute(_alter_system(name, value))
+                change = f"RESET {_checked_name(name)}"
+                if value is not None:
+                    change = f"SET {_checked_name(name)} = {_setting_literal(value)}"
+                await connection.execute(f"ALTER SYSTEM {change}")
             await connection.execute("SELECT pg_reload_conf()")
             # The postmaster reads its files before it signals its children, of which this session is one.
             while await connection.fetchval("SELECT pg_conf_load_time()") == before:  # noqa: ASYNC110 - SQL has no events
@@ -380,19 +383,14 @@ class EmbeddedPostgres:
         if not (self.data_directory / "PG_VERSION").exists():
             self._create_data()
         self._write("pg_hba.conf", _ACCESS)
-        self._include_settings()
+        # A file of ours rather than the command line, so that ALTER SYSTEM can still overrule it.
+        text, line = (self.data_directory / "postgresql.conf").read_text(), f"include '{_INCLUDED}'\n"
+        if line not in text:
+            self._write("postgresql.conf", f"{text}\n{line}")
 
     def _create_data(self) -> None:
         options = ("-U", _SUPERUSER, "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions")
         self._run("initdb", "-D", str(self.data_directory), *options)
-
-    def _include_settings(self) -> None:
-        # A file of ours rather than the command line, so that ALTER SYSTEM can still overrule it.
-        main = self.data_directory / "postgresql.conf"
-        text = main.read_text()
-        line = f"include '{_INCLUDED}'\n"
-        if line not in text:
-            self._write(main.name, f"{text}\n{line}")
 
     def _launch_on_some_port(self) -> None:
         for left in reversed(range(_PORT_TRIES)):
@@ -426,19 +424,17 @@ class EmbeddedPostgres:
     def _wait_until_ready(self, process: subprocess.Popen[bytes], limit: float = 60.0) -> None:
         clock = SystemClock()
         deadline = clock.monotonic() + limit
-        while not self._says_ready(process.pid):
+        status = self.data_directory / "postmaster.pid"
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                lines = status.read_text().split("\n")
+                if lines[0] == str(process.pid) and lines[_STATUS_LINE:] and lines[_STATUS_LINE].strip() == "ready":
+                    return
             if process.poll() is not None:
                 raise RuntimeError(f"PostgreSQL ended with code {process.returncode}; its log:\n{self._log_tail()}")
             if clock.monotonic() > deadline:
                 raise RuntimeError(f"PostgreSQL was not ready within {limit} s; its log:\n{self._log_tail()}")
             threading.Event().wait(0.005)
-
-    def _says_ready(self, pid: int) -> bool:
-        try:
-            lines = (self.data_directory / "postmaster.pid").read_text().split("\n")
-        except FileNotFoundError:
-            return False
-        return lines[0] == str(pid) and len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() == "ready"
 
     def _stop(self, mode: StopMode, timeout: float) -> None:
         number = _SIGNALS[mode]
@@ -529,12 +525,6 @@ def _setting_literal(value: Setting) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return quote_literal(str(value))
-
-
-def _alter_system(name: str, value: Setting) -> str:
-    if value is None:
-        return f"ALTER SYSTEM RESET {_checked_name(name)}"
-    return f"ALTER SYSTEM SET {_checked_name(name)} = {_setting_literal(value)}"
 
 
 def _children(parent: int) -> Iterator[int]:
