@@ -175,21 +175,21 @@ async def _ask(pool: ResilientPool) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return what the server says, by the names of `Facts`, and the names of what it has refused to say."""
     answers: dict[str, Any] = {}
     unsaid: list[str] = []
-    async with pool.acquire() as connection:
-        can_resolve = numbers_transactions(connection)
     before = after = 0.0
-    for name, question in _QUESTIONS.items():
-        before = datetime.now(UTC).timestamp()
-        try:
-            answers[name] = await pool.fetchval(f"SELECT {question}")
-        except asyncpg.PostgresError as error:
-            if not refuses_question(error):
-                raise
-            answers[name] = None
-            unsaid.append(name)
-        after = datetime.now(UTC).timestamp()
+    # On one lease: a call that is refused is followed by a reset, and that may be refused as well.
+    async with pool.acquire() as connection:
+        for name, question in _QUESTIONS.items():
+            before = datetime.now(UTC).timestamp()
+            try:
+                answers[name] = await connection.fetchval(f"SELECT {question}")
+            except asyncpg.PostgresError as error:
+                if not refuses_question(error):
+                    raise
+                answers[name] = None
+                unsaid.append(name)
+            after = datetime.now(UTC).timestamp()
+        answers["resolves"] = answers["resolves"] and numbers_transactions(connection)
     clock = answers.pop("clock")  # the last one asked
-    answers["resolves"] = answers["resolves"] and can_resolve
     return {**answers, "skew": None if clock is None else clock - (before + after) / 2}, tuple(unsaid)
 
 

@@ -7,43 +7,11 @@ import os
 
 import pytest
 from migration_tools import run
+from test_other_servers import containing, everything, lines
 
 import resilient_pool
 from resilient_pool.cli.main import main
-from resilient_pool.testing import PausingServer, ScriptedServer
-
-
-async def test_an_outage_is_printed_once(postgres):
-    """As progress; the line that a pool logs of it by itself is left out beside that."""
-    with PausingServer(postgres.host, postgres.port, pause_after=None, resume_seconds=0.7, away="57P03") as server:
-        server.pause()
-        status, output, errors = await run("wait", dsn=server.dsn(postgres.dsn()))
-    assert (status, output) == (0, ""), errors
-    *progress, last = errors.splitlines()
-    assert progress
-    assert all(line.startswith("the database is unreachable (57P03): attempt ") for line in progress), errors
-    assert last.startswith("the database answers, after ")
-
-
-async def test_the_doctor_names_the_profile_of_the_service_and_applies_nothing(postgres):
-    """By the port here, which is CockroachDB's; what a profile would change stands there line by line."""
-    with ScriptedServer(host=postgres.host, port=postgres.port, listen_port=26257) as server:
-        dsn = server.dsn(postgres.dsn())
-        status, output, errors = await run("doctor", dsn=f"{dsn}?connect_timeout=10&sslmode=disable")
-        assert (status, errors) == (0, "")
-        assert "advice  profile: profiles.COCKROACHDB fits" in output
-        assert "          max_lifetime=900.0 instead of 1800.0: 5 to 30 min are advised" in output
-        assert "timeout" not in output.partition("change: ")[0]
-        assert "        change: ResilientPool(dsn, **profiles.COCKROACHDB) (see docs/services.md)\n" in output
-        status, output, _ = await run("doctor", "--json", dsn=dsn)
-        (finding,) = [each for each in json.loads(output)["findings"] if each["check"] == "profile"]
-        assert [detail.partition("=")[0] for detail in finding["details"]] == [
-            *("max_inactive_connection_lifetime", "max_lifetime", "timeout", "statement_cache_size", "ssl")
-        ]
-        assert status == 0
-
-
-# For a person who has not read anything
+from resilient_pool.testing import PausingServer, Refusal, ScriptedServer
 
 
 @pytest.fixture
@@ -63,6 +31,69 @@ def typed(monkeypatch, capsys):
         return status, "".join(capsys.readouterr())
 
     return typed
+
+
+async def test_an_outage_is_printed_once(postgres):
+    """As progress; the line that a pool logs of it by itself is left out beside that."""
+    with PausingServer(postgres.host, postgres.port, pause_after=None, resume_seconds=0.7, away="57P03") as server:
+        server.pause()
+        status, output, errors = await run("wait", dsn=server.dsn(postgres.dsn()))
+    assert (status, output) == (0, ""), errors
+    *progress, last = errors.splitlines()
+    assert progress
+    assert all(line.startswith("the database is unreachable (57P03): attempt ") for line in progress), errors
+    assert last.startswith("the database answers, after ")
+
+
+# What the server says, and what it does not
+
+
+def test_the_doctor_names_the_profile_of_the_service_and_applies_nothing(typed, postgres):
+    """By the port here, which is CockroachDB's; what a profile would change stands there line by line."""
+    with ScriptedServer(host=postgres.host, port=postgres.port, listen_port=26257) as server:
+        dsn = server.dsn(postgres.dsn())
+        status, printed = typed("doctor", DATABASE_URL=f"{dsn}?connect_timeout=10&sslmode=disable")
+        assert status == 0
+        assert "advice  profile: profiles.COCKROACHDB fits" in printed
+        assert "          max_lifetime=900.0 instead of 1800.0: 5 to 30 min are advised" in printed
+        assert "timeout" not in printed.partition("change: ")[0]
+        assert "        change: ResilientPool(dsn, **profiles.COCKROACHDB)" in printed
+        status, printed = typed("doctor --json", DATABASE_URL=dsn)
+        (finding,) = [each for each in json.loads(printed)["findings"] if each["check"] == "profile"]
+        assert [detail.partition("=")[0] for detail in finding["details"]] == [
+            *("max_inactive_connection_lifetime", "max_lifetime", "timeout", "statement_cache_size", "ssl")
+        ]
+        assert status == 0
+
+
+def in_front_of(postgres, *script: Refusal) -> ScriptedServer:
+    return ScriptedServer(*script, host=postgres.host, port=postgres.port)
+
+
+def test_the_command_line_makes_do_with_what_the_server_says(typed, postgres):
+    """It answers, which is all that `wait` waits for; the doctor names what it could not find out."""
+    with in_front_of(postgres, *lines(everything)) as server:
+        dsn = server.dsn(postgres.dsn())
+        status, printed = typed("wait --json", DATABASE_URL=dsn)
+        assert (status, '"server_version": "18.' in printed) == (0, True), printed
+        status, printed = typed("doctor", DATABASE_URL=dsn)
+    assert status == 0
+    assert "advice  server: it does not say what PostgreSQL says" in printed
+    assert "server version" not in printed
+    with in_front_of(postgres, *lines(containing("to_regprocedure"))) as server:
+        status, printed = typed("doctor", DATABASE_URL=server.dsn(postgres.dsn()))
+    assert status == 0
+    assert "cannot be asked what became of a COMMIT" in printed
+
+
+def test_a_migration_that_cannot_be_locked_is_wrong_usage(typed, postgres):
+    """The way out is named, and nothing was run."""
+    with in_front_of(postgres, *lines(containing("pg_try_advisory_xact_lock"))) as server:
+        status, printed = typed("migrate -- echo never", DATABASE_URL=server.dsn(postgres.dsn()))
+    assert (status, "--no-lock" in printed, "\nnever" in printed) == (2, True, False), printed
+
+
+# For a person who has not read anything
 
 
 def test_a_line_without_a_command_says_which_there_are(typed):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import struct
 
 import asyncpg
 import pytest
-from migration_tools import program, run
+from migration_tools import program
 from test_poolers import Proxy
 
 from resilient_pool import (
@@ -253,8 +252,6 @@ async def test_ids_of_transactions_are_not_asked_of_a_database_that_has_others(p
             with pytest.raises(MigrationFailedError) as caught:
                 await run_migration(failing, dsn=dsn, on_line=lambda _: None, deadline=5.0)
             assert "could not be asked" in "".join(caught.value.__notes__)
-            status, output, errors = await run("doctor", dsn=dsn)
-            assert (status, "cannot be asked what became of a COMMIT" in output) == (0, True), errors
     assert not [sql for sql in server.statements if "pg_current_xact_id" in sql]
     assert await table() == [1, 2]
 
@@ -426,8 +423,6 @@ async def test_a_migration_says_that_the_server_has_no_lock_and_runs_without_one
             await run_migration(program("print(1)"), dsn=dsn, on_line=lambda _: None)
         result = await run_migration(program("print(1)"), dsn=dsn, lock=None, on_line=lambda _: None)
         assert result.output == ("1",)
-        status, _, errors = await run("migrate", "--", *program("print(1)"), dsn=dsn)
-        assert (status, "--no-lock" in errors, "Traceback" in errors) == (2, True, False), errors
 
 
 async def test_a_migration_holds_its_lock_without_the_settings_that_are_refused(postgres):
@@ -442,19 +437,3 @@ async def test_a_migration_holds_its_lock_without_the_settings_that_are_refused(
 
         result = await run_migration(migrate, dsn=dsn)
         assert result.attempts == 1
-
-
-async def test_the_command_line_makes_do_with_what_the_server_says(postgres):
-    """It answers, which is all that `wait` waits for; the doctor names what it could not find out."""
-    with in_front_of(postgres, *lines(everything)) as server:
-        dsn = server.dsn(postgres.dsn())
-        status, output, errors = await run("wait", "--json", dsn=dsn)
-        assert (status, json.loads(output)["server_version"][:2]) == (0, "18"), errors
-        status, output, errors = await run("doctor", dsn=dsn)
-    assert (status, errors) == (0, "")
-    assert "advice  server: it does not say what PostgreSQL says" in output
-    assert "server version" not in output
-    with in_front_of(postgres, *lines(containing("to_regprocedure"))) as server:
-        status, output, errors = await run("doctor", dsn=server.dsn(postgres.dsn()))
-    assert (status, errors) == (0, "")
-    assert "cannot be asked what became of a COMMIT" in output
