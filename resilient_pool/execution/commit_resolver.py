@@ -31,7 +31,7 @@ from resilient_pool.retry.commit_status import (
 
 _LOGGER = logging.getLogger("resilient_pool")
 
-_EPOCH_FUNCTIONS = ("pg_control_system()", "pg_current_wal_lsn()", "pg_walfile_name(pg_lsn)")
+_EPOCH_FUNCTIONS = ("pg_control_system()", "pg_control_checkpoint()", "pg_current_wal_lsn()", "pg_walfile_name(pg_lsn)")
 
 
 def _may_execute(role: str) -> str:
@@ -58,9 +58,13 @@ _EPOCH = """
     (SELECT system_identifier::text FROM pg_catalog.pg_control_system()) AS system,
     CASE WHEN NOT pg_catalog.pg_is_in_recovery()
          THEN pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8) END AS timeline,
-    (SELECT EXTRACT(epoch FROM stats_reset)::text FROM pg_catalog.pg_stat_bgwriter) AS stats_reset
+    (SELECT EXTRACT(epoch FROM stats_reset)::text FROM pg_catalog.pg_stat_bgwriter) AS stats_reset,
+    EXTRACT(epoch FROM pg_catalog.pg_postmaster_start_time())::float8 AS started,
+    EXTRACT(epoch FROM pg_catalog.clock_timestamp())::float8 AS asked_at
 """
-_NO_EPOCH = "NULL::text AS system, NULL::text AS timeline, NULL::text AS stats_reset"
+_NO_EPOCH = """
+    NULL::text AS system, NULL::text AS timeline, NULL::text AS stats_reset, 0::float8 AS started, 0::float8 AS asked_at
+"""
 # It gives the transaction an id: that it had none would prove nothing, since notifications, cursors WITH HOLD and foreign
 # tables need none before COMMIT.
 _ID = """
@@ -79,7 +83,8 @@ _WITH_LOG_ROW = """
               tableoid::text || '/' || pg_catalog.pg_relation_filenode(tableoid) AS log
 """
 _STATUS = f"""
-    SELECT in_recovery, system, timeline, stats_reset,
+    SELECT in_recovery, system, timeline, stats_reset, started, asked_at,
+           (SELECT EXTRACT(epoch FROM checkpoint_time)::float8 FROM pg_catalog.pg_control_checkpoint()) AS checkpoint_at,
            CASE WHEN NOT in_recovery AND (system, timeline, stats_reset) = ($2::text, $3::text, $4::text)
                 THEN pg_catalog.pg_xact_status($1::text::xid8) END AS status
     FROM (SELECT pg_catalog.pg_is_in_recovery() AS in_recovery, {_EPOCH} OFFSET 0) AS now
@@ -526,4 +531,11 @@ def _epoch(row: Any) -> Epoch | None:
     system, timeline, stats_reset = row["system"], row["timeline"], row["stats_reset"]
     if system is None or timeline is None or stats_reset is None:
         return None
-    return Epoch(system=system, timeline=timeline, stats_reset=stats_reset)
+    return Epoch(
+        system=system,
+        timeline=timeline,
+        stats_reset=stats_reset,
+        started=row["started"],
+        asked_at=row["asked_at"],
+        checkpoint_at=row.get("checkpoint_at", 0.0),
+    )

@@ -35,11 +35,29 @@ class Epoch:
         system: The system identifier.
         timeline: The timeline that is written now, as eight hexadecimal digits.
         stats_reset: Since when its statistics count; every crash begins them anew, and a standby has its own.
+        started: When it was started.
+        asked_at: When it said all this, by its own clock, as seconds since 1970.
+        checkpoint_at: When its last checkpoint began, likewise, in whole seconds; a clean shutdown makes one.
     """
 
     system: str
     timeline: str
     stats_reset: str
+    started: float = 0.0
+    asked_at: float = 0.0
+    checkpoint_at: float = 0.0
+
+    def goes_on_in(self, later: Epoch) -> bool:
+        """Whether a server that was asked later is in this epoch still.
+
+        A copy that was made while the server was shut down has all of it, the statistics too, and gives the same ids to
+        others. It is another server if it was started before this one was asked; and if its last checkpoint was made before,
+        it never had what a clean restart of this one would have kept.
+        """
+        if (self.system, self.timeline, self.stats_reset) != (later.system, later.timeline, later.stats_reset):
+            return False
+        restarted = later.started > self.asked_at and later.checkpoint_at >= int(self.asked_at)
+        return later.started == self.started or restarted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +123,7 @@ def interpret_status(mark: CommitToken, reply: XactStatusReply) -> CommitStatus:
     """
     if reply.in_recovery or _is_another_server(mark.epoch, reply.epoch):
         return CommitStatus.ELSEWHERE
-    if mark.xid is None or mark.epoch is None or reply.epoch != mark.epoch:
+    if mark.xid is None or mark.epoch is None or reply.epoch is None or not mark.epoch.goes_on_in(reply.epoch):
         return CommitStatus.UNKNOWN
     return _ANSWERS.get(reply.status or "", CommitStatus.UNKNOWN)
 

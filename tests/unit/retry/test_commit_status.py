@@ -55,6 +55,27 @@ def test_otherwise_no_status_is_believed(mark, reply, status):
     assert interpret_status(mark, XactStatusReply(status=status, **reply)) is CommitStatus.UNKNOWN
 
 
+STARTED = replace(EPOCH, started=100.0, asked_at=200.25)
+
+
+@pytest.mark.parametrize(
+    ("later", "goes_on"),
+    [
+        ({"started": 100.0, "asked_at": 300.0, "checkpoint_at": 50.0}, True),
+        ({"started": 250.0, "asked_at": 300.0, "checkpoint_at": 200.0}, True),
+        ({"started": 150.0, "asked_at": 300.0, "checkpoint_at": 250.0}, False),
+        ({"started": 250.0, "asked_at": 300.0, "checkpoint_at": 199.0}, False),
+        ({"started": 250.0, "asked_at": 300.0, "checkpoint_at": 250.0, "stats_reset": "2.5"}, False),
+    ],
+    ids=["the same start", "a clean restart", "a copy that ran already", "a copy that was started later", "a crash"],
+)
+def test_a_copy_of_a_server_that_was_shut_down_is_another_server(later, goes_on):
+    """It has the same statistics, and gives the same ids to others; only a clean restart ends with a later checkpoint."""
+    reply = XactStatusReply(status="committed", epoch=replace(EPOCH, **later))
+    expected = CommitStatus.COMMITTED if goes_on else CommitStatus.UNKNOWN
+    assert interpret_status(CommitToken(xid=753, epoch=STARTED), reply) is expected
+
+
 @pytest.mark.parametrize("status", ["committed", "aborted", "in progress", None])
 @pytest.mark.parametrize(
     "reply",
