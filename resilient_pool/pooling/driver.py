@@ -176,6 +176,7 @@ class DriverConnection:
         "_is_resettable",
         "_poll",
         "_proxy",
+        "_was_standby",
         "_reset_roles",
         "_reset_session",
         "capabilities",
@@ -206,6 +207,7 @@ class DriverConnection:
         self.capabilities: Capabilities | None = None
         self.is_pooled = False
         self.read_only: ReadOnly | None = None
+        self._was_standby = getattr(connection.get_settings(), "in_hot_standby", None) == "on"
         self.connection_info: dict[object, Any] = {}
         self.session_info: dict[object, Any] = {}
         self.pid = connection.get_server_pid()
@@ -498,15 +500,15 @@ class DriverConnection:
         """Find out, after the server has refused a write (25006), whether it was a standby, or was asked to be read-only.
 
         A server from 14 on reports with each answer whether it is a standby: one that says it is not needs no question. What
-        it answers later is certain only if it explains the refusal: it may have been promoted meanwhile, and behind a pooler
-        another server may answer.
+        it answers later is certain only if it explains the refusal: it may have been promoted meanwhile, which a transaction that
+        was begun before does not notice, and behind a pooler another server may answer.
         """
         self.read_only = ReadOnly()
         reported = None
         try:
             if not self.is_pooled:
                 reported = getattr(self.connection.get_settings(), "in_hot_standby", None)
-            if reported == "off":
+            if reported == "off" and not self._was_standby:
                 self.read_only = ReadOnly(in_recovery=False)
                 return
             with self._uncached():
