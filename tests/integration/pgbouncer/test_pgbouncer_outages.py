@@ -8,8 +8,9 @@ import contextlib
 import asyncpg
 import pytest
 from bouncer import PgBouncer
+from under_load import Load
 
-from resilient_pool import AcquireTimeoutError, OutcomeUnknownError, ResilientPool
+from resilient_pool import AcquireTimeoutError, ResilientPool
 
 pytestmark = pytest.mark.needs("pgbouncer")
 
@@ -19,74 +20,6 @@ async def table(behind):
     async with behind.admin() as admin:
         await admin.execute("DROP TABLE IF EXISTS item; CREATE TABLE item (id int)")
     return "item"
-
-
-class Load:
-    """Ten callers that read and write until they are stopped, and what became of each call."""
-
-    def __init__(self, pool: ResilientPool) -> None:
-        self._pool = pool
-        self._over = False
-        self._number = 0
-        self.reads = 0
-        self.done: list[int] = []
-        self.unknown: list[int] = []
-        self.errors: list[Exception] = []
-
-    async def __aenter__(self):
-        self._tasks = [asyncio.create_task(self._work()) for _ in range(10)]
-        await self.progress()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._over = True
-        async with asyncio.timeout(40):
-            await asyncio.gather(*self._tasks)
-
-    async def progress(self, calls: int = 20) -> None:
-        """Wait until some more calls were answered."""
-        aim = self.reads + calls, len(self.done) + calls
-        async with asyncio.timeout(40):
-            while self.reads < aim[0] or len(self.done) < aim[1]:
-                await asyncio.sleep(0.01)
-
-    async def standstill(self) -> None:
-        """Wait until no call is answered any more: some answers may still be on their way."""
-        async with asyncio.timeout(20):
-            before = None
-            while before != (before := (self.reads, len(self.done))):
-                await asyncio.sleep(0.3)
-
-    async def _work(self) -> None:
-        while not self._over:
-            self._number += 1
-            number = self._number
-            try:
-                assert await self._pool.fetchval("SELECT $1::int", number) == number
-                self.reads += 1
-                await self._write(number)
-                self.done.append(number)
-            except OutcomeUnknownError:
-                self.unknown.append(number)
-            except Exception as error:
-                self.errors.append(error)
-
-    async def _write(self, number: int) -> None:
-        if number % 2:
-            await self._pool.execute("INSERT INTO item VALUES ($1)", number)
-        else:
-            await self._pool.run_in_transaction(
-                lambda connection: connection.execute("INSERT INTO item VALUES ($1)", number)
-            )
-
-    async def assert_ledger_holds(self, behind) -> None:
-        """What was acknowledged is there once; what is not known once or not at all; nothing else."""
-        assert self.errors == []
-        async with behind.admin() as admin:
-            rows = [row["id"] for row in await admin.fetch("SELECT id FROM item")]
-        assert len(rows) == len(set(rows)), "applied twice"
-        assert set(self.done) <= set(rows), "acknowledged and absent"
-        assert set(rows) <= set(self.done) | set(self.unknown), "reported as failed, and present"
 
 
 async def test_a_restart_under_load_loses_and_doubles_nothing(pooled, behind, table):
@@ -114,7 +47,7 @@ async def test_pause_and_resume_under_load_are_only_a_wait(pooled, behind, table
         await load.standstill()
         await bouncer.console("RESUME")
         await load.progress()
-    assert load.unknown == []
+    assert load.unknown == {}
     assert pool.stats().retries_total == 0
     await load.assert_ledger_holds(behind)
 
@@ -135,7 +68,7 @@ async def test_reconnect_and_reload_under_load_are_not_noticed(pooled, behind, t
         for command in ("RECONNECT", "RELOAD", "RECONNECT postgres"):
             await bouncer.console(command)
             await load.progress()
-    assert load.unknown == []
+    assert load.unknown == {}
     assert pool.stats().retries_total == 0
     await load.assert_ledger_holds(behind)
 
