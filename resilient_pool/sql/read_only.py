@@ -51,6 +51,18 @@ _PAIRS = {
 """Words that may stand before a parenthesis after certain others, as part of one construct."""
 _OPERATOR_CHARACTERS = frozenset("+-*/<>=~!@#%^&|`?")
 _KNOWN_FUNCTIONS = STABLE_FUNCTIONS | HARMLESS_FUNCTIONS
+_EFFECTS_OUTSIDE_THE_SESSION = frozenset(
+    {
+        # On a sequence. What currval() and lastval() return afterwards, no reset takes away either.
+        *("nextval", "setval"),
+        # They end with the transaction: its id, its locks, and the message that its COMMIT sends.
+        *("pg_current_xact_id", "txid_current", "pg_notify"),
+        *("pg_advisory_xact_lock", "pg_advisory_xact_lock_shared"),
+        *("pg_try_advisory_xact_lock", "pg_try_advisory_xact_lock_shared"),
+    }
+)
+"""Functions that have effects, but none that a reset of the session would undo."""
+_EFFECTS_IN_THE_SESSION = FUNCTIONS_WITH_EFFECTS - _EFFECTS_OUTSIDE_THE_SESSION
 _CHANGING = frozenset({"insert", "update", "delete", "merge"})
 _BEFORE_A_PARENTHESIS = (RESERVED_WORDS | CONSTRUCT_WORDS | {"conflict", "filter", "insert", "over", "set"}) - {"treat"}
 
@@ -67,7 +79,8 @@ class Statement:
             immutable, one that is known to be harmless, or one that was declared. A function of the user's that takes the
             place of one of these by its argument types is not visible, nor is a computed field of a table (`row.function`).
         keeps_session: Whether it leaves the session as it was: a plain read, or one INSERT, UPDATE, DELETE or MERGE that
-            visibly calls nothing but what is known likewise. What a trigger does is not visible.
+            visibly calls nothing but what is known likewise. In both, functions may be called whose effects are outside the
+            session (nextval, say). What a trigger does is not visible.
         is_atomic: Whether it is certain to be one statement that takes effect as a whole or not at all.
         ends_transaction: Whether it may hold a statement that ends the transaction it runs in.
         names: Every identifier in it that could name something callable, unless it does not look like a read.
@@ -136,7 +149,7 @@ class StatementReader:
         statement = Statement(
             looks_like_read=reads,
             is_plain_read=reads and text.is_plain,
-            keeps_session=is_changing or (reads and text.is_plain),
+            keeps_session=is_changing or (reads and text.is_plain) or self._affects_only_what_is_outside(sql),
             is_atomic=boundaries.is_atomic,
             ends_transaction=boundaries.ends_transaction,
             names=frozenset(text.names if reads else ()),
@@ -146,6 +159,13 @@ class StatementReader:
             self._answers.clear()  # cheaper than knowing which is the oldest, and as rare
         self._answers[key] = statement
         return statement
+
+    def _affects_only_what_is_outside(self, sql: str) -> bool:
+        """Whether a text would be a plain read if its functions had not the effects that are outside the session."""
+        if len(sql) > _LONGEST_KEY or not any(name in sql.lower() for name in _EFFECTS_OUTSIDE_THE_SESSION):
+            return False
+        text = _Text(self.pure, but=_EFFECTS_OUTSIDE_THE_SESSION)
+        return all(map(text.takes, tokens(sql))) and text.is_whole and text.is_plain
 
 
 class _Remembered(dict[str | None, bool]):
@@ -209,7 +229,7 @@ class _Change:
     """
 
     def __init__(self, pure: frozenset[str]) -> None:
-        self._allowed = _KNOWN_FUNCTIONS | pure
+        self._allowed = _KNOWN_FUNCTIONS | _EFFECTS_OUTSIDE_THE_SESSION | pure
         self._last: Token | None = None
         self._is_target = self._is_over = False
         self.is_plain = False
@@ -221,7 +241,7 @@ class _Change:
             self.is_plain = token.kind is Kind.WORD and token.text in _CHANGING
             return
         is_name = token.kind in {Kind.WORD, Kind.QUOTED}
-        refused = token.kind is Kind.DOUBT or self._is_over or (is_name and token.text in FUNCTIONS_WITH_EFFECTS)
+        refused = token.kind is Kind.DOUBT or self._is_over or (is_name and token.text in _EFFECTS_IN_THE_SESSION)
         self._is_over = token == (Kind.SIGN, ";")
         if token == (Kind.SIGN, "(") and last.kind in {Kind.WORD, Kind.QUOTED} and not self._is_target:
             # A list of columns follows the table's name after INTO.
@@ -234,16 +254,22 @@ class _Change:
 class _Text:
     """One text, read from left to right.
 
+    Args:
+        pure: Functions that were declared.
+        but: Functions whose effects do not count.
+
     Attributes:
         is_plain: Whether everything called so far is known.
         names: The identifiers so far.
         operators: The runs of characters of operators so far.
     """
 
-    def __init__(self, pure: frozenset[str]) -> None:
+    def __init__(self, pure: frozenset[str], *, but: frozenset[str] = frozenset()) -> None:
         self.names: set[str] = set()
         self.operators: set[str] = set()
         self._pure = pure
+        self._known = _KNOWN_FUNCTIONS | but
+        self._effects = FUNCTIONS_WITH_EFFECTS - but
         self._past: list[Token] = []
         self._levels = [_Level(opener="", clause="", first=0)]
         self._closed = ""
@@ -302,7 +328,7 @@ class _Text:
             self._scalars.add(token.text)
         if not is_word or attribute or token.text not in RESERVED_WORDS:
             self.names.add(token.text)
-        return token.text not in FUNCTIONS_WITH_EFFECTS
+        return token.text not in self._effects
 
     def _end_run(self, token: Token) -> None:
         if token.kind is Kind.SIGN and token.text in _OPERATOR_CHARACTERS:
@@ -337,7 +363,7 @@ class _Text:
         # `('sequence'::regclass).nextval` advances the sequence. So may `alias.name` of a function in FROM.
         if self._is_name(-2):
             self._qualifiers.add(self._past[-2].text)
-        elif name not in _KNOWN_FUNCTIONS and name not in self._pure:
+        elif name not in self._known and name not in self._pure:
             self._plain = False
 
     def _is_alias_of_a_function(self) -> bool:
@@ -361,7 +387,7 @@ class _Text:
         if word.kind is Kind.WORD and word.text in RESERVED_WORDS:
             return self._word(before) != "collation" or not self._is_relation(before - 1)
         return (
-            word.text in _KNOWN_FUNCTIONS
+            word.text in self._known
             or word.text in self._pure
             or self._is_type(before)
             or (word.kind is Kind.WORD and self._is_construct(word.text, before))
@@ -377,7 +403,7 @@ class _Text:
 
     def _is_known(self, *parts: str) -> bool:
         *schemas, name = parts
-        if schemas == ["pg_catalog"] and name in _KNOWN_FUNCTIONS:
+        if schemas == ["pg_catalog"] and name in self._known:
             return True
         return len(schemas) == 1 and (name in self._pure or ".".join(parts) in self._pure)
 

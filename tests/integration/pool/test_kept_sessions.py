@@ -9,7 +9,7 @@ import pytest
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
-NUMBERS = "CREATE TABLE IF NOT EXISTS kept_sessions (id int)"
+NUMBERS = "CREATE TABLE IF NOT EXISTS kept_sessions (id int); CREATE SEQUENCE IF NOT EXISTS kept_numbers"
 
 
 async def fetch(connection):
@@ -42,11 +42,21 @@ async def look_around(connection):
     assert not connection.is_closed()
 
 
+async def act_outside_of_the_session(connection):
+    await connection.execute("INSERT INTO kept_sessions VALUES (nextval('kept_numbers'))")
+    await connection.fetchval("SELECT nextval('kept_numbers')")
+    await connection.fetchval("SELECT pg_notify('kept_sessions', 'hello')")
+    async with connection.transaction():
+        await connection.fetchval("SELECT pg_advisory_xact_lock(4711)")
+
+
 async def nothing(_connection):
     pass
 
 
-@pytest.mark.parametrize("use", [nothing, fetch, write, open_and_commit, roll_back, look_around])
+@pytest.mark.parametrize(
+    "use", [nothing, fetch, write, act_outside_of_the_session, open_and_commit, roll_back, look_around]
+)
 @both_loops
 async def test_no_reset_follows_a_lease_that_left_its_session_alone(make_pool, use):
     """Its connection is free again at once, and no task is made for it."""

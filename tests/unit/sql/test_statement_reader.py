@@ -214,6 +214,17 @@ def test_the_words_of_the_grammar_are_apart():
         ("DELETE FROM t WHERE a = ANY ($1)", True),
         ("MERGE INTO t USING u ON (t.a = u.a) WHEN NOT MATCHED THEN INSERT (a) VALUES (u.a)", True),
         ("SELECT 1", True),
+        ("INSERT INTO t VALUES (nextval('s'), gen_random_uuid(), random(), clock_timestamp())", True),
+        ("SELECT nextval('s'), pg_catalog.setval('s', 7)", True),
+        ("SELECT pg_notify('channel', $1)", True),
+        ("WITH l AS (SELECT pg_advisory_xact_lock(1)) SELECT NEXTVAL('s') FROM l", True),
+        ("SELECT txid_current()", True),
+        ("SELECT nextval('s'), set_config('a.b', 'c', false)", False),
+        ("SELECT nextval('s'), mine(1)", False),
+        ("SELECT nextval('s'), pg_advisory_lock(1)", False),
+        ("SELECT nextval('s'); SET work_mem = '4MB'", False),
+        ("SELECT setseed(0.5)", False),
+        ("SELECT mine.nextval('s')", False),
         ("INSERT INTO t VALUES (set_config('a.b', 'c', false))", False),
         ("INSERT INTO t SELECT pg_advisory_lock FROM generate_series(1, 3) g", False),
         ("INSERT INTO t VALUES (mine(1))", False),
@@ -231,6 +242,13 @@ def test_the_words_of_the_grammar_are_apart():
 def test_a_text_that_leaves_the_session_as_it_was(sql, keeps):
     """Single changes of tables do, as long as all they visibly call is known; then no reset is sent after them."""
     assert StatementReader().keeps_session[sql] is keeps
+
+
+@pytest.mark.parametrize("sql", ["SELECT nextval('s')", "SELECT pg_notify('c', 'x')", "SELECT txid_current()"])
+def test_a_text_without_a_trace_in_the_session_is_no_read_for_that(sql):
+    """That no reset follows it is no reason to repeat it."""
+    reader = StatementReader()
+    assert (reader.looks_like_read(sql), reader.is_plain_read(sql)) == (False, False)
 
 
 def test_a_long_comment_does_not_hide_what_commits_on_its_way():
