@@ -775,11 +775,10 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
 
     def get_settings(self) -> ConnectionSettings:
         """Return the connection's settings: those that the server reports, and what the driver knows of types."""
-        connection = self._peek("get_settings")
-        try:
-            return connection.get_settings()
-        except AttributeError as error:  # the driver has let go of what knew them
-            raise asyncpg.InterfaceError("cannot call Connection.get_settings(): connection is closed") from error
+        self._peek("get_settings")
+        # Not of the driver's connection: one that was lost has let go of what knows them.
+        settings: ConnectionSettings = self._current_driver.protocol.get_settings()
+        return settings
 
 
 def _check(options: CallOptions) -> None:
