@@ -36,6 +36,14 @@ class Calls:
 
     read: Call
     write: Call
+    lease: Call
+    """Take a connection, read on it once, give it back."""
+    transact: Call
+    """The same with one write in a transaction."""
+
+
+KINDS = {"reads": "read", "writes": "write", "leases": "lease", "transactions": "transact"}
+"""What is measured, and which of the calls that is."""
 
 
 Contestant = Callable[[str], contextlib.AbstractAsyncContextManager[Calls]]
@@ -44,20 +52,47 @@ Contestant = Callable[[str], contextlib.AbstractAsyncContextManager[Calls]]
 @contextlib.asynccontextmanager
 async def bare_connection(dsn: str) -> AsyncIterator[Calls]:
     connection = await asyncpg.connect(dsn)
-    yield Calls(read=lambda key: connection.fetch(READ, key), write=lambda key: connection.execute(WRITE, key))
+
+    def read(key: int) -> Awaitable[object]:
+        return connection.fetch(READ, key)
+
+    async def transact(key: int) -> None:
+        async with connection.transaction():
+            await connection.execute(WRITE, key)
+
+    yield Calls(read=read, write=lambda key: connection.execute(WRITE, key), lease=read, transact=transact)
     await connection.close()
+
+
+def calls_of(pool: ResilientPool | asyncpg.Pool) -> Calls:
+    """Return what is done with a pool of asyncpg's kind."""
+
+    async def lease(key: int) -> None:
+        async with pool.acquire() as connection:
+            await connection.fetch(READ, key)
+
+    async def transact(key: int) -> None:
+        async with pool.acquire() as connection, connection.transaction():
+            await connection.execute(WRITE, key)
+
+    return Calls(
+        read=lambda key: pool.fetch(READ, key),
+        write=lambda key: pool.execute(WRITE, key),
+        lease=lease,
+        transact=transact,
+    )
 
 
 @contextlib.asynccontextmanager
 async def resilient_pool(dsn: str, **arguments: object) -> AsyncIterator[Calls]:
     async with ResilientPool(dsn, **arguments) as pool:  # type: ignore[arg-type]
-        yield Calls(read=lambda key: pool.fetch(READ, key), write=lambda key: pool.execute(WRITE, key))
+        yield calls_of(pool)
 
 
 @contextlib.asynccontextmanager
 async def asyncpg_pool(dsn: str) -> AsyncIterator[Calls]:
     async with asyncpg.create_pool(dsn, min_size=0, max_size=10) as pool:
-        yield Calls(read=lambda key: pool.fetch(READ, key), write=lambda key: pool.execute(WRITE, key))
+        yield calls_of(pool)
 
 
 @contextlib.asynccontextmanager
@@ -76,8 +111,12 @@ async def psycopg_pool_(dsn: str, *, checked: bool = False) -> AsyncIterator[Cal
         async with pool.connection() as connection:
             await connection.execute(write_sql, (key,))
 
+    async def transact(key: int) -> None:
+        async with pool.connection() as connection, connection.transaction():
+            await connection.execute(write_sql, (key,))
+
     async with pool:
-        yield Calls(read=read, write=write)
+        yield Calls(read=read, write=write, lease=read, transact=transact)
 
 
 @contextlib.asynccontextmanager
@@ -94,7 +133,14 @@ async def sqlalchemy_engine(dsn: str, *, checked: bool = False) -> AsyncIterator
         async with engine.connect() as connection:
             await connection.execute(write_sql, {"id": key})
 
-    yield Calls(read=read, write=write)
+    # As it is by itself: the driver's transaction is begun with the first statement.
+    transacting = engine.execution_options(isolation_level="READ COMMITTED")
+
+    async def transact(key: int) -> None:
+        async with transacting.begin() as connection:
+            await connection.execute(write_sql, {"id": key})
+
+    yield Calls(read=read, write=write, lease=read, transact=transact)
     await engine.dispose()
 
 
@@ -107,4 +153,7 @@ ONE_AT_A_TIME: Mapping[str, Contestant] = {
     PSYCOPG_CHECKED: lambda dsn: psycopg_pool_(dsn, checked=True),
     ALCHEMY: sqlalchemy_engine,
     ALCHEMY_CHECKED: lambda dsn: sqlalchemy_engine(dsn, checked=True),
+}
+POOLS: Mapping[str, Contestant] = {
+    name: contestant for name, contestant in ONE_AT_A_TIME.items() if name not in {BARE, AGAIN}
 }

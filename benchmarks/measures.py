@@ -61,8 +61,8 @@ FULL = Effort(
     busy_calls=40,
     paused_rounds=30,
     paused_calls=25,
-    slices=11,
-    slice_seconds=0.3,
+    slices=9,
+    slice_seconds=0.12,
     cpu_rounds=120,
     cpu_calls=200,
 )
@@ -106,11 +106,11 @@ async def timed(call: Call, calls: int, pause: float) -> list[float]:
 # Ten connections, ten or a hundred workers
 
 
-async def throughput(dsn: str, *, rounds: int, seconds: float, write: bool) -> tuple[Samples, Samples]:
+async def throughput(dsn: str, kind: str, *, rounds: int, seconds: float) -> tuple[Samples, Samples]:
     """Take calls per second, and the least-served worker's part of a fair share, per set-up and round."""
     chance = random.Random(2)
     async with contextlib.AsyncExitStack() as stack:
-        crews = await hire(stack, dsn, write=write)
+        crews = await hire(stack, dsn, kind)
         rates: Samples = {name: [] for name in crews}
         shares: Samples = {name: [] for name in crews}
         for number in range(rounds + 1):
@@ -122,18 +122,16 @@ async def throughput(dsn: str, *, rounds: int, seconds: float, write: bool) -> t
     return rates, shares
 
 
-async def hire(stack: contextlib.AsyncExitStack, dsn: str, *, write: bool) -> dict[str, list[Call]]:
-    bare = [await stack.enter_async_context(contestants.bare_connection(dsn)) for _ in range(CONNECTIONS)]
-    pools = {
-        OURS: await stack.enter_async_context(contestants.resilient_pool(dsn)),
-        contestants.ASYNCPG: await stack.enter_async_context(contestants.asyncpg_pool(dsn)),
-    }
-    if write:
-        no_reset = contestants.resilient_pool(dsn, session_reset="off")
-        pools[f"{OURS}, session_reset off"] = await stack.enter_async_context(no_reset)
-    crews = {BARE: [each.write if write else each.read for each in bare]}
-    for name, pool in pools.items():
-        call = pool.write if write else pool.read
+async def hire(stack: contextlib.AsyncExitStack, dsn: str, kind: str) -> dict[str, list[Call]]:
+    """Make a crew of each contestant: ten bare connections, and each pool with ten and with a hundred workers."""
+
+    async def call_of(contestant: contextlib.AbstractAsyncContextManager[contestants.Calls]) -> Call:
+        call: Call = getattr(await stack.enter_async_context(contestant), contestants.KINDS[kind])
+        return call
+
+    crews = {BARE: [await call_of(contestants.bare_connection(dsn)) for _ in range(CONNECTIONS)]}
+    for name, pool in contestants.POOLS.items():
+        call = await call_of(pool(dsn))
         crews |= {f"{name}/{workers}": [call] * workers for workers in (CONNECTIONS, CROWD)}
     return crews
 
@@ -241,7 +239,8 @@ async def tasks_created(dsn: str, calls: int = 200) -> dict[str, int]:
 
     counts = {}
     async with contestants.resilient_pool(dsn) as ours:
-        for kind, call in (("read", ours.read), ("write", ours.write)):
+        for kind in contestants.KINDS.values():
+            call = getattr(ours, kind)
             await call(1)
             await asyncio.sleep(0.05)  # what the first call left to be done
             created = 0
@@ -260,15 +259,16 @@ async def measure(dsn: str, effort: Effort) -> dict[str, object]:
     gc.collect()
     gc.freeze()
     busy, paused = (effort.busy_rounds, effort.busy_calls), (effort.paused_rounds, effort.paused_calls)
-    reads, fairness = await throughput(dsn, rounds=effort.slices, seconds=effort.slice_seconds, write=False)
-    writes, _ = await throughput(dsn, rounds=effort.slices, seconds=effort.slice_seconds, write=True)
+    crews = {
+        kind: await throughput(dsn, kind, rounds=effort.slices, seconds=effort.slice_seconds)
+        for kind in contestants.KINDS
+    }
     return {
         "busy": await latency(dsn, rounds=busy[0], calls=busy[1], pause=0),
         "paused": await latency(dsn, rounds=paused[0], calls=paused[1], pause=0.001),
         "busy writes": await latency(dsn, rounds=busy[0] // 2, calls=busy[1], pause=0, write=True),
-        "reads": reads,
-        "fairness": fairness,
-        "writes": writes,
+        **{kind: rates for kind, (rates, _) in crews.items()},
+        "fairness": crews["reads"][1],
         "python": await python_time(dsn, rounds=effort.cpu_rounds, calls=effort.cpu_calls),
         "whole": await whole_time(dsn, rounds=effort.cpu_rounds, calls=effort.cpu_calls),
         "tasks": await tasks_created(dsn),
