@@ -75,11 +75,14 @@ async def test_each_call_is_one_use(pool, recorder):
 
 
 @pytest.mark.parametrize("sql", ["SELECT 1", "SET work_mem = '4MB'"], ids=["kept", "reset"])
-async def test_a_lease_is_one_use_from_getting_it_to_giving_it_back(pool, recorder, clock, sql):
-    """Its reset afterwards is none."""
+async def test_a_lease_is_one_use_from_getting_it_to_giving_it_back(pool, recorder, server, clock, sql):
+    """Its reset afterwards, which takes another second here, is none of it."""
     async with pool.acquire() as connection:
         await connection.execute(sql)
         await clock.run(3.0)
+        server.hangs = True
+    await clock.run(1.0)
+    server.hangs = False
     await pool.execute("SELECT 1")
     assert [seconds for seconds, _ in recorder.uses] == [3.0, 0.0]
     assert pool.stats().acquired == 2
