@@ -269,11 +269,9 @@ class Connector:
     async def _prepare(self, target: PoolConfig, driver: DriverConnection, ends: float) -> None:
         driver.set_socket_options(keepalive=self._config.tcp_keepalive, user_timeout=self._config.tcp_user_timeout)
         # Several first connections may have been dialled before the first of them had its answer.
-        info = (
-            self.server_info
-            if target is self._target and self.server_info is not None
-            else await self._fetch_server_info(target, driver, ends)
-        )
+        info = self.server_info
+        if target is not self._target or info is None or info.refused_by not in (None, driver.address):
+            info = await self._fetch_server_info(target, driver, ends)
         driver.is_pooled = info.has_pooler
         if info.has_pooler and target.statement_cache_size is None:
             driver.disable_statement_cache()
@@ -296,7 +294,8 @@ class Connector:
         if info.has_proxy and target.statement_cache_size is None:
             seen = await self._find_session_sharing(target, driver, info, ends)
             info = replace(info, keeps_session=seen is None)
-        if self.server_info is None and target is self._target:
+        known = self.server_info
+        if target is self._target and (known is None or known.refused_by not in (None, driver.address)):
             self.server_info = info
             self._context.counters.pooler = info.has_pooler
             if info.has_pooler:

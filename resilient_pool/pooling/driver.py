@@ -104,6 +104,7 @@ class ServerInfo:
         backend_pid: The process id of the process that answered.
         keeps_session: Whether what made the handshake in the server's place was seen to keep one server session for each of
             its clients, as Neon's proxy does.
+        refused_by: The address, as it was dialled, of a server that has refused to say some of it; another one may say it.
     """
 
     version: int
@@ -114,6 +115,7 @@ class ServerInfo:
     handshake_pid: int
     backend_pid: int
     keeps_session: bool = False
+    refused_by: object = None
 
     @property
     def has_proxy(self) -> bool:
@@ -462,8 +464,14 @@ class DriverConnection:
         self.invalidated = True
         self.connection._aborted = True  # type: ignore[attr-defined] # noqa: SLF001
 
+    @property
+    def address(self) -> object:
+        """Where the connection leads, as it was dialled: a host's name and port, or a socket's path."""
+        return self.connection._addr  # type: ignore[attr-defined] # noqa: SLF001
+
     async def fetch_server_info(self, seconds: float | None) -> ServerInfo:
         """Ask, in one query that is safe behind any pooler and within `seconds`, what stands at the other end."""
+        refused_by = None
         try:
             with self._uncached():
                 row = await asyncpg.Connection.fetchrow(self.connection, _SERVER_INFO, timeout=seconds)
@@ -471,7 +479,7 @@ class DriverConnection:
             # Databases that only speak PostgreSQL's protocol lack some of these functions, but not the same ones.
             if self.connection.is_closed():
                 raise
-            row = await self._fetch_what_there_is(seconds)
+            row, refused_by = await self._fetch_what_there_is(seconds), self.address
         backend_pid, in_recovery, idle, idle_in_transaction, transaction = row or (self.pid, False, None, None, None)
         return ServerInfo(
             version=self.connection.get_server_version().major,
@@ -481,6 +489,7 @@ class DriverConnection:
             transaction_timeout=transaction,
             handshake_pid=self.pid,
             backend_pid=backend_pid,
+            refused_by=refused_by,
         )
 
     async def _fetch_what_there_is(self, seconds: float | None) -> tuple[Any, ...]:

@@ -277,10 +277,13 @@ async def test_another_server_is_asked_again(postgres, table):
         where = {"host": [poor.host, rich.host], "port": [poor.port, rich.port], "user": "postgres", "ssl": False}
         async with asyncio.timeout(LIMIT), ResilientPool(**where, database="postgres", max_size=1) as pool:
             assert await pool.fetchval("SELECT 1") == 1
+            assert pool._connector.server_info.refused_by is not None
             poor.close()
             await insert(pool, 1)
             assert pool.stats().outcomes_unknown == 0
+            assert pool._connector.server_info.refused_by is None
         assert any("pg_xact_status" in sql for sql in rich.statements)
+        assert sum("pg_is_in_recovery(), EXTRACT" in sql for sql in rich.statements) == 1
     assert await table() == [1]
 
 
