@@ -12,6 +12,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from resilient_pool.events import (
+    CallerWaited,
     ConnectionDiscarded,
     ConnectionOpened,
     DiscardReason,
@@ -19,6 +20,8 @@ from resilient_pool.events import (
     PoolerDetected,
     RetryExhausted,
     RetryScheduled,
+    WaitEnd,
+    WaitReason,
 )
 from resilient_pool.observability.structlog_observer import StructlogObserver
 from resilient_pool.retry.verdict import Fault, Outcome
@@ -105,6 +108,8 @@ def test_an_event_is_logged_under_its_name_with_its_attributes_as_fields(configu
         (discarded(DiscardReason.PING_FAILED), "info"),
         (discarded(DiscardReason.FAILED), "info"),
         (discarded(DiscardReason.RESET_FAILED), "info"),
+        (CallerWaited(reason=WaitReason.BUSY, end=WaitEnd.SERVED, elapsed=0.01), "debug"),
+        (CallerWaited(reason=WaitReason.AWAY, end=WaitEnd.SERVED, elapsed=9.5), "info"),
         (RETRY, "info"),
         (EXHAUSTED, "warning"),
         (UNKNOWN, "warning"),
