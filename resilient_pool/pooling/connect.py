@@ -195,6 +195,7 @@ class Connector:
             stale = refuses_credentials(error) or (credentials.give_user and refuses_user(error))
             if not (credentials.are_asked_for and stale):
                 raise
+            credentials.refused(login)
         return await self._reach(target, await credentials.get(), ends)
 
     async def _reach(self, target: PoolConfig, login: Login, ends: float) -> AnyConnection:
@@ -453,6 +454,13 @@ class Credentials:
         if question.cancelled():
             raise asyncpg.InterfaceError("the function that gives the password was cancelled")
         return question.result()
+
+    def refused(self, login: Login) -> None:
+        """Let the application's function know that the server has refused what it gave, if it has a method `refused`."""
+        source = self._config.password if self._config.credentials is None else self._config.credentials
+        refused = getattr(source, "refused", None)
+        if callable(refused):
+            refused(login.password)
 
     def _answered(self, question: asyncio.Task[Login]) -> None:
         if self._question is question:
