@@ -170,6 +170,11 @@ class _Recipe:
             given["connect"] = lambda *_args, **_options: create()
         return cls(arguments=given, statements=statements)
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise ConfigurationError(_CONNECTS_ITSELF)
+
     def pool(self, **sizes: object) -> ResilientPool[Any]:
         """Make a pool, not yet opened."""
         for name in sizes.keys() & self.arguments.keys():
@@ -177,6 +182,10 @@ class _Recipe:
         return ResilientPool(**{**self.arguments, **sizes})
 
 
+_CONNECTS_ITSELF = (
+    'creator= and a "do_connect" listener must not connect by themselves, since the pool does: a function that connects goes into '
+    "connect_args={'connect': ...}, and what is to be done with a new connection into a \"connect\" listener"
+)
 # SQLAlchemy's arguments that say the same as the pool's.
 _SAME = {"max_size": "pool_size= and max_overflow=", "deadline": "pool_timeout=", "max_lifetime": "pool_recycle="}
 
@@ -482,7 +491,8 @@ class LeasePool(Pool):
         self._statements: Mapping[str, Any] = {}
         self._listeners_before = len(self.dispatch.connect)
         self._own_listeners = 0
-        if resilient_pool is None and "connection_record" in inspect.signature(creator).parameters:
+        is_new = "_dispatch" not in options
+        if is_new and resilient_pool is None and "connection_record" in inspect.signature(creator).parameters:
             self._make()  # so that a wrong argument is refused now
 
     @property
