@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import uuid
 
+import asyncpg
 import pytest
 from cut import Cut
 
-from resilient_pool import ResilientPool
+from resilient_pool import BackoffPolicy, OutcomeUnknownError, ResilientPool
 from resilient_pool.testing import EmbeddedPostgres
 
 
@@ -38,6 +40,27 @@ async def replace(pool: ResilientPool) -> None:
         await connection.fetch("SELECT 1")
 
 
+async def be_refused(pool: ResilientPool) -> None:
+    with contextlib.suppress(asyncpg.ReadOnlySQLTransactionError):
+        await pool.execute("BEGIN READ ONLY; CREATE TABLE never (id int)")
+
+
+async def be_refused_on_a_lease(pool: ResilientPool) -> None:
+    async with pool.acquire() as connection:
+        with contextlib.suppress(asyncpg.ReadOnlySQLTransactionError):
+            await connection.execute("BEGIN READ ONLY; CREATE TABLE never (id int)")
+
+
+async def lose(pool: ResilientPool) -> None:
+    with contextlib.suppress(OutcomeUnknownError):
+        await pool.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+async def lose_and_repeat(pool: ResilientPool) -> None:
+    with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError):
+        await pool.execute("SELECT pg_terminate_backend(pg_backend_pid())", idempotent=True)
+
+
 async def prepare_session(connection) -> None:
     await connection.execute("SET search_path TO public")
 
@@ -54,6 +77,10 @@ WAYS = {
     "lease": (lease, {}, False),
     "lease on_release": (lease, {"session_reset": "on_release"}, False),
     "wait": (wait, {}, False),
+    "refused": (be_refused, {}, False),
+    "refused on a lease": (be_refused_on_a_lease, {}, False),
+    "lost": (lose, {}, False),
+    "lost and repeated": (lose_and_repeat, {"backoff": BackoffPolicy(base=0.001, max_attempts=2)}, False),
     "replace": (replace, {"setup": prepare_session}, False),
     "minimum": (replace, {"min_size": 1}, False),
 }

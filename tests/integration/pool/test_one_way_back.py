@@ -9,9 +9,10 @@ import time
 import asyncpg
 import pytest
 
-from resilient_pool import AcquireTimeoutError
+from resilient_pool import AcquireTimeoutError, PostgresClassifier
 from resilient_pool.clock import SystemClock
 from resilient_pool.events import DiscardReason
+from resilient_pool.pooling.resource_pool import ResourcePool
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
@@ -141,3 +142,26 @@ async def test_a_call_whose_ping_is_not_answered_ends_with_its_own_deadline(dsn,
 
 async def _lease(pool, seconds):
     return await pool.acquire(timeout=seconds)
+
+
+@pytest.mark.parametrize("setup", [None, lambda _: asyncio.sleep(0)], ids=["plain", "set up"])
+async def test_a_failure_is_judged_while_its_connection_is_held_and_that_is_given_back_once(
+    make_pool, eventually, monkeypatch, setup
+):
+    """What is decided concerns the connection, too: it may be closed, and must not be another caller's by then."""
+    held, returned = [], []
+
+    class Judge(PostgresClassifier):
+        def classify(self, failure):
+            held.append(pool.stats().in_use)
+            return super().classify(failure)
+
+    pool = await make_pool(max_size=1, setup=setup, classifier=Judge())
+    assert await pool.fetchval("SELECT 1") == 1
+    await eventually(lambda: pool.get_idle_size() == 1)
+    put = ResourcePool.put
+    monkeypatch.setattr(ResourcePool, "put", lambda resources, entry: (returned.append(entry), put(resources, entry)))
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await pool.fetchval("SELECT 1 / 0")
+    await eventually(lambda: pool.get_idle_size() == 1)
+    assert (held, len(returned)) == ([1], 1)
