@@ -301,7 +301,7 @@ def _impatient():
 
 async def test_readiness_is_answered_from_what_the_pool_knows(dsn, proxy):
     """It connects to nothing: not before the first request, not while the server is away."""
-    database = web_pool(proxy.dsn(dsn), waking_seconds=0.3)
+    database = web_pool(proxy.dsn(dsn), waking_seconds=0.5)
     async with serving("starlette", database) as client:
         answer = await client.get("/ready")
         assert (answer.status_code, answer.json(), proxy.attempts) == (200, {"database": "idle"}, 0)
@@ -309,7 +309,7 @@ async def test_readiness_is_answered_from_what_the_pool_knows(dsn, proxy):
         assert (await client.get("/ready")).json() == {"database": "up"}
         proxy.refuse()
         proxy.rst()
-        request = asyncio.ensure_future(client.get("/read", headers={"X-Request-Timeout": "0.8"}))
+        request = asyncio.ensure_future(client.get("/read", headers={"X-Request-Timeout": "1.5"}))
         async with asyncio.timeout(3):
             while (await client.get("/ready")).json() != {"database": "waking"}:
                 await asyncio.sleep(0.01)
