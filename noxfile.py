@@ -11,7 +11,12 @@ import nox
 
 OLDEST, NEWEST = 11, 20
 """The minor versions of Python 3 that are looked for."""
-TESTS = ("tests/unit", "tests/integration/test_transactions.py", "tests/integration/test_transaction_cancellation.py")
+TESTS = (
+    "tests/unit",
+    "tests/integration/test_transactions.py",
+    "tests/integration/test_transaction_cancellation.py",
+    "tests/integration/test_cancelled_at_random.py",
+)
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
