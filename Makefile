@@ -31,7 +31,7 @@ DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 
 SITE := $(VENV)/.site
 
-.PHONY: help demo test pythons chaos soak check bench format tables charts docs dist clean
+.PHONY: help demo test pythons chaos soak check bench profile format tables charts docs dist clean
 
 help:
 	@echo "make demo   asyncpg.Pool and ResilientPool with databases that pause when idle, and under the same faults"
@@ -42,6 +42,7 @@ help:
 	@echo "make soak   the same and more for half an hour, and what the process holds (SOAK_SECONDS=1800, SOAK_SEED=1)"
 	@echo "make check  formatting, lint, types, import contracts"
 	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
+	@echo "make profile where the time of a call goes, by function"
 	@echo "make docs   the documentation, into build/site; every link is checked"
 	@echo "make dist   sdist and wheel, into dist/; both are installed into an empty environment"
 	@echo "make format / make tables / make charts / make clean"
@@ -81,6 +82,9 @@ check: $(DEVELOP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy resilient_pool tests/typing
 	$(BIN)/lint-imports
+
+profile: $(VENV)/.wheel
+	$(BIN)/python benchmarks/profile_call.py
 
 bench: $(VENV)/.wheel
 	$(BIN)/python benchmarks/overhead.py
