@@ -137,7 +137,7 @@ class ResilientPool(Queries[RecordT]):
         self._leases = LeaseManager(
             context, self._acquirer, self._maintenance, self._retry_loop, self._connector, self._lease_type
         )
-        commit_resolver = CommitResolver(context, self._leases)
+        commit_resolver = CommitResolver(context, self._acquirer, self._maintenance, self._retry_loop.read_check)
         self._transactions = Transactions(context, self._leases, commit_resolver, self._require_open)
         self._listeners = Listeners(
             context, self._leases, self._acquirer, maintenance, self._connector, self._require_open

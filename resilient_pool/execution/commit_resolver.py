@@ -13,9 +13,11 @@ import asyncpg
 
 from resilient_pool.clock import Clock
 from resilient_pool.events import OutcomeResolved
-from resilient_pool.execution.connection import LeaseManager
+from resilient_pool.execution.read_check import ReadCheck
+from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import AnyConnection, DriverConnection
+from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.classifier import refuses_question
 from resilient_pool.retry.commit_status import (
@@ -140,13 +142,19 @@ class CommitResolver:
 
     Args:
         context: The name of the commit log, and how to wait.
-        leases: Where connections come from.
+        acquirer: Where connections come from.
+        maintenance: Where they go.
+        read_check: Asks whether what looks like a read is one.
     """
 
-    def __init__(self, context: PoolContext, leases: LeaseManager) -> None:
+    def __init__(
+        self, context: PoolContext, acquirer: Acquirer, maintenance: Maintenance, read_check: ReadCheck
+    ) -> None:
         config = context.config
         self._context = context
-        self._leases = leases
+        self._acquirer = acquirer
+        self._maintenance = maintenance
+        self._read_check = read_check
         self._clock = context.clock
         self._log = config.commit_log
         # `setup` may take on another role at every use, and without resets one may be left from the use before.
@@ -329,7 +337,7 @@ class CommitResolver:
         """
 
         async def query_status(driver: DriverConnection, _insist: bool, _patient: bool) -> CommitStatus:
-            if not await self._leases.read_check.allows(driver, texts, timeout=_QUERY_TIMEOUT):
+            if not await self._read_check.allows(driver, texts, timeout=_QUERY_TIMEOUT):
                 return CommitStatus.UNKNOWN
             refuses = decides
             if refuses is None:
@@ -418,16 +426,16 @@ class CommitResolver:
 
     async def acquire(self, entry: PoolEntry[DriverConnection] | None, deadline: float) -> PoolEntry[DriverConnection]:
         """Return an entry with a healthy connection: this one if its connection is healthy or can be replaced."""
-        return await self._leases.ensure_healthy(entry, deadline)
+        return await self._acquirer.keep_or_acquire(entry, deadline)
 
     @property
     def is_closing(self) -> bool:
         """Whether the pool is closing, so that no connection is opened any more."""
-        return self._leases.is_closing
+        return self._maintenance.closing
 
     def release(self, entry: PoolEntry[DriverConnection]) -> None:
         """Take back an entry that a query ran on."""
-        self._leases.reset_and_release(entry)
+        self._maintenance.reset_and_release_anywhere(entry)
 
     @property
     def clock(self) -> Clock:
@@ -446,15 +454,15 @@ class CommitResolver:
         if self._log is None or (self._pruned is not None and now - self._pruned < _PRUNE_EVERY):
             return
         self._pruned = now
-        self._leases.run_in_background(self._prune())
+        self._maintenance.run_in_background(self._prune())
 
     async def _prune(self) -> None:
         with contextlib.suppress(Exception):  # nothing waits for it, and the next hour brings another chance
-            entry = await self._leases.ensure_healthy(None, self._clock.monotonic() + _MIN_RESOLVE_TIME)
+            entry = await self._acquirer.keep_or_acquire(None, self._clock.monotonic() + _MIN_RESOLVE_TIME)
             try:
                 await self._prune_on(entry)
             finally:
-                self._leases.reset_and_release(entry)
+                self._maintenance.reset_and_release_anywhere(entry)
 
     async def _prune_on(self, entry: PoolEntry[DriverConnection]) -> None:
         done = None

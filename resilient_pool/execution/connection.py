@@ -438,7 +438,7 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
     async def _attempt(self, execution: Execution[T]) -> T:
         self._require_active(execution.operation.name)
         entry, self._entry = self._entry, None  # while it is checked or replaced it may be lost
-        self._entry = await self._leases.ensure_healthy(
+        self._entry = await self._leases.acquirer.keep_or_acquire(
             entry, execution.operation.deadline, fail_fast=execution.operation.fail_fast
         )
         if self._state is not _TRYING:  # the lease was ended by another task, which found no entry to give back
@@ -847,6 +847,7 @@ class LeaseManager:
     """Leases connections and takes them back.
 
     Attributes:
+        acquirer: The same.
         reset_timeout: How many seconds a rollback may take.
         sets_up: Whether the application prepares connections.
         connection_class: What the driver makes.
@@ -877,7 +878,7 @@ class LeaseManager:
         self._pooled_lease_class = lease_class(_of_shared_sessions(lease_type), config.connection_class)
         self._connector = connector
         self._config = config
-        self._acquirer = acquirer
+        self.acquirer = acquirer
         self._maintenance = maintenance
         self._clock = context.clock
         self.reset_timeout = config.reset_timeout
@@ -902,10 +903,6 @@ class LeaseManager:
         """Whether nothing is leased any more."""
         return self._maintenance.closing
 
-    def run_in_background(self, work: Coroutine[object, object, None]) -> None:
-        """Run work in the background, which only the pool's `close()` waits for."""
-        self._maintenance.run_in_background(work)
-
     def reset_and_release(self, entry: PoolEntry[DriverConnection]) -> None:
         """Take back an entry whose lease has ended or did not begin, in whatever thread or event loop."""
         self._maintenance.reset_and_release_anywhere(entry)
@@ -924,7 +921,7 @@ class LeaseManager:
             execution = self.retry_loop.new_execution("acquire", options=options, started=started)
         while True:
             try:
-                entry = self._acquirer.try_acquire() if execution is None else None
+                entry = self.acquirer.try_acquire() if execution is None else None
                 if entry is not None:
                     return self.new_lease(entry, entry.resource)
                 return await self.lease_for(execution, self.retry_loop.limits(started, options))
@@ -942,9 +939,9 @@ class LeaseManager:
             execution: The operation; `None` for a first attempt where nothing is set up.
             limits: Until when to wait, and whether to fail fast.
         """
-        entry = self._acquirer.try_acquire()
+        entry = self.acquirer.try_acquire()
         if entry is None:
-            entry = await self._acquirer.acquire(limits[0], fail_fast=limits[1])
+            entry = await self.acquirer.acquire(limits[0], fail_fast=limits[1])
         if execution is None:
             return self.new_lease(entry, entry.resource)
         lease = self.new_lease(entry)
@@ -978,15 +975,7 @@ class LeaseManager:
             return False
         # What was looked at when it was leased, a moment ago, is not looked at again.
         is_known = now - entry.taken_at_monotonic < _A_MOMENT and driver.is_usable
-        return is_known or self._acquirer.is_ready(entry)
-
-    async def ensure_healthy(
-        self, entry: PoolEntry[DriverConnection] | None, deadline: float | None, *, fail_fast: bool = False
-    ) -> PoolEntry[DriverConnection]:
-        """Return an entry with a healthy connection: this one if its connection is healthy or can be replaced, else another."""
-        if entry is not None and await self._acquirer.ensure_healthy(entry, deadline):
-            return entry
-        return await self._acquirer.acquire(deadline, fail_fast=fail_fast, is_begun=True)
+        return is_known or self.acquirer.is_ready(entry)
 
     async def set_up(self, lease: ResilientConnection[Any], deadline: float | None) -> None:
         """Let the application prepare a connection until `deadline`."""
@@ -1067,7 +1056,7 @@ class LeaseManager:
         finally:
             # What was asked long ago vouches for nothing: the reset asks again, and no caller waits for that.
             if entry is not None and keeps and self._monotonic() - entry.taken_at_monotonic < self._ping_after:
-                self._acquirer.release(entry)
+                self.acquirer.release(entry)
             elif entry is not None:
                 reset = self._maintenance.reset_and_release(entry, seconds)
         return reset

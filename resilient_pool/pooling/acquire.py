@@ -219,6 +219,14 @@ class Acquirer:
             )
         )
 
+    async def keep_or_acquire(
+        self, entry: PoolEntry[DriverConnection] | None, deadline: float | None, *, fail_fast: bool = False
+    ) -> PoolEntry[DriverConnection]:
+        """Return an entry with a healthy connection for what is under way: this one if it has one or gets one, else another."""
+        if entry is not None and await self.ensure_healthy(entry, deadline):
+            return entry
+        return await self.acquire(deadline, fail_fast=fail_fast, is_begun=True)
+
     async def ensure_healthy(self, entry: PoolEntry[DriverConnection], deadline: float | None) -> bool:
         """Make sure that an entry in the caller's hands has a healthy connection: the one it has, or another.
 
