@@ -24,7 +24,7 @@ from resilient_pool.execution.connection import LeaseManager, ResilientConnectio
 from resilient_pool.execution.listener import Listener, Listeners
 from resilient_pool.execution.query_methods import CallOptions, Queries
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import Asked, Execution, RetryLoop
+from resilient_pool.execution.retry_loop import Execution, RetryLoop
 from resilient_pool.execution.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
 from resilient_pool.observability.stats import Counters, PoolStats
 from resilient_pool.pooling.acquire import Acquirer
@@ -166,16 +166,14 @@ class ResilientPool(Queries[RecordT]):
         *arguments: object,
         replayable: bool = True,
     ) -> T:
-        if options:
-            require_seconds("deadline", options.get("deadline"))
-            exactly_once = options.pop("exactly_once", False)  # type: ignore[typeddict-item]
-            if exactly_once and not (options.get("idempotent") or self._is_plain_read(sql)):
-                return await self._run_exactly_once(options, execute, arguments)
+        if options and self._takes_exactly_once(options, sql):
+            return await self._run_exactly_once(options, execute, arguments)
         started = self._monotonic()
         self._retry_budget.calls += 1
-        asked: Asked[T] = (operation, sql, execute, arguments, options, replayable)
         # What has not failed, and needs no setup, need not be remembered.
-        execution = self._retry_loop.new_execution(*asked, started) if self._sets_up else None
+        execution: Execution[T] | None = None
+        if self._sets_up:
+            execution = self._retry_loop.new_execution(operation, sql, execute, arguments, options, replayable, started)
         while True:
             if self._state is not _OPEN or get_running_loop() is not self._loop:
                 self._require_open()
@@ -201,7 +199,9 @@ class ResilientPool(Queries[RecordT]):
                     failure = error
                 if failure is not None:
                     if execution is None:
-                        execution = self._retry_loop.new_execution(*asked, started)
+                        execution = self._retry_loop.new_execution(
+                            operation, sql, execute, arguments, options, replayable, started
+                        )
                         if entry is not None:
                             execution.attempt.execute_on(driver, queries)
                     # What is decided concerns the connection, too, which is still held.
@@ -219,6 +219,12 @@ class ResilientPool(Queries[RecordT]):
                 return result
             await self._clock.sleep(delay)
             execution.begin_attempt()
+
+    def _takes_exactly_once(self, options: CallOptions, sql: str | None) -> bool:
+        """Check the options of a call, and say whether it is to be a transaction of its own."""
+        require_seconds("deadline", options.get("deadline"))
+        exactly_once = options.pop("exactly_once", False)  # type: ignore[typeddict-item]
+        return bool(exactly_once) and not (options.get("idempotent") or self._is_plain_read(sql))
 
     async def _run_exactly_once(
         self, options: CallOptions, execute: Callable[..., Awaitable[T]], arguments: tuple[object, ...]
