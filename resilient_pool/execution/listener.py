@@ -159,7 +159,7 @@ class Subscription:
 
     def stop_anywhere(self) -> None:
         """Do that, in whatever thread, with or without an event loop."""
-        if self._loop is None or self._loop.is_closed() or self.is_over:
+        if self._loop is None or self.is_over or not self._loop.is_running():
             self.cut_off()
         elif self._maintenance.is_in_own_loop:
             self.stop()
@@ -201,9 +201,10 @@ class Subscription:
                 expired = interrupted_by is GapReason.EXPIRED
                 self._hang_up(DiscardReason.GENERATION if expired else DiscardReason.FAILED)
         except Exception as error:  # noqa: BLE001 - it is the consumer's
-            self._error = error
+            self._error = None if self.is_over else error
         finally:
             self.stop()
+            self._notify()  # it may have been cut off while the loop did not run
 
     async def _listen(self) -> PoolEntry[DriverConnection]:
         """Listen on a new connection: for the first time within the deadline, after a loss for as long as waiting may help."""

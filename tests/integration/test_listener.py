@@ -444,6 +444,32 @@ def forget(proxy):
     return fault
 
 
+def test_a_pool_that_is_terminated_while_no_loop_runs_ends_its_listeners(dsn):
+    """Their connections are cut off, and the one who waits is told when the loop goes on."""
+    with asyncio.Runner() as runner:
+        pool = ResilientPool(dsn, **SETTINGS)
+
+        async def begin():
+            await pool
+            listener = await pool.listen("work").__aenter__()
+            waiting = asyncio.ensure_future(anext(listener))
+            await asyncio.sleep(0)
+            return listener, waiting
+
+        async def go_on(waiting):
+            async with asyncio.timeout(10):
+                await asyncio.wait([waiting])
+            bystander = await asyncpg.connect(dsn)
+            await eventually(lambda: _none(sessions(bystander)))
+            await bystander.close()
+
+        listener, waiting = runner.run(begin())
+        pool.terminate()
+        runner.run(go_on(waiting))
+        assert isinstance(waiting.exception(), StopAsyncIteration)
+        del listener
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this operating system does not fork")
 async def test_a_forked_process_leaves_the_connection_alone(dsn, sender):
     """It is the parent's, which goes on listening."""

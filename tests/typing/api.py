@@ -17,10 +17,14 @@ from resilient_pool import (
     Event,
     Failure,
     Fault,
+    Gap,
+    GapReason,
     Instrument,
+    Listener,
     MigrationFailedError,
     MigrationLockedError,
     MigrationResult,
+    Notification,
     Observer,
     Outcome,
     OutcomeUnknownError,
@@ -33,12 +37,14 @@ from resilient_pool import (
     RetryBudget,
     StructlogObserver,
     Verdict,
+    connect,
     create_pool,
     profiles,
     run_migration,
 )
 from resilient_pool.config.arguments import PoolArguments
 from resilient_pool.contrib.asgi import Answer, ASGIApp, Readiness, WebPool, header_budget
+from resilient_pool.contrib.aws import RdsToken, SecretsManager
 from resilient_pool.contrib.opentelemetry import PoolTelemetry
 from resilient_pool.contrib.prometheus import PoolCollector
 from resilient_pool.execution.transaction import Attempt, Isolation, RetriedTransaction, TransactionOptions
@@ -210,6 +216,29 @@ async def migrations() -> None:
         assert_type(error.waited, float)
     except MigrationLockedError as error:
         assert_type(error.holder, str)
+
+
+async def notifications(pool: ResilientPool) -> None:
+    """Listen, and look for what was missed."""
+    async with pool.listen("jobs", "more", queue_size=100, ping_after=10.0, deadline=5.0) as listener:
+        assert_type(listener, Listener)
+        async for item in listener:
+            assert_type(item, Notification | Gap)
+            if isinstance(item, Gap):
+                assert_type(item.reason, GapReason)
+                assert_type(item.missed, int | None)
+            else:
+                assert_type(item.payload, str)
+
+
+async def one_connection() -> None:
+    """Open one connection in both ways, with what AWS gives for a password."""
+    token = RdsToken("shop.abc.eu-central-1.rds.amazonaws.com", user="shop")
+    connection = await connect(DSN, password=token, deadline=5.0)
+    assert_type(await connection.fetch("SELECT 1"), list[asyncpg.Record])
+    await connection.close()
+    async with connect(credentials=SecretsManager("prod/shop")) as other:
+        assert_type(await other.fetchrow("SELECT 1"), asyncpg.Record | None)
 
 
 async def function_runtime() -> None:
