@@ -99,6 +99,38 @@ def test_every_page_stands_in_the_navigation():
     assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "connection was closed in the middle of operation",
+        "server closed the connection unexpectedly",
+        "ConnectionResetError: [Errno 104] Connection reset by peer",
+        "<class 'asyncpg.exceptions._base.InterfaceError'>: connection is closed",
+        "cannot perform operation: another operation is in progress",
+        "connection has been released back to the pool",
+        "the database system is shutting down",
+        "the database system is not yet accepting connections",
+        'prepared statement "__asyncpg_stmt_1__" already exists',
+        'prepared statement "__asyncpg_stmt_1__" does not exist',
+        "remaining connection slots are reserved for non-replication superuser connections",
+        "QueuePool limit of size 5 overflow 10 reached, connection timed out, timeout 30.00",
+        "Can't reconnect until invalid transaction is rolled back",
+        "current transaction is aborted, commands ignored until end of transaction block",
+        "pgbouncer cannot connect to server",
+        "query_wait_timeout",
+        "MaxClientsInSessionMode: max clients reached",
+        "Tenant or user not found",
+        "Couldn't connect to compute node",
+        "nodename nor servname provided, or not known",
+        "attached to a different loop",
+        "Event loop is closed",
+    ],
+)
+def test_a_message_is_found_as_it_stands_in_a_log(message):
+    """A reader who pastes it into a text search of the symptoms finds it, whole and with its class."""
+    assert message in (DOCS / "symptoms.md").read_text(encoding="utf-8")
+
+
 def test_every_page_that_an_error_names_is_there():
     """An error's text leads to a page, and to a heading on it."""
     named = {
