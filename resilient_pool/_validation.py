@@ -8,8 +8,8 @@ import inspect
 import math
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable
-from types import BuiltinFunctionType, FunctionType
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import BuiltinFunctionType, FunctionType, MappingProxyType
 from typing import Any, ParamSpec, TypeVar, cast
 
 from resilient_pool.errors import ConfigurationError, UnknownArgumentError
@@ -66,7 +66,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def require_known(names: Iterable[str], known: Iterable[str], *, of: str = "", but: str = "") -> None:
+def require_known(
+    names: Iterable[str],
+    known: Iterable[str],
+    *,
+    of: str = "",
+    but: str = "",
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Raise `UnknownArgumentError` for the first name that is not known.
 
     Args:
@@ -74,12 +81,14 @@ def require_known(names: Iterable[str], known: Iterable[str], *, of: str = "", b
         known: The names that are taken.
         of: The function's name, to be shown; nothing for the pool's constructor.
         but: What to do instead, to be shown.
+        elsewhere: Names that other libraries have for what is known here, as to its names here.
     """
     known = list(known)
     for name in names:
         if name not in known:
             owner, instead = f" of {of}()" if of else "", f" ({but})" if but else ""
-            raise UnknownArgumentError(f"unknown argument {name!r}{owner}{nearest(name, known)}{instead}")
+            meant = f"; did you mean {elsewhere[name]!r}?" if name in elsewhere else nearest(name, known)
+            raise UnknownArgumentError(f"unknown argument {name!r}{owner}{meant}{instead}")
 
 
 def require_call(

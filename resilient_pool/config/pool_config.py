@@ -125,6 +125,19 @@ _VARIABLES = {
     "database": "PGDATABASE",
     "target_session_attrs": "PGTARGETSESSIONATTRS",
 }
+# What SQLAlchemy, psycopg_pool, libpq and Prisma call it: names that are less like it than like something else.
+_ELSEWHERE = {
+    "pool_size": "max_size",
+    "max_overflow": "max_size",
+    "connection_limit": "max_size",
+    "pool_timeout": "deadline",
+    "acquire_timeout": "deadline",
+    "pool_recycle": "max_lifetime",
+    "max_idle": "max_inactive_connection_lifetime",
+    "idle_timeout": "max_inactive_connection_lifetime",
+    "connect_timeout": "timeout",
+    "statement_timeout": "command_timeout",
+}
 # What the pool itself must know of what is passed on to a `connect=` function.
 _HEEDED = ("timeout", "statement_cache_size", "server_settings", "target_session_attrs")
 
@@ -300,7 +313,7 @@ class PoolConfig:
         del dsn
         if arguments.get("connect") is not None:
             return cls(**_shaped(_passed_on(sealed, arguments)))  # type: ignore[arg-type]
-        require_known(arguments, [argument.name for argument in ARGUMENTS])
+        require_known(arguments, [argument.name for argument in ARGUMENTS], elsewhere=_ELSEWHERE)
         given = _said(arguments)
         _require_one_source(given)
         given = _with_service(_merged(_read(sealed), given))

@@ -192,6 +192,9 @@ def test_an_observer_that_would_have_to_be_awaited_is_refused(observer):
     ("name", "message"),
     [
         ("maxsize", "unknown argument 'maxsize'; did you mean 'max_size'?"),
+        ("pool_size", "unknown argument 'pool_size'; did you mean 'max_size'?"),
+        ("pool_timeout", "unknown argument 'pool_timeout'; did you mean 'deadline'?"),
+        ("connect_timeout", "unknown argument 'connect_timeout'; did you mean 'timeout'?"),
         ("command_timeot", "unknown argument 'command_timeot'; did you mean 'command_timeout'?"),
         ("sslmode", "unknown argument 'sslmode'; did you mean 'ssl'?"),
         ("tls", "unknown argument 'tls'"),
