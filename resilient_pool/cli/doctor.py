@@ -201,7 +201,7 @@ def _refusals(dsn: SealedDsn) -> Iterator[Finding]:
         PoolConfig.from_arguments(Secret(dsn.reveal()))
     except ConfigurationError as error:
         text = f"the pool refuses it, though it can be read: {error}"
-        change = "take these words out of the application's DSN, and give the arguments to the pool"
+        change = "write the application's DSN as the pool takes it, and give the pool as arguments what it cannot say"
         yield Finding(check="dsn", level="problem", text=text, change=change)
 
 

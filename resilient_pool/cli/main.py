@@ -191,7 +191,11 @@ def _add_migrate_options(parser: argparse.ArgumentParser) -> None:
     _add_seconds(parser, "--deadline", DEADLINE, "for all waiting together; it never cuts a running migration")
     _add_seconds(parser, "--connect-timeout", CONNECT_TIMEOUT, "for one attempt to connect while waiting")
     parser.add_argument(
-        "--attempts", type=int, default=MIGRATION_BACKOFF.max_attempts, help="how often to try (default: %(default)s)"
+        "--attempts",
+        type=_attempts,
+        default=MIGRATION_BACKOFF.max_attempts,
+        metavar="N",
+        help="how often to try (default: %(default)s)",
     )
     _add_seconds(parser, "--stop-within", 10.0, "an interrupted command has to end by itself")
     lock = parser.add_mutually_exclusive_group()
@@ -213,6 +217,12 @@ def _seconds(text: str) -> float:
     if not math.isfinite(seconds) or seconds <= 0:
         raise argparse.ArgumentTypeError(f"must be a number of seconds, more than 0, not {text!r}")
     return seconds
+
+
+def _attempts(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of attempts, at least 1, not {text!r}")
+    return int(text)
 
 
 def _resolve_migration(options: argparse.Namespace, command: list[str] | None) -> None:

@@ -103,6 +103,14 @@ def test_a_line_without_a_command_says_which_there_are(typed):
     assert "it takes a command: migrate, wait or doctor; --help says more" in printed
 
 
+@pytest.mark.parametrize("attempts", ["0", "-1", "2.5", "many"])
+def test_a_wrong_number_of_attempts_is_named_as_it_was_typed(typed, attempts):
+    """Not by the name that it has inside."""
+    status, printed = typed(f"migrate --attempts={attempts} -- echo never")
+    assert status == 2
+    assert "argument --attempts: must be a whole number of attempts, at least 1, not" in printed
+
+
 @pytest.mark.parametrize("line", ["--help", "wait --help", "doctor --help", "migrate --help"])
 def test_help_says_what_it_does_where_the_database_is_taken_from_and_what_a_status_means(typed, line):
     """With examples, in lines that a terminal has room for."""
