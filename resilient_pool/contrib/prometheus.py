@@ -14,6 +14,8 @@ from typing import Protocol
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from resilient_pool._validation import shown
+from resilient_pool.errors import ConfigurationError
 from resilient_pool.events import DiscardReason
 from resilient_pool.observability.stats import WAIT_BOUNDS, PoolStats
 from resilient_pool.retry.verdict import Fault
@@ -39,9 +41,14 @@ class PoolCollector(Collector):
 
     Args:
         pools: Pools by name. The mapping is read at each collection: what is added to it later is collected, too.
+
+    Raises:
+        ConfigurationError: `pools` is no mapping.
     """
 
     def __init__(self, pools: Mapping[str, Counted]) -> None:
+        if not isinstance(pools, Mapping):
+            raise ConfigurationError(f'pools must be pools by name, as in {{"orders": pool}}, not {shown(pools)}')
         self._pools = pools
 
     def describe(self) -> Iterable[Metric]:

@@ -214,12 +214,14 @@ def _faults(
 ) -> Iterator[DatabaseFault]:
     unknown = [name for name in names if name not in _NAMES]
     if unknown or not names:
-        raise pytest.UsageError(
+        raise pytest.Collector.CollectError(
             f"database_faults takes some of {', '.join(_NAMES)}, not {', '.join(map(repr, unknown)) or 'nothing'}"
         )
     numbers = [at] if isinstance(at, int) else list(at)
     if not numbers or min(numbers) < 1:
-        raise pytest.UsageError(f"at= must be the number of a request, counted from 1, or several, not {at!r}")
+        raise pytest.Collector.CollectError(
+            f"at= must be the number of a request, counted from 1, or several, not {at!r}"
+        )
     for name in names:
         for number in numbers if name in _AT_A_REQUEST else numbers[:1]:
             yield DatabaseFault(name=name, at=number, matching=matching, seconds=seconds)

@@ -118,6 +118,7 @@ def test_a_fault_that_did_not_happen_fails_the_test(pytester, run):
             "*at= must be the number of a request*",
         ]
     )
+    result.stdout.no_fnmatch_line("*contrib/pytest.py*")
 
 
 def test_fixtures_stand_before_the_same_server(pytester, run):

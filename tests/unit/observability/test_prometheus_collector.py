@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from resilient_pool.contrib.prometheus import PoolCollector
+from resilient_pool.errors import ConfigurationError
 from resilient_pool.events import DiscardReason
 from resilient_pool.observability.stats import WAIT_BOUNDS, Counters, PoolStats
 from resilient_pool.retry.verdict import Fault
@@ -37,6 +38,13 @@ def collected(**pools):
         for family in families
         for sample in family.samples
     }
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_pools_without_names_are_refused_at_once(kind):
+    """Not at the first scrape, where the error would stand in a web server's log."""
+    with pytest.raises(ConfigurationError, match=r'pools by name, as in \{"orders": pool\}, not'):
+        PoolCollector(kind([SimpleNamespace(stats=stats)]))
 
 
 @pytest.mark.parametrize(
