@@ -191,18 +191,12 @@ _SAME = {"max_size": "pool_size= and max_overflow=", "deadline": "pool_timeout="
 
 
 class ResilientDBAPI(AsyncAdapt_asyncpg_dbapi):
-    """The DBAPI that SQLAlchemy sees.
-
-    Attributes:
-        describes_only: Whether `connect()` returns what to connect with, for a `LeasePool`, which does the rest.
-    """
-
-    describes_only = False
+    """The DBAPI that SQLAlchemy sees."""
 
     def connect(self, *arg: Any, **kw: Any) -> Any:
         """Open one connection, which is kept by no pool of SQLAlchemy's or by another than a `LeasePool`."""
         recipe = _Recipe.of({**kw, "dsn": arg[0]} if arg else kw)
-        if self.describes_only:
+        if _DESCRIBING.get():
             return recipe
         return await_only(self._connect_alone(recipe))
 
@@ -433,6 +427,8 @@ class _Record(_ConnectionRecord):
         self.is_lent = False
 
 
+# Whether what opens a connection is to say only what it would connect with.
+_DESCRIBING: ContextVar[bool] = ContextVar("resilient_pool_describing", default=False)
 # The lease that a unit of work has, for the checkout that it makes.
 _LENT: ContextVar[Lease | None] = ContextVar("resilient_pool_lent", default=None)
 
@@ -485,7 +481,7 @@ class LeasePool(Pool):
             raise ConfigurationError("the size and the times of a pool that the application made are that pool's own")
         self._describe = self._invoke_creator
         self._invoke_creator = cast("Any", self._adapt)
-        self._dbapi.describes_only = True
+        _ = self._dbapi  # it is for no other
         self._pools = LoopPools(self._make)
         self._is_disposed = False
         self._statements: Mapping[str, Any] = {}
@@ -517,7 +513,11 @@ class LeasePool(Pool):
         return dataclasses.replace(recipe, arguments=arguments).pool(**self._sizes)
 
     def _recipe(self) -> _Recipe:
-        recipe: object = self._describe(cast("ConnectionPoolEntry", None))
+        token = _DESCRIBING.set(True)
+        try:
+            recipe: object = self._describe(_ConnectionRecord(self, connect=False))
+        finally:
+            _DESCRIBING.reset(token)
         if not isinstance(recipe, _Recipe):
             raise ConfigurationError(
                 'creator= and a "do_connect" listener must not connect by themselves: a function that does goes into '
@@ -625,6 +625,22 @@ class LeasePool(Pool):
         """Close the pool of each event loop; connections in use are closed when they are given back."""
         self._is_disposed = True
         self._pools.close()
+
+    def size(self) -> int:
+        """Return how many connections may be open, in the running event loop."""
+        return self.current().get_max_size()
+
+    def checkedin(self) -> int:
+        """Return how many connections are idle, in the running event loop."""
+        return self.current().stats().idle
+
+    def checkedout(self) -> int:
+        """Return how many connections are in use, in the running event loop."""
+        return self.current().stats().in_use
+
+    def overflow(self) -> int:
+        """Return 0: the size is the limit."""
+        return 0
 
     def status(self) -> str:
         """Say how many connections there are, in the running event loop."""

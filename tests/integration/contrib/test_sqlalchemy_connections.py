@@ -265,6 +265,21 @@ async def test_notifications_are_listened_to_on_the_drivers_connection(engine):
         await driver.remove_listener("news", hear)
 
 
+async def test_what_the_pool_is_asked_for_is_answered(engine):
+    """By the names that SQLAlchemy's own pool has, which dashboards read."""
+    async with engine.connect() as connection:
+        await connection.execute(PID)
+        pool = engine.pool
+        assert (pool.size(), pool.checkedout(), pool.checkedin(), pool.overflow()) == (2, 1, 0, 0)
+        assert pool.status() == "LeasePool max_size: 2, size: 1, in use: 1, waiting: 0"
+
+
+async def test_another_pool_can_be_made_of_what_opens_connections(engine):
+    """SQLAlchemy's own ones take it, and its connections are then their own."""
+    other = create_async_engine("postgresql+resilient://", pool=NullPool(engine.pool._creator, dialect=engine.dialect))
+    assert await ask(other) != await ask(other)
+
+
 async def test_events_of_the_pool_are_seen(engine):
     """Each checkout and checkin, and an invalidation."""
     seen = []

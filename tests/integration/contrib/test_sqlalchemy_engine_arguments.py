@@ -169,6 +169,19 @@ async def test_a_listener_must_not_connect_by_itself():
         await engine.connect()
 
 
+async def test_a_creator_that_connects_by_itself_is_refused_with_what_to_do_instead():
+    """Also one that is met only when it connects."""
+    engine = create_async_engine(URL)
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def connect(dialect, record, arguments, options):
+        assert record.info == {}
+        return dialect.connect(**options).cursor()
+
+    with pytest.raises(ConfigurationError, match='into a "connect" listener'):
+        await engine.connect()
+
+
 async def test_an_async_creator_is_called_for_every_connection():
     """As it is on SQLAlchemy's own pool: Cloud SQL's connector is used so."""
 
