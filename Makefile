@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ASYNCPG_BEFORE := 0.30.0 0.31.0
+SQLALCHEMY_BEFORE := 2.0.58
 
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
@@ -31,13 +32,14 @@ DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 
 SITE := $(VENV)/.site
 
-.PHONY: help demo test pythons chaos soak check bench profile format tables charts docs dist clean
+.PHONY: help demo test pythons sqlalchemy chaos soak check bench profile format tables charts docs dist clean
 
 help:
 	@echo "make demo   asyncpg.Pool and ResilientPool with databases that pause when idle, and under the same faults"
 	@echo "            (DEMO_ARGS='--resume-seconds 15' for the time a real one takes to wake)"
 	@echo "make test   all tests, on the installed wheel and on every supported asyncpg"
 	@echo "make pythons the unit and transaction tests on every Python from 3.11 on that this machine has"
+	@echo "make sqlalchemy  the tests with SQLAlchemy on SQLAlchemy 2.0"
 	@echo "make chaos  reads, writes and transactions under faults, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
 	@echo "make soak   the same and more for half an hour, and what the process holds (SOAK_SECONDS=1800, SOAK_SEED=1)"
 	@echo "make check  formatting, lint, types, import contracts"
@@ -135,6 +137,17 @@ $(SITE): $(DEVELOP)
 $(VENV)/.wheel: $(DEVELOP) README.md LICENSE $(shell find resilient_pool -type f -not -name '*.pyc')
 	@$(PIP_INSTALL) --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
+
+sqlalchemy: $(VENV)/.wheel $(VENV)/sqlalchemy-$(SQLALCHEMY_BEFORE)
+	PYTHONPATH=$(VENV)/sqlalchemy-$(SQLALCHEMY_BEFORE) $(BIN)/python -P -c \
+		"import sqlalchemy; assert sqlalchemy.__version__ == '$(SQLALCHEMY_BEFORE)', sqlalchemy.__file__"
+	PYTHONPATH=$(VENV)/sqlalchemy-$(SQLALCHEMY_BEFORE) $(BIN)/pytest --quiet $(NO_HANGING) \
+		$(wildcard tests/integration/contrib/test_sqlalchemy_*.py)
+
+$(VENV)/sqlalchemy-%: | $(BIN)/python
+	@rm -rf $@ $@.partial
+	@$(PIP_INSTALL) --no-deps --target $@.partial sqlalchemy==$*
+	@mv $@.partial $@
 
 $(VENV)/asyncpg-%: | $(BIN)/python
 	@rm -rf $@ $@.partial

@@ -162,12 +162,15 @@ class _Recipe:
     statements: Mapping[str, Any]
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> Self:
-        """Sort what a DBAPI's `connect()` was given."""
+    def of(cls, args: tuple[Any, ...], given: dict[str, Any]) -> Self:
+        """Sort what a DBAPI's `connect()` was given; with an `async_creator`, the rest is for that to know."""
         statements = {name: given.pop(name) for name in _STATEMENT_OPTIONS if name in given}
         create = given.pop("async_creator_fn", None)
         if create is not None:
-            given["connect"] = lambda *_args, **_options: create()
+            connect_arguments = given
+            given = {"connect": lambda *_args, **_options: create(*args, **connect_arguments)}
+        elif args:
+            given["dsn"] = args[0]
         return cls(arguments=given, statements=statements)
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -195,7 +198,7 @@ class ResilientDBAPI(AsyncAdapt_asyncpg_dbapi):
 
     def connect(self, *arg: Any, **kw: Any) -> Any:
         """Open one connection, which is kept by no pool of SQLAlchemy's or by another than a `LeasePool`."""
-        recipe = _Recipe.of({**kw, "dsn": arg[0]} if arg else kw)
+        recipe = _Recipe.of(arg, kw)
         if _DESCRIBING.get():
             return recipe
         return await_only(self._connect_alone(recipe))
