@@ -678,7 +678,8 @@ class Acquisition(Generic[RecordT]):
 
     def _acquire(self) -> Coroutine[Any, Any, ResilientConnection[RecordT]]:
         pool = self._pool
-        pool._require_open()  # noqa: SLF001
+        if pool._state is not _OPEN or get_running_loop() is not pool._loop:  # noqa: SLF001
+            pool._require_open()  # noqa: SLF001
         return pool._leases.lease(self._timeout, fail_fast=self._fail_fast)  # noqa: SLF001
 
     async def __aexit__(

@@ -915,8 +915,8 @@ class LeaseManager:
     async def lease(self, seconds: float | None, *, fail_fast: bool | None = None) -> ResilientConnection[Any]:
         """Lease a healthy connection within `seconds`."""
         started = self.begin_call()
-        options: CallOptions = {"idempotent": True, "deadline": seconds, "fail_fast": fail_fast}
         execution: Execution[None] | None = None
+        options: CallOptions = {"idempotent": True, "deadline": seconds, "fail_fast": fail_fast}
         if self.sets_up:
             execution = self.retry_loop.new_execution("acquire", options=options, started=started)
         while True:

@@ -255,7 +255,7 @@ class Acquirer:
         finally:
             if reason is not None:
                 self._maintenance.discard(entry, reason)
-        entry.taken_at = self._clock.now()
+        entry.taken_at, entry.taken_at_monotonic = self._now(), self._monotonic()
         return reason is None
 
     async def _check(self, entry: PoolEntry[DriverConnection], deadline: float | None) -> DiscardReason | None:

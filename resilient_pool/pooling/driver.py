@@ -575,8 +575,10 @@ class DriverConnection:
 
     def attach_proxy(self, proxy: LeaseProxy) -> None:
         """Make `proxy` this connection's: listeners are called with it, and it is notified when the connection is closed."""
-        self.connection._set_proxy(proxy)  # type: ignore[attr-defined] # noqa: SLF001
-        self._proxy = proxy
+        connection: Any = self.connection
+        if connection._proxy is not None:  # noqa: SLF001
+            connection._set_proxy(proxy)  # noqa: SLF001 - it says what is wrong
+        self._proxy = connection._proxy = proxy  # noqa: SLF001
 
     def detach_proxy(self, proxy: LeaseProxy) -> None:
         """End a lease: what was made in it becomes invalid, listeners left behind are warned of. Nothing, if it has ended."""

@@ -165,3 +165,17 @@ async def test_a_failure_is_judged_while_its_connection_is_held_and_that_is_give
         await pool.fetchval("SELECT 1 / 0")
     await eventually(lambda: pool.get_idle_size() == 1)
     assert (held, len(returned)) == ([1], 1)
+
+
+async def test_a_connection_that_took_long_to_open_is_idle_from_when_it_is_given_back(make_pool, dsn):
+    """Not from later, by the time that opening took: it would be kept for longer than it may be idle."""
+
+    async def connect(*args, **arguments):
+        await asyncio.sleep(0.1)
+        return await asyncpg.connect(dsn, **arguments)
+
+    pool = await make_pool(max_size=2, connect=connect)
+    async with pool.acquire():
+        assert await pool.fetchval("SELECT 1") == 1
+        assert (pool.get_size(), pool.get_idle_size()) == (2, 1)
+        assert pool._resources.last_used.idle_since <= pool._clock.now()
