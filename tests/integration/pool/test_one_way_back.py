@@ -12,6 +12,7 @@ import pytest
 from resilient_pool import AcquireTimeoutError, PostgresClassifier
 from resilient_pool.clock import SystemClock
 from resilient_pool.events import DiscardReason
+from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.resource_pool import ResourcePool
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
@@ -167,15 +168,19 @@ async def test_a_failure_is_judged_while_its_connection_is_held_and_that_is_give
     assert (held, len(returned)) == ([1], 1)
 
 
-async def test_a_connection_that_took_long_to_open_is_idle_from_when_it_is_given_back(make_pool, dsn):
-    """Not from later, by the time that opening took: it would be kept for longer than it may be idle."""
+async def test_a_connection_whose_check_took_long_is_idle_from_when_it_is_given_back(make_pool, monkeypatch):
+    """Not from later, by the time that the check took: it would be kept for longer than it may be idle."""
+    pool = await make_pool(max_size=1, ping_after=0.0)
+    await pool.fetchval("SELECT 1")
+    (driver,) = pool._maintenance.connections()
+    ping = driver.ping
 
-    async def connect(*args, **arguments):
+    async def slow(seconds):
         await asyncio.sleep(0.1)
-        return await asyncpg.connect(dsn, **arguments)
+        return await ping(seconds)
 
-    pool = await make_pool(max_size=2, connect=connect)
-    async with pool.acquire():
-        assert await pool.fetchval("SELECT 1") == 1
-        assert (pool.get_size(), pool.get_idle_size()) == (2, 1)
-        assert pool._resources.last_used.idle_since <= pool._clock.now()
+    monkeypatch.setattr(DriverConnection, "ping", lambda _, seconds: slow(seconds))
+    await pool.fetchval("SELECT 1")
+    entry, now = pool._resources.last_used, pool._clock.now()
+    assert pool.stats().pings > 0
+    assert entry.idle_since <= now
