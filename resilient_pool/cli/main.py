@@ -366,7 +366,7 @@ async def _migrate(options: argparse.Namespace) -> int:
         lock=options.lock,
         stop_within=options.stop_within,
         on_line=_log if options.json else print_line,
-        observers=[_ProgressPrinter()],
+        observers=[_ProgressPrinter(options.deadline)],
     )
     _log(f"done, after {count(result.attempts)} and {result.waited:.1f} s of waiting")
     if options.json:
@@ -399,7 +399,7 @@ async def _doctor(options: argparse.Namespace) -> int:
         sealed_dsn(options.dsn),
         deadline=options.timeout,
         backoff=WAIT_BACKOFF,
-        observers=[_ProgressPrinter()],
+        observers=[_ProgressPrinter(options.timeout)],
         arguments=arguments,
     )
     status = FAILED if any(finding.level == "problem" for finding in findings) else DONE
@@ -425,20 +425,28 @@ def _waiting_pool(options: argparse.Namespace) -> ResilientPool:
         reconnect=WAIT_BACKOFF,
         deadline=options.timeout,
         timeout=min(CONNECT_TIMEOUT, max(options.timeout, 0.001)),
-        observers=[_ProgressPrinter()],
+        observers=[_ProgressPrinter(options.timeout)],
     )
 
 
 class _ProgressPrinter:
-    """Writes to standard error what is being waited for."""
+    """Writes to standard error what is being waited for.
+
+    Args:
+        limit: For how many seconds it is waited for.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
 
     def __call__(self, event: Event, /) -> None:
         """Write a line for `event`, if it is about waiting."""
         if isinstance(event, RetryScheduled):
             state = f" ({event.sqlstate})" if event.sqlstate else ""
+            left = event.elapsed + event.delay < self._limit
+            then = f"next try in {event.delay:.1f} s" if left else f"no time for another within {self._limit:g} s"
             _log(
-                f"the database is {event.fault.value}{state}: attempt {event.attempt}, waited {event.elapsed:.1f} s, "
-                f"next try in {event.delay:.1f} s"
+                f"the database is {event.fault.value}{state}: attempt {event.attempt}, waited {event.elapsed:.1f} s, {then}"
             )
         elif isinstance(event, MigrationStarted):
             _log(f"running {event.migration} (attempt {event.attempt}, after {event.elapsed:.1f} s)")

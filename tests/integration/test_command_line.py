@@ -148,6 +148,14 @@ def test_a_database_that_is_not_there_is_named(typed, line, environment, where):
     assert "hunter2" not in printed
 
 
+def test_a_try_that_there_is_no_time_for_is_not_announced(typed):
+    """The last line of the progress says that the time is up."""
+    status, printed = typed("wait --timeout 0.3", PGHOST="127.0.0.1", PGPORT="1")
+    assert status == 3
+    assert "next try" not in printed
+    assert "attempt 1, waited 0.0 s, no time for another within 0.3 s" in printed
+
+
 @pytest.mark.parametrize(
     ("environment", "named"),
     [({"PGSSLMODE": "hunter2"}, "PGSSLMODE"), ({"PGPORT": "hunter2"}, "PGPORT"), ({"PGSERVICE": "hunter2"}, "service")],
