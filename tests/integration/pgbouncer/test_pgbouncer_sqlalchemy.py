@@ -1,0 +1,36 @@
+"""SQLAlchemy through PgBouncer in transaction mode: no statement runs in another one's place."""
+
+from __future__ import annotations
+
+import asyncio
+
+from bouncer import PgBouncer
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from resilient_pool.contrib.sqlalchemy import pool_of, run_in_session
+
+TEXTS = 40
+
+
+async def test_each_statement_has_its_own_answer(behind, version):
+    """Forty different ones from forty tasks at once, again and again, over three server sessions; in units of work, too."""
+    async with PgBouncer(behind, version, default_pool_size=3) as bouncer:
+        url = bouncer.dsn().replace("postgresql:", "postgresql+resilient:")
+        engine = create_async_engine(url, pool_size=10, max_overflow=0, connect_args={"ssl": False})
+
+        async def ask(number):
+            async with engine.connect() as connection:
+                for turn in range(5):
+                    result = await connection.execute(text(f"SELECT {number} AS a{number}, :turn"), {"turn": f"{turn}"})
+                    assert (list(result.keys())[0], result.all()) == (f"a{number}", [(number, f"{turn}")])
+                    await connection.rollback()
+
+        async def work(session, number):
+            return (await session.execute(text(f"SELECT {number} AS b{number}"))).one()
+
+        await asyncio.gather(*map(ask, range(TEXTS)))
+        answers = await asyncio.gather(*(run_in_session(engine, work, number) for number in range(TEXTS)))
+        assert answers == [(number,) for number in range(TEXTS)]
+        assert (pool_of(engine).stats().pooler, pool_of(engine).stats().in_use) == (True, 0)
+        await engine.dispose()
