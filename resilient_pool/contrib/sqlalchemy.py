@@ -837,12 +837,10 @@ class AdaptedLease(AsyncAdapt_asyncpg_connection):
 
     async def prepare_on(self, operation: str, connection: AnyConnection) -> _Prepared:
         """Prepare a statement on the driver's connection, and keep it there unless a pooler stands in between."""
-        name = self._prepared_statement_name_func()
-        is_kept = connection._stmt_cache_enabled  # type: ignore[attr-defined] # noqa: SLF001
-        if name is None and not is_kept and self._transaction is not None:
-            name = ""  # within a transaction a pooler leaves it where it is
-        made = await connection.prepare(operation, name=name)
+        made = await connection.prepare(operation, name=self._prepared_statement_name_func())
         prepared = _Prepared(statement=made, attributes=made.get_attributes(), made_at=time.time())
+        # Behind a pooler asyncpg prepares under no name, and again with each execution: there is nothing to keep.
+        is_kept = connection._stmt_cache_enabled  # type: ignore[attr-defined] # noqa: SLF001
         if is_kept and self._prepared_statement_cache is not None:
             self._prepared_statement_cache[operation] = prepared
         return prepared

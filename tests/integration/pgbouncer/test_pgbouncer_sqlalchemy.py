@@ -36,3 +36,21 @@ async def test_each_statement_has_its_own_answer(behind, version):
         assert await asyncio.gather(*(pool_of(engine).fetchval(left) for _ in range(10))) == [0] * 10
         assert (pool_of(engine).stats().pooler, pool_of(engine).stats().in_use) == (True, 0)
         await engine.dispose()
+
+
+async def test_with_autocommit_too(behind, version):
+    """Each statement may run in another server session, and is prepared there in the same message."""
+    async with PgBouncer(behind, version, default_pool_size=3) as bouncer:
+        url = bouncer.dsn().replace("postgresql:", "postgresql+resilient:")
+        engine = create_async_engine(
+            url, pool_size=10, max_overflow=0, connect_args={"ssl": False}, isolation_level="AUTOCOMMIT"
+        )
+
+        async def ask(number):
+            async with engine.connect() as connection:
+                for turn in range(20):
+                    found = await connection.execute(text(f"SELECT {number} AS a, :turn AS b"), {"turn": f"{turn}"})
+                    assert found.one() == (number, f"{turn}")
+
+        await asyncio.gather(*map(ask, range(TEXTS)))
+        await engine.dispose()
