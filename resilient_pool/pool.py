@@ -145,8 +145,8 @@ class ResilientPool(Queries[RecordT]):
         self._sets_up = config.setup is not None
         self._waits_for_reset = config.session_reset == "on_release"
         self._never_resets = config.session_reset == "off"
-        # The application's own callbacks may leave anything behind, so with them every use is followed by a reset.
-        self._trusts_texts = config.session_reset == "auto" and config.setup is None and config.reset is None
+        # The application's own callbacks and statements may leave anything behind, so with them every use is followed by a reset.
+        self._trusts_texts = config.session_reset == "auto" and self._leases.trusts_texts
         self._loop: asyncio.AbstractEventLoop | None = None
         for instrument in instruments:
             instrument.attach(self.stats)

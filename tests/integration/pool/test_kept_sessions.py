@@ -372,3 +372,18 @@ async def test_a_transaction_that_is_cancelled_anywhere_leaves_no_trace(make_poo
     async with pool.acquire() as connection:
         assert not connection.is_in_transaction()
         assert await connection.fetchval("SELECT 5") == 5
+
+
+class Sets(asyncpg.Connection):
+    """An application's class whose every statement is preceded by one of its own."""
+
+    async def fetchval(self, *args, **options):
+        await super().execute("SET work_mem = '5MB'")
+        return await super().fetchval(*args, **options)
+
+
+async def test_a_reset_follows_a_call_that_an_applications_class_makes_more_of(make_pool):
+    """What its own statements leave behind is not in the text of the call."""
+    pool = await make_pool(max_size=1, connection_class=Sets)
+    assert await pool.fetchval("SHOW work_mem") == "5MB"
+    assert (await pool.fetchrow("SHOW work_mem"))[0] == "4MB"
