@@ -175,12 +175,13 @@ class ResilientPool(Queries[RecordT]):
         if self._sets_up:
             execution = self._retry_loop.new_execution(operation, sql, execute, arguments, options, replayable, started)
         while True:
-            if self._state is not _OPEN or get_running_loop() is not self._loop:
-                self._require_open()
             entry = lease = failure = reset = None
             answered = False
             try:
                 try:
+                    # A pool that was closed since must not hide what became of an earlier attempt: that is judged, too.
+                    if self._state is not _OPEN or get_running_loop() is not self._loop:
+                        self._require_open()
                     entry = self._acquirer.try_acquire()
                     if entry is None:
                         ends, fails_fast = self._retry_loop.limits(started, options)

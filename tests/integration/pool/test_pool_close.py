@@ -8,7 +8,7 @@ import threading
 import asyncpg
 import pytest
 
-from resilient_pool import create_pool
+from resilient_pool import OutcomeUnknownError, create_pool
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
@@ -356,3 +356,17 @@ def test_a_pool_can_be_opened_by_run_until_complete(dsn):
         loop.run_until_complete(pool.close())
     finally:
         loop.close()
+
+
+@both_loops
+async def test_a_pool_that_is_terminated_hides_no_unknown_outcome(make_pool):
+    """A SELECT may write: one that was cut off on its way is not said to have met a closed pool."""
+    pool = await make_pool()
+    call = asyncio.create_task(pool.fetchval("SELECT pg_sleep(30), pg_advisory_lock(1)"))
+    asked = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(30), pg_adv%'"
+    async with asyncio.timeout(10):
+        while not await pool.fetchval(asked):
+            await asyncio.sleep(0.01)
+    pool.terminate()
+    with pytest.raises(OutcomeUnknownError):
+        await call
