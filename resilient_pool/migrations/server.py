@@ -113,12 +113,15 @@ class MigrationLock:
             watch = asyncio.ensure_future(self._watch())
             yield
         finally:
-            if watch is not None:
-                watch.cancel()
-                await asyncio.wait({watch})
-            connection, self._connection = self._connection, None
-            if connection is not None:
-                await self._release(connection)
+            # Cancelled at whatever point, it gives the connection back: the pool would wait for it when it is closed.
+            try:
+                if watch is not None:
+                    watch.cancel()
+                    await asyncio.wait({watch})
+            finally:
+                connection, self._connection = self._connection, None
+                if connection is not None:
+                    await self._release(connection)
 
     async def _acquire(self, seconds: float | None) -> None:
         started = self._clock.monotonic()
@@ -198,10 +201,12 @@ class MigrationLock:
                     await self._acquire(None)
 
     async def _release(self, connection: ResilientConnection) -> None:
-        if not connection.is_closed():
-            with contextlib.suppress(Exception):
-                await connection.execute("ROLLBACK", timeout=_RELEASE_TIMEOUT)
-        await self._pool.release(connection)
+        try:
+            if not connection.is_closed():
+                with contextlib.suppress(Exception):
+                    await connection.execute("ROLLBACK", timeout=_RELEASE_TIMEOUT)
+        finally:
+            await self._pool.release(connection)
 
 
 async def _ask(

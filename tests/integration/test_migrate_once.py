@@ -14,8 +14,10 @@ import pytest
 from migration_tools import PSQL, QUICK, databases, program, through, until
 
 from resilient_pool import MigrationFailedError, ResilientPool, run_migration
+from resilient_pool.clock import SystemClock
 from resilient_pool.events import MigrationRepeated
-from resilient_pool.migrations.server import read_activity, reason_for_doubt
+from resilient_pool.migrations.server import MigrationLock, read_activity, reason_for_doubt
+from resilient_pool.pooling.context import Dispatcher
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 NOWHERE = "postgresql://postgres@127.0.0.1:1/postgres"
@@ -292,3 +294,24 @@ async def test_a_cancelled_function_that_fails_in_its_thread_says_so(dsn):
     with pytest.raises(asyncio.CancelledError) as caught:
         await running
     assert "ran to its end in its thread, and ended with ValueError" in "".join(caught.value.__notes__)
+
+
+async def test_a_lock_that_is_cancelled_as_it_is_given_back_leaves_no_connection_behind(dsn):
+    """The pool can be closed at once, and the next migration begins, at whatever turn of the event loop that was."""
+    for turns in range(40):
+        async with asyncio.timeout(10), ResilientPool(dsn) as pool:
+            lock, leaving = MigrationLock(pool, "given back", SystemClock(), Dispatcher(())), asyncio.Event()
+
+            async def hold(lock=lock, leaving=leaving):
+                async with lock.held(5):
+                    leaving.set()
+
+            task = asyncio.create_task(hold())
+            await leaving.wait()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            ended = task.done()
+            task.cancel()
+            await asyncio.wait([task])
+        if ended:
+            return
