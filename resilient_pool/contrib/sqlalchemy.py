@@ -837,10 +837,11 @@ class AdaptedLease(AsyncAdapt_asyncpg_connection):
 
     async def prepare_on(self, operation: str, connection: AnyConnection) -> _Prepared:
         """Prepare a statement on the driver's connection, and keep it there unless a pooler stands in between."""
-        made = await connection.prepare(operation, name=self._prepared_statement_name_func())
-        prepared = _Prepared(statement=made, attributes=made.get_attributes(), made_at=time.time())
-        # Behind a pooler asyncpg prepares under no name, and again with each execution: there is nothing to keep.
+        name = self._prepared_statement_name_func()
+        # Behind a pooler under none, as asyncpg does by itself from 0.31 on; it then prepares again with each execution.
         is_kept = connection._stmt_cache_enabled  # type: ignore[attr-defined] # noqa: SLF001
+        made = await connection.prepare(operation, name="" if name is None and not is_kept else name)
+        prepared = _Prepared(statement=made, attributes=made.get_attributes(), made_at=time.time())
         if is_kept and self._prepared_statement_cache is not None:
             self._prepared_statement_cache[operation] = prepared
         return prepared
