@@ -30,8 +30,9 @@ from typing import Any
 
 import asyncpg
 
+from resilient_pool._validation import shown
 from resilient_pool.clock import deadline_scope
-from resilient_pool.errors import AcquireTimeoutError, OutcomeUnknownError
+from resilient_pool.errors import AcquireTimeoutError, ConfigurationError, OutcomeUnknownError
 from resilient_pool.events import (
     CircuitClosed,
     CircuitOpened,
@@ -157,6 +158,9 @@ def header_budget(name: str = "x-request-timeout", *, unit: float = 1.0) -> Call
     return budget
 
 
+_MAKE = "as in WebPool(lambda watch: ResilientPool(dsn, observers=[watch]))"
+
+
 class _Request:
     """What is known of the pool's part in one request."""
 
@@ -184,6 +188,9 @@ class WebPool(Instrument):
         may_see_page: Says from the ASGI scope whether a request may see the page; else it is not found. Default: every one.
         waking_seconds: How long an absent server counts as waking up, and not as away, in seconds.
         retry_after: What `Retry-After` says, in seconds.
+
+    Raises:
+        ConfigurationError: `make` is no function; or, when the application starts, the pool that it makes is not watched.
     """
 
     def __init__(
@@ -199,7 +206,10 @@ class WebPool(Instrument):
         waking_seconds: float = 30.0,
         retry_after: int = 2,
     ) -> None:
+        if not callable(make):
+            raise ConfigurationError(f"make must be a function that makes the pool, {_MAKE}, not {shown(make)}")
         self._make = make
+        self._is_watching = False
         self._name = name
         self._budget = header_budget() if budget is None else budget
         self._cancel_disconnected = cancel_disconnected
@@ -223,7 +233,12 @@ class WebPool(Instrument):
 
         The pool is `app.state.pool` meanwhile. Opening it connects only if it has a `min_size`.
         """
-        async with self._make(self) as pool:
+        made = self._make(self)
+        if (
+            not self._is_watching
+        ):  # else an outage would be no 503, and a request that has written would count as unused
+            raise ConfigurationError(f"make must give the pool its argument as an observer, {_MAKE}")
+        async with made as pool:
             self._pool = app.state.pool = pool
             try:
                 yield
@@ -379,8 +394,9 @@ class WebPool(Instrument):
         if isinstance(event, _SHOWN) or (isinstance(event, ConnectionDiscarded) and event.error is not None):
             self._recent.append((now, event))
 
-    def attach(self, stats: Callable[[], PoolStats]) -> None:
-        """Nothing is needed: the pool is at hand."""
+    def attach(self, stats: Callable[[], PoolStats]) -> None:  # noqa: ARG002 - the pool is at hand
+        """Note that the pool is watched."""
+        self._is_watching = True
 
     def enter_background(self) -> None:
         """Background work belongs to no request."""

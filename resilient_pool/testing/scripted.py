@@ -140,6 +140,8 @@ class Refusal:
     beyond: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.at, Point):
+            raise TypeError(f"at must be a Point, such as Point.STARTUP, not {self.at!r}")
         where = f"at {self.at.name}"
         if self.then is End.READY and self.at not in _STATEMENTS:
             raise ValueError(f"then=End.READY is for PARSE, QUERY and COMMIT, not {where}")

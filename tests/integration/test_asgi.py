@@ -19,7 +19,13 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from resilient_pool import OutcomeUnknownError, ResilientConnection, ResilientPool, RetriedTransaction
+from resilient_pool import (
+    ConfigurationError,
+    OutcomeUnknownError,
+    ResilientConnection,
+    ResilientPool,
+    RetriedTransaction,
+)
 from resilient_pool.contrib.asgi import WebPool, header_budget
 from resilient_pool.testing import PausingServer, Point, Refusal, ScriptedServer
 
@@ -489,3 +495,16 @@ async def test_what_follows_a_response_is_not_cancelled(dsn):
     async with database.lifespan(app):
         await run_until_disconnected(database, app, "GET", gone)
     assert done == [1]
+
+
+def test_a_pool_in_the_place_of_a_function_is_refused(dsn):
+    """When the application is written, and not when it starts."""
+    with pytest.raises(ConfigurationError, match=r"make must be a function .* not ResilientPool"):
+        WebPool(ResilientPool(dsn))
+
+
+async def test_a_pool_that_is_not_watched_is_refused(dsn):
+    """It would be ready for ever, and a request that has written would be said to be safe to send again."""
+    with pytest.raises(ConfigurationError, match=r"observers=\[watch\]"):
+        async with WebPool(lambda _: ResilientPool(dsn)).lifespan(None):
+            pass

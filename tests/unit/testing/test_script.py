@@ -126,3 +126,9 @@ def test_a_commit_begins_with_its_word(sql, is_commit):
     """END means the same."""
     script = Script((line("m", at=Point.COMMIT),), lambda: 0)
     assert sent(script, (Point.COMMIT, 0.0, sql)) == ["m" if is_commit else None]
+
+
+def test_a_point_that_is_a_text_is_refused():
+    """The message says what is meant."""
+    with pytest.raises(TypeError, match=r"at must be a Point, such as Point\.STARTUP, not 'startup'"):
+        Refusal(at="startup", message="m")
