@@ -432,8 +432,8 @@ class _Record(_ConnectionRecord):
 
 # Whether what opens a connection is to say only what it would connect with.
 _DESCRIBING: ContextVar[bool] = ContextVar("resilient_pool_describing", default=False)
-# The lease that a unit of work has, for the checkout that it makes.
-_LENT: ContextVar[Lease | None] = ContextVar("resilient_pool_lent", default=None)
+# The lease that a unit of work has, for the one checkout that it makes: tasks that begin meanwhile have this context, too.
+_LENT: ContextVar[list[Lease] | None] = ContextVar("resilient_pool_lent", default=None)
 
 
 class LeasePool(Pool):
@@ -556,7 +556,8 @@ class LeasePool(Pool):
                 raise_translated(self._dbapi, error)
 
     def _do_get(self) -> ConnectionPoolEntry:
-        lent = _LENT.get()
+        lending = _LENT.get()
+        lent = lending.pop() if lending else None
         lease = await_only(self._lease()) if lent is None else lent
         kept = False
         try:
@@ -590,6 +591,7 @@ class LeasePool(Pool):
         lease, record.lease = record.lease, None
         if lease is None:
             lease = await_only(self._lease())
+            record.is_lent = False
         adapted = AdaptedLease(self._dbapi, lease, self.current(), record_of=self.record_of, **self._statements)
         adapting.connection_info(lease)[self] = record
         return adapted
@@ -916,12 +918,14 @@ class _Unit(Attempt[Any]):
     # Beginning
 
     async def _prepare(self, lease: Lease) -> None:
-        token = _LENT.set(lease)
+        token = _LENT.set([lease])
         try:
             self._connection = connection = await AsyncConnection(self._engine).start()
         finally:
             _LENT.reset(token)
         adapted: Any = (await connection.get_raw_connection()).dbapi_connection
+        if adapted.driver_connection is not lease:
+            raise exc.InvalidRequestError('a "checkout" listener has replaced the connection of a unit of work')
         self._adapted = adapted
         adapted.join(self)
         self._execution.attempt.driver = lease._driver  # noqa: SLF001 - a listener may have met its loss

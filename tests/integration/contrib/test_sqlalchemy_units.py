@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import asyncpg
 import pytest
 from sqlalchemy import ForeignKey, event, func, insert, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.orm import selectinload as loaded
@@ -137,6 +137,41 @@ async def test_a_pool_of_the_applications_is_shared_with_its_own_transactions(da
             async with attempt as session:
                 session.add(Order(name="shared"))
         assert await pool.fetchval("SELECT name FROM orders") == "shared"
+
+
+async def test_a_task_that_a_listener_begins_has_a_connection_of_its_own(engine):
+    """Not the unit's, in whose transaction its statements would be."""
+    tasks = []
+
+    async def count():
+        async with engine.connect() as connection:
+            return (await connection.execute(select(func.count()).select_from(Order))).scalar()
+
+    event.listen(engine.sync_engine, "checkout", lambda *_: tasks or tasks.append(asyncio.create_task(count())))
+    async for attempt in retry_session(engine):
+        async with attempt as session:
+            session.add(Order(name="not seen"))
+            await session.flush()
+            assert await tasks[0] == 0
+    await leave_nothing(engine)
+
+
+async def test_a_listener_that_refuses_a_units_connection_ends_the_unit(engine):
+    """Nothing is done on another connection, outside of its transaction."""
+    refused = []
+
+    def refuse(*_):
+        if not refused:
+            refused.append(1)
+            raise DisconnectionError
+
+    event.listen(engine.sync_engine, "checkout", refuse)
+    with pytest.raises(InvalidRequestError, match="has replaced the connection"):
+        async for attempt in retry_session(engine):
+            async with attempt as session:
+                session.add(Order(name="gone"))
+    assert await names(engine) == []
+    await leave_nothing(engine)
 
 
 async def test_savepoints_are_rolled_back_by_themselves(engine):
