@@ -32,7 +32,7 @@ DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 
 SITE := $(VENV)/.site
 
-.PHONY: help demo test pythons sqlalchemy chaos soak check bench profile format tables charts docs dist clean
+.PHONY: help demo test pythons sqlalchemy chaos soak peers check bench profile format tables charts docs dist clean
 
 help:
 	@echo "make demo   asyncpg.Pool and ResilientPool with databases that pause when idle, and under the same faults"
@@ -42,6 +42,7 @@ help:
 	@echo "make sqlalchemy  the tests with SQLAlchemy on SQLAlchemy 2.0"
 	@echo "make chaos  reads, writes and transactions under faults, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
 	@echo "make soak   the same and more for half an hour, and what the process holds (SOAK_SECONDS=1800, SOAK_SEED=1)"
+	@echo "make peers  asyncpg's own tests of its pool, against this one"
 	@echo "make check  formatting, lint, types, import contracts"
 	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
 	@echo "make profile where the time of a call goes, by function"
@@ -78,6 +79,14 @@ soak: $(VENV)/.wheel
 	RESILIENT_POOL_SOAK_SECONDS=$(SOAK_SECONDS) RESILIENT_POOL_SOAK_SEED=$(SOAK_SEED) \
 		RESILIENT_POOL_SOAK_REPORT=benchmarks/results/soak.md \
 		$(BIN)/pytest --capture=no -o faulthandler_timeout=0 tests/chaos/test_soak.py
+
+# asyncpg's own tests of its pool, against ours. Nothing of them is kept here.
+peers: $(VENV)/.wheel
+	@rm -rf $(VENV)/peers && mkdir -p $(VENV)/peers
+	@$(BIN)/python -m pip download --quiet --no-deps --no-binary asyncpg --constraint constraints.txt --dest $(VENV)/peers asyncpg
+	@tar -xzf $(VENV)/peers/asyncpg-*.tar.gz -C $(VENV)/peers
+	@mkdir $(VENV)/peers/asyncpg && mv $(VENV)/peers/asyncpg-*/tests $(VENV)/peers/asyncpg/
+	$(BIN)/python -P tests/peers/run_asyncpg_pool.py $(VENV)/peers/asyncpg
 
 check: $(DEVELOP)
 	$(BIN)/ruff format --check .
