@@ -24,14 +24,14 @@ from types import TracebackType
 from typing import Any, NoReturn, Self, TypeAlias, TypeVar, Unpack, cast
 
 import asyncpg
-from sqlalchemy import exc
+from sqlalchemy import event, exc
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.asyncpg import (
     AsyncAdapt_asyncpg_connection,
     AsyncAdapt_asyncpg_dbapi,
     PGDialect_asyncpg,
 )
-from sqlalchemy.engine import URL, Engine
+from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.pool.base import _ConnectionRecord
@@ -262,6 +262,10 @@ class ResilientDialect(PGDialect_asyncpg):
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
         """Set the isolation of the next transactions, which those of a unit of work are not."""
         super().set_isolation_level(dbapi_connection, level)  # type: ignore[no-untyped-call]
+
+    def detect_autocommit_setting(self, dbapi_conn: Any) -> bool:
+        """Say whether each statement commits by itself, which it never does in a unit of work."""
+        return not dbapi_conn.is_in_unit and bool(super().detect_autocommit_setting(dbapi_conn))
 
     def set_readonly(self, connection: Any, value: Any) -> None:
         """Let the next transactions be read-only or not."""
@@ -776,13 +780,15 @@ class AdaptedLease(AsyncAdapt_asyncpg_connection):
             super().close()  # type: ignore[no-untyped-call]
 
     async def _terminate_graceful_close(self) -> None:
-        if asyncio.get_running_loop() is not self._loop:
+        if asyncio.get_running_loop() is not self._loop or self._unit is not None:
             self._terminate_force_close()
-        elif self._unit is None and not self._connection.is_released:
+        elif not self._connection.is_released:
             await super()._terminate_graceful_close()
 
     def _terminate_force_close(self) -> None:
-        if self._unit is None and not self._connection.is_released:
+        if self._unit is not None:
+            self._unit.invalidated()
+        elif not self._connection.is_released:
             super()._terminate_force_close()
 
     def _handle_exception(self, error: Exception) -> NoReturn:
@@ -796,6 +802,11 @@ class AdaptedLease(AsyncAdapt_asyncpg_connection):
     def join(self, unit: _Unit) -> None:
         """Belong to a unit of work, whose transaction is about to begin."""
         self._unit = unit
+
+    @property
+    def is_in_unit(self) -> bool:
+        """Whether it belongs to a unit of work."""
+        return self._unit is not None
 
     def set_transaction(self, transaction: object) -> None:
         """Take a transaction for the one that is open; `None` if none is."""
@@ -913,7 +924,7 @@ class _Unit(Attempt[Any]):
         self._adapted: AdaptedLease | None = None
         self._session: AsyncSession | None = None
         self._failure: Exception | None = None
-        self._is_tried = self._has_committed = self._is_rolled_back = False
+        self._is_tried = self._has_committed = self._is_rolled_back = self._is_invalidated = False
 
     # Beginning
 
@@ -953,7 +964,20 @@ class _Unit(Attempt[Any]):
     def open_session(self) -> AsyncSession:
         """Return the session, on the connection on which the transaction has begun."""
         self._session = session = self._make_session(bind=self._connection)
+        event.listen(session.sync_session, "after_begin", self._require_own_connection)
         return session
+
+    def _require_own_connection(self, _session: object, _transaction: object, connection: Connection) -> None:
+        """Let the session work on no other connection: a commit there would neither be resolved nor wait for this one."""
+        if connection.connection.dbapi_connection is self._adapted:
+            return
+        driver = self._execution.attempt.driver
+        if driver is None or driver.connection.is_closed():
+            raise asyncpg.ConnectionDoesNotExistError("the connection of the unit of work was lost")
+        raise exc.InvalidRequestError(
+            "the session of a unit of work works on the unit's own connection only: it was invalidated, or get_bind() or "
+            "bind_arguments= of the session chose another one"
+        )
 
     # What SQLAlchemy does with its transaction
 
@@ -986,6 +1010,10 @@ class _Unit(Attempt[Any]):
             await self._undo(self._execution.attempt.driver)
         self._is_rolled_back = True
 
+    def invalidated(self) -> None:
+        """Take note that SQLAlchemy uses the connection no more: it was lost, or the application has had enough of it."""
+        self._is_invalidated = True
+
     async def _undo(self, driver: DriverConnection) -> None:
         if not self._is_rolled_back:
             await super()._undo(driver)
@@ -1008,13 +1036,24 @@ class _Unit(Attempt[Any]):
             return failure
         if error is None and self._is_rolled_back:
             return None
+        driver = self._execution.attempt.driver
+        if error is None and self._is_invalidated and driver is not None and not driver.connection.is_closed():
+            await self._undo(driver)
+            raise asyncpg.InterfaceError(
+                "the connection was invalidated inside the block of retry_session(), which is rolled back: nothing is committed"
+            )
         return await super()._end(error)
 
     async def _commit_session(self) -> Exception | None:
         """Let the session write what it holds, and commit; return what it raised."""
         driver = self._execution.attempt.driver
-        if self._session is None or driver is None or driver.connection.is_closed():
+        if self._session is None or driver is None:
+            return None
+        if driver.connection.is_closed() and not self._is_rolled_back:
             return None  # a loss that the block did not let through is found by the pool's own COMMIT
+        session = self._session.sync_session
+        if not (session.autobegin or session.in_transaction()):
+            return None  # it holds nothing, and refuses to commit
         try:
             await self._session.commit()
         except Exception as error:  # noqa: BLE001 - it is decided on, not swallowed

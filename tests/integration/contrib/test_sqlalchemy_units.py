@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import ForeignKey, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from sqlalchemy.orm import selectinload as loaded
 
 from resilient_pool import OutcomeUnknownError, ResilientPool
@@ -537,6 +537,96 @@ async def test_an_attempt_that_is_not_entered_is_an_error(engine):
         async for _ in retry_session(engine):
             pass
     await leave_nothing(engine)
+
+
+# Sessions used in another way than they are meant to be
+
+
+async def test_a_session_that_begins_nothing_by_itself_is_committed_once(engine):
+    """With `autobegin=False` nothing is left to commit behind a commit inside, and that is no error."""
+    async for attempt in retry_session(async_sessionmaker(engine, autobegin=False)):
+        async with attempt as session, session.begin():
+            session.add(Order(name="kept"))
+    assert await names(engine) == ["kept"]
+
+
+@pytest.mark.parametrize("chosen_by", ["get_bind", "bind_arguments"])
+async def test_a_session_that_chooses_another_connection_is_refused(database, engine, chosen_by):
+    """What it commits there would be there twice when the unit is repeated."""
+    elsewhere = create_async_engine(database.replace("postgresql:", "postgresql+resilient:"))
+
+    class Routed(Session):
+        def get_bind(self, *arguments, **options):
+            return elsewhere.sync_engine if chosen_by == "get_bind" else super().get_bind(*arguments, **options)
+
+    with pytest.raises(InvalidRequestError, match="works on the unit's own connection only"):
+        async for attempt in retry_session(async_sessionmaker(engine, sync_session_class=Routed)):
+            async with attempt as session:
+                options = {"bind": elsewhere.sync_engine} if chosen_by == "bind_arguments" else {}
+                await session.execute(insert(Order).values(name="elsewhere"), bind_arguments=options)
+    assert await names(engine) == []
+    await leave_nothing(engine)
+    await elsewhere.dispose()
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+async def test_a_connection_that_the_application_invalidates_commits_nothing(engine, goes_on):
+    """And that is said; nor does the session go on with another connection."""
+    with pytest.raises((asyncpg.InterfaceError, InvalidRequestError), match="invalidated"):
+        async for attempt in retry_session(engine):
+            async with attempt as session:
+                session.add(Order(name="dropped"))
+                await session.flush()
+                await session.invalidate()
+                if goes_on:
+                    session.add(Order(name="more"))
+    assert await names(engine) == []
+    await leave_nothing(engine)
+
+
+async def test_a_rollback_inside_is_one_also_where_sqlalchemy_would_skip_it(database, engine):
+    """An engine whose statements commit by themselves may skip it; those of a unit do not."""
+    own = create_async_engine(
+        database.replace("postgresql:", "postgresql+resilient:"),
+        isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,
+    )
+    async for attempt in retry_session(own):
+        async with attempt as session:
+            session.add(Order(name="undone"))
+            await session.flush()
+            await session.rollback()
+    await own.dispose()
+    assert await names(engine) == []
+
+
+@pytest.mark.parametrize("is_noticed", [False, True])
+async def test_what_is_added_after_a_rollback_is_not_forgotten_with_a_lost_connection(engine, proxy, is_noticed):
+    """It is written in another attempt: a block does not end well without what it has added."""
+    once = Once()
+    async for attempt in retry_session(engine):
+        async with attempt as session:
+            session.add(Order(name="undone"))
+            await session.flush()
+            await session.rollback()
+            session.add(Order(name="kept"))
+            if once:
+                adapted = (await engine_connection(session)).dbapi_connection
+                proxy.rst()
+                async with asyncio.timeout(5):
+                    while not adapted.driver_connection.is_closed():
+                        await asyncio.sleep(0.01)
+                if is_noticed:
+                    with contextlib.suppress(DBAPIError):
+                        await session.flush()
+                    await session.rollback()
+                    session.add(Order(name="kept"))
+    assert (once.attempts, await names(engine)) == (2, ["kept"])
+
+
+async def engine_connection(session):
+    """The connection of a session, looked at without a statement."""
+    return await session.bind.get_raw_connection()
 
 
 # Under load
