@@ -480,7 +480,7 @@ class _Client:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._read: asyncio.Queue[Message] = asyncio.Queue()
+        self._read: asyncio.Queue[Message | Exception] = asyncio.Queue()
         self._scope = asyncio.timeout(None)
         self._response_has_begun = False
 
@@ -489,7 +489,12 @@ class _Client:
         reader = asyncio.ensure_future(self._read_ahead())
 
         async def receive() -> Message:
-            return await self._receive() if reader.done() and self._read.empty() else await self._read.get()
+            if reader.done() and self._read.empty():
+                return await self._receive()
+            read = await self._read.get()
+            if isinstance(read, Exception):
+                raise read
+            return read
 
         try:
             async with self._scope:
@@ -505,6 +510,12 @@ class _Client:
         self._response_has_begun = True
 
     async def _read_ahead(self) -> None:
+        try:
+            await self._read_until_gone()
+        except Exception as error:  # noqa: BLE001 - the application's receive() raises it
+            self._read.put_nowait(error)
+
+    async def _read_until_gone(self) -> None:
         # Only behind the end of the body: at which pace that is read is the application's affair.
         message = await self._receive()
         self._read.put_nowait(message)

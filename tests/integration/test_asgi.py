@@ -508,3 +508,27 @@ async def test_a_pool_that_is_not_watched_is_refused(dsn):
     with pytest.raises(ConfigurationError, match=r"observers=\[watch\]"):
         async with WebPool(lambda _: ResilientPool(dsn)).lifespan(None):
             pass
+
+
+@pytest.mark.parametrize("read_before", [0, 1])
+async def test_an_error_of_the_servers_receive_reaches_the_application(dsn, read_before):
+    """It is raised where the application reads, which does not wait for ever."""
+    messages = [{"type": "http.request", "body": b"", "more_body": False}][:read_before]
+
+    async def receive():
+        if messages:
+            return messages.pop()
+        raise OSError("the client's connection is broken")
+
+    async def send(message):
+        raise AssertionError(message)
+
+    async def application(scope, receive, send):
+        for _ in range(read_before + 1):
+            await receive()
+
+    database = web_pool(dsn)
+    async with database.lifespan(Starlette()), asyncio.timeout(5):
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        with pytest.raises(OSError, match="is broken"):
+            await database.middleware(application)(scope, receive, send)
