@@ -969,7 +969,8 @@ class _Unit(Attempt[Any]):
 
     def _require_own_connection(self, _session: object, _transaction: object, connection: Connection) -> None:
         """Let the session work on no other connection: a commit there would neither be resolved nor wait for this one."""
-        if connection.connection.dbapi_connection is self._adapted:
+        chosen: object = connection.connection.dbapi_connection
+        if chosen is self._adapted:
             return
         driver = self._execution.attempt.driver
         if driver is None or driver.connection.is_closed():
