@@ -17,6 +17,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -34,6 +35,7 @@ _MARGIN = timedelta(minutes=2)
 _WHILE_ROTATING = timedelta(minutes=1)
 _EMPTY_BODY = hashlib.sha256(b"").hexdigest()
 _ALGORITHM = "AWS4-HMAC-SHA256"
+_REGION = re.compile(r"[a-z]{2,}(-[a-z]+)+-[0-9]+")
 
 
 def _now() -> datetime:
@@ -108,10 +110,17 @@ def _region(given: str | None, host: str) -> str:
 
 def _region_in(host: str) -> str | None:
     """Read the region from an endpoint's name: `name.id.eu-central-1.rds.amazonaws.com`, `id.dsql.eu-central-1.on.aws`."""
-    parts = host.split(".")
-    for service, step in (("rds", -1), ("dsql", 1)):
-        if service in parts[1:-1] and host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".on.aws")):
-            return parts[parts.index(service) + step]
+    name = host.lower()
+    parts = name.split(".")
+    # In China's names the region of RDS stands behind the service.
+    for service, suffix, step in (
+        ("rds", ".amazonaws.com", -1),
+        ("rds", ".amazonaws.com.cn", 1),
+        ("dsql", ".on.aws", 1),
+    ):
+        if service in parts[1:-1] and name.endswith(suffix):
+            found = parts[parts.index(service) + step]
+            return found if _REGION.fullmatch(found) else None
     return None
 
 

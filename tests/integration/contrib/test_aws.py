@@ -158,8 +158,11 @@ def test_the_region_is_in_the_endpoints_name_or_must_be_said(monkeypatch):
     """An alias has none."""
     assert repr(RdsToken(RDS, user="shop")) == f"<RdsToken for {RDS} in eu-central-1>"
     assert repr(DsqlToken(DSQL)) == f"<DsqlToken for {DSQL} in us-east-2>"
-    with pytest.raises(ConfigurationError, match="region is not known: pass region="):
-        RdsToken("db.shop.example", user="shop")
+    china = "shop.cb1abcdefghi.rds.cn-north-1.amazonaws.com.cn"
+    assert repr(RdsToken(china, user="shop")) == f"<RdsToken for {china} in cn-north-1>"
+    for unknown in ("db.shop.example", "shop.cb1abcdefghi.rds.amazonaws.com"):
+        with pytest.raises(ConfigurationError, match="region is not known: pass region="):
+            RdsToken(unknown, user="shop")
     assert "eu-north-1" in repr(RdsToken("db.shop.example", user="shop", region="eu-north-1"))
     monkeypatch.setenv("AWS_REGION", "eu-west-3")
     assert "eu-west-3" in repr(RdsToken(RDS, user="shop"))
