@@ -476,7 +476,9 @@ def _checked(channels: tuple[str, ...]) -> tuple[str, ...]:
     if not channels:
         raise ConfigurationError("listen() needs the name of a channel")
     for channel in channels:
-        if not isinstance(channel, str) or "\0" in channel or not 1 <= len(channel.encode()) <= _LONGEST_NAME:
+        # A lone surrogate has no bytes: it is replaced by nothing here, and refused.
+        encoded = channel.encode(errors="ignore") if isinstance(channel, str) else b""
+        if encoded.decode() != channel or "\0" in channel or not 1 <= len(encoded) <= _LONGEST_NAME:
             raise ConfigurationError(
                 f"a channel must be a str of 1 to {_LONGEST_NAME} bytes without NUL, not {shown(channel, lambda _: True)}"
             )

@@ -360,6 +360,7 @@ async def test_what_waiting_does_not_cure_ends_the_loop_with_its_error(dsn, send
         (("",), {}, "1 to 63 bytes without NUL, not ''"),
         (("x" * 64,), {}, "1 to 63 bytes"),
         ((5,), {}, "not 5"),
+        (("\ud800",), {}, "1 to 63 bytes"),
         (("work",), {"queue_size": 0}, "queue_size must be a number of notifications, a whole number of at least 1"),
         (("work",), {"ping_after": 0}, "ping_after must be a number of seconds, more than 0"),
         (("work",), {"deadline": -1}, "deadline must be a number of seconds or None"),
