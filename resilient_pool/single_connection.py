@@ -36,6 +36,9 @@ class SingleConnection(ResilientConnection[RecordT]):
     is known, a transaction that is open) would be missing in another one: from then on, a loss ends this connection. The
     statement that meets it fails with the driver's error, every later one with `asyncpg.InterfaceError`; termination
     listeners are called. What every session is to have is set by `init=` or `server_settings=`.
+
+    What a statement does out of sight is not seen: a trigger, a rule, a default, a check or a view of the application's own that
+    changes the session (`set_config`, session locks) is lost with the connection, without an error.
     """
 
     __slots__ = ("_owner",)
