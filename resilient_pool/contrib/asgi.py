@@ -401,11 +401,14 @@ class WebPool(Instrument):
     def enter_background(self) -> None:
         """Background work belongs to no request."""
 
-    def used(self, seconds: float) -> None:  # noqa: ARG002 - how long is of no interest here
-        """Count a use by the current request."""
+    def use_begins(self) -> None:
+        """Count a use by the current request: from its beginning on, something may have been done in it."""
         request = self._current.get()
         if request is not None:
             request.uses += 1
+
+    def used(self, seconds: float) -> None:
+        """How long a use was is of no interest here."""
 
     @asynccontextmanager
     async def request(self, scope: Scope) -> AsyncIterator[None]:

@@ -32,6 +32,10 @@ class Instrument(ABC):
     def enter_background(self) -> None:
         """Set what context variables the pool's background work is to have. Otherwise it has none: no caller's trace goes on in it."""
 
+    def use_begins(self) -> None:
+        """Take note that a caller has got a connection. It is called in the caller's context, and must neither block nor raise."""
+        return
+
     @abstractmethod
     def used(self, seconds: float) -> None:
         """Take note that a caller had a connection for so many seconds, from getting it to giving it back.

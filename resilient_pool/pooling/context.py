@@ -63,6 +63,14 @@ class Dispatcher:
             except Exception as error:  # noqa: BLE001 - an observer's failure is not the caller's
                 self._report(position, event.name, error)
 
+    def emit_use_begin(self) -> None:
+        """Let every instrument know that a use begins."""
+        for instrument in self.instruments:
+            try:
+                instrument.use_begins()
+            except Exception as error:  # noqa: BLE001 - an observer's failure is not the caller's
+                self._report(self._observers.index(instrument), "the beginning of a use", error)
+
     def emit_use(self, seconds: float) -> None:
         """Hand the duration of a use to every instrument."""
         for instrument in self.instruments:

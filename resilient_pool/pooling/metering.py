@@ -23,6 +23,7 @@ class MeteredMaintenance(Maintenance):
     def begin_use(self, entry: PoolEntry[DriverConnection]) -> None:
         """Take note that a caller has an entry from now on."""
         self._used_since[entry] = self._clock.monotonic()
+        self._context.events.emit_use_begin()
 
     def end_use(self, entry: PoolEntry[DriverConnection]) -> None:
         """Report an entry's use, if it is one: what comes back for a second time, after its reset, or never was a caller's, is none."""

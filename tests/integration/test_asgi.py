@@ -296,6 +296,27 @@ async def test_a_request_that_was_done_in_part_is_repeated_only_if_its_method_al
     assert await visits.fetchval("SELECT count(*) FROM visits") == 1
 
 
+async def test_a_write_that_is_not_over_yet_counts_as_well(dsn, visits):
+    """It goes on while its request, which wanted another connection at the same time, is answered."""
+    database = web_pool(dsn, arguments={"max_size": 1})
+    sent, writes = [], []
+
+    async def application(scope, receive, send):
+        writes.append(asyncio.ensure_future(database.pool.execute("INSERT INTO visits SELECT 1 FROM pg_sleep(0.2)")))
+        await asyncio.sleep(0)
+        await database.pool.fetch("SELECT 1", deadline=0.05)
+
+    async def send(message):
+        sent.append(message)
+
+    async with database.lifespan(Starlette()):
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        await database.middleware(application)(scope, None, send)
+        await asyncio.gather(*writes)
+    assert (sent[0]["status"], b"retry-after" in dict(sent[0]["headers"])) == (503, False)
+    assert await visits.fetchval("SELECT count(*) FROM visits") == 1
+
+
 def _impatient():
     from resilient_pool import BackoffPolicy
 

@@ -22,6 +22,7 @@ class Recorder(Instrument):
 
     def __init__(self):
         self.stats = None
+        self.begun = 0
         self.uses = []
         self.events = []
 
@@ -33,6 +34,9 @@ class Recorder(Instrument):
 
     def enter_background(self):
         REQUEST.set("the pool's own")
+
+    def use_begins(self):
+        self.begun += 1
 
     def used(self, seconds):
         self.uses.append((seconds, REQUEST.get()))
@@ -71,7 +75,14 @@ async def test_each_call_is_one_use(pool, recorder):
     for _ in range(3):
         await pool.execute("SELECT 1")
     assert [seconds for seconds, _ in recorder.uses] == [0.0] * 3
-    assert pool.stats().acquired == 3
+    assert (pool.stats().acquired, recorder.begun) == (3, 3)
+
+
+async def test_a_use_is_known_while_it_lasts(pool, recorder):
+    """An instrument is called when it begins, and again at its end."""
+    async with pool.acquire():
+        assert (recorder.begun, recorder.uses) == (1, [])
+    assert (recorder.begun, len(recorder.uses)) == (1, 1)
 
 
 @pytest.mark.parametrize("sql", ["SELECT 1", "SET work_mem = '4MB'"], ids=["kept", "reset"])
