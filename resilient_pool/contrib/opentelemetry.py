@@ -20,7 +20,7 @@ from opentelemetry.metrics import CallbackOptions, Histogram, Meter, MeterProvid
 from resilient_pool._version import __version__
 from resilient_pool.events import CallerWaited, CircuitClosed, ConnectionOpened, Event
 from resilient_pool.observability.instrument import Instrument
-from resilient_pool.observability.stats import WAIT_BOUNDS, PoolStats
+from resilient_pool.observability.stats import WAIT_BOUNDS, Counters, PoolStats
 
 _NAME = "db.client.connection.pool.name"
 _STATE = "db.client.connection.state"
@@ -30,6 +30,7 @@ _SUPPRESSED = "suppress_instrumentation"
 
 # What a metric says of a pool at one moment: numbers, each with what distinguishes it from the others.
 _Values = Iterable[tuple[float, Mapping[str, str]]]
+_Totals = dict[tuple[tuple[str, str], ...], float]
 _K = TypeVar("_K")
 
 
@@ -53,7 +54,7 @@ class PoolTelemetry:
 
     def __init__(self, *, meter_provider: MeterProvider | None = None, use_time: bool = True) -> None:
         meter = metrics.get_meter("resilient_pool", __version__, meter_provider)
-        self._pools: dict[str, list[WeakMethod[Callable[[], PoolStats]]]] = {}
+        self._pools: dict[str, _Pools] = {}
         self._create_time = _histogram(meter, "db.client.connection.create_time", "To open a connection.")
         self._wait_time = _histogram(
             meter, "db.client.connection.wait_time", "To get a connection, for callers that did not get one at once."
@@ -66,15 +67,16 @@ class PoolTelemetry:
         for name, unit, description, values in _GAUGES:
             meter.create_observable_up_down_counter(name, [self._callback(values)], unit, description)
         for name, unit, description, values in _COUNTERS:
-            meter.create_observable_counter(name, [self._callback(values)], unit, description)
+            meter.create_observable_counter(name, [self._callback(values, counts=True)], unit, description)
 
     def observer(self, name: str) -> Instrument:
         """Make what a pool takes among its `observers=`.
 
         Args:
-            name: The pool's name in the metrics. Pools of the same name, one for each event loop, say, are added up.
+            name: The pool's name in the metrics. Pools of the same name, one for each event loop, say, are added up; what a pool
+                has counted stays in the counters when it is forgotten.
         """
-        return _PoolObserver(self, name, self._pools.setdefault(name, []))
+        return _PoolObserver(self, name, self._pools.setdefault(name, _Pools()))
 
     def record(self, name: str, event: Event) -> None:
         """Record what an event says was measured."""
@@ -91,24 +93,58 @@ class PoolTelemetry:
         if self._use_time is not None:
             self._use_time.record(seconds, {_NAME: name})
 
-    def _callback(self, values: Callable[[PoolStats], _Values]) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    def _callback(
+        self, values: Callable[[PoolStats], _Values], *, counts: bool = False
+    ) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             for name, pools in tuple(self._pools.items()):
-                totals: dict[tuple[tuple[str, str], ...], float] = {}
-                for stats in [stats for pool in tuple(pools) if (stats := pool()) is not None]:
-                    for value, attributes in values(stats()):
-                        key = tuple(attributes.items())
-                        totals[key] = totals.get(key, 0) + value
+                totals = pools.counted_before(values) if counts else {}
+                for stats in pools.living():
+                    _add(totals, values(stats()))
                 for key, total in totals.items():
                     yield Observation(total, {_NAME: name, **dict(key)})
 
         return observe
 
 
+class _Pools:
+    """The pools of one name: those that live, by weak references, and what those have counted that do not."""
+
+    def __init__(self) -> None:
+        self._living: dict[WeakMethod[Callable[[], PoolStats]], Counters] = {}
+        self._counted: dict[Callable[[PoolStats], _Values], _Totals] = {}
+
+    def add(self, stats: Callable[[], PoolStats]) -> None:
+        """Take a pool among them."""
+        pool: Any = getattr(stats, "__self__", None)
+        # The counters alone outlive the pool.
+        self._living[WeakMethod(stats, self._forget)] = pool._counters  # noqa: SLF001
+
+    def _forget(self, reference: WeakMethod[Callable[[], PoolStats]]) -> None:
+        now = dict.fromkeys(("size", "idle", "in_use", "resetting", "waiting", "min_size", "max_size"), 0)
+        last = self._living.pop(reference).snapshot(**now, circuit_open=False)
+        for _, _, _, values in _COUNTERS:
+            _add(self._counted.setdefault(values, {}), values(last))
+
+    def living(self) -> Iterable[Callable[[], PoolStats]]:
+        """Return what reads the statistics of each that lives."""
+        return [stats for pool in tuple(self._living) if (stats := pool()) is not None]
+
+    def counted_before(self, values: Callable[[PoolStats], _Values]) -> _Totals:
+        """Return what the others have counted in one metric."""
+        return dict(self._counted.get(values, {}))
+
+
+def _add(totals: _Totals, values: _Values) -> None:
+    for value, attributes in values:
+        key = tuple(attributes.items())
+        totals[key] = totals.get(key, 0) + value
+
+
 class _PoolObserver(Instrument):
     """One pool's observer: it knows the pool's name."""
 
-    def __init__(self, telemetry: PoolTelemetry, name: str, pools: list[WeakMethod[Callable[[], PoolStats]]]) -> None:
+    def __init__(self, telemetry: PoolTelemetry, name: str, pools: _Pools) -> None:
         self._telemetry = telemetry
         self._name = name
         self._pools = pools
@@ -120,8 +156,7 @@ class _PoolObserver(Instrument):
             span.add_event(event.name, {_NAME: self._name, **_attributes(event)})
 
     def attach(self, stats: Callable[[], PoolStats]) -> None:
-        # A pool that is forgotten is forgotten here, too.
-        self._pools.append(WeakMethod(stats, self._pools.remove))
+        self._pools.add(stats)
 
     def enter_background(self) -> None:
         context.attach(context.set_value(_SUPPRESSED, True))

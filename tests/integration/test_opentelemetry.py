@@ -158,6 +158,18 @@ async def test_pools_of_one_name_are_added_up_and_a_forgotten_one_is_gone(sdk, d
     del other
 
 
+async def test_what_a_forgotten_pool_has_counted_stays_counted(sdk, dsn):
+    """A counter never falls: one that did would look like a restart, and the others' counts like new ones."""
+    for number in range(3):
+        async with ResilientPool(dsn, observers=[sdk.telemetry.observer("orders")]) as pool:
+            await pool.fetchval("SELECT 1")
+        del pool
+        gc.collect()
+        (acquired,) = sdk.metrics()["resilient_pool.acquired"].data.data_points
+        (closed,) = sdk.metrics()["resilient_pool.discarded"].data.data_points
+        assert (acquired.value, closed.value) == (number + 1, number + 1)
+
+
 async def test_every_caller_that_waits_for_a_sleeping_server_has_the_outage_on_its_span(sdk, postgres):
     """Ten requests, one prober: each span says how long the server was away and why."""
 
