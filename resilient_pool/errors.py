@@ -55,7 +55,7 @@ class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnkno
         self.xid = xid
         known_as = "" if xid is None else f" (transaction id {xid})"
         if operation != "transaction":
-            advice = "; pass idempotent=True for a statement that may safely run twice"
+            advice = "; pass idempotent=True for a statement that may safely run twice, and mark functions that only read STABLE"
         elif xid is not None:
             advice = "; after a crash or a failover only a pool with commit_log= can find out"
         else:

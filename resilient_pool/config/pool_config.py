@@ -137,6 +137,7 @@ _ELSEWHERE = {
     "idle_timeout": "max_inactive_connection_lifetime",
     "connect_timeout": "timeout",
     "statement_timeout": "command_timeout",
+    **dict.fromkeys(("sslmode", "sslpassword", "sslcert", "sslkey", "sslrootcert"), "ssl"),
 }
 # What the pool itself must know of what is passed on to a `connect=` function.
 _HEEDED = ("timeout", "statement_cache_size", "server_settings", "target_session_attrs")

@@ -198,7 +198,7 @@ def test_an_observer_that_would_have_to_be_awaited_is_refused(observer):
         ("command_timeot", "unknown argument 'command_timeot'; did you mean 'command_timeout'?"),
         ("sslmode", "unknown argument 'sslmode'; did you mean 'ssl'?"),
         ("tls", "unknown argument 'tls'"),
-        ("sslpassword", "unknown argument 'sslpassword'; did you mean 'password'?"),
+        ("sslpassword", "unknown argument 'sslpassword'; did you mean 'ssl'?"),
         ("zzz", "unknown argument 'zzz'"),
     ],
 )
