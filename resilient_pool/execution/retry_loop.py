@@ -18,6 +18,7 @@ from resilient_pool.pooling.context import PoolContext, nearest_sqlstate
 from resilient_pool.pooling.driver import (
     AnyConnection,
     DriverConnection,
+    comes_from_the_transport,
     is_of_another_connection,
     nothing_sent,
 )
@@ -353,9 +354,12 @@ class RetryLoop:
             OutcomeUnknownError: The operation may have taken effect, and may not be repeated.
             Exception: `error`, or an earlier one that says more, when no further attempt may be made.
         """
-        state = execution.retries
+        state, driver = execution.retries, execution.attempt.driver
         if isinstance(error, RepeatRefusedError) and execution.lost is not None:
             raise self._outcome_unknown(execution, execution.lost)
+        if driver is not None and comes_from_the_transport(error) and self._maintenance.closing:
+            # terminate() has closed the connection under the driver, which does not say so itself.
+            error = _as_loss(error)
         failure = self._build_failure(execution, error)
         verdict = self._heed_limits(execution, failure, self._classify(execution, failure))
         verdict = self._override_outcome(execution, failure, verdict)
@@ -582,3 +586,9 @@ class RetryLoop:
         unknown = OutcomeUnknownError(execution.operation.name, xid=execution.attempt.xid)
         unknown.__cause__ = lost.error
         return unknown
+
+
+def _as_loss(error: Exception) -> asyncpg.ConnectionDoesNotExistError:
+    loss = asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+    loss.__cause__ = error
+    return loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import uuid
 
 import asyncpg
 import pytest
@@ -362,11 +363,36 @@ def test_a_pool_can_be_opened_by_run_until_complete(dsn):
 async def test_a_pool_that_is_terminated_hides_no_unknown_outcome(make_pool):
     """A SELECT may write: one that was cut off on its way is not said to have met a closed pool."""
     pool = await make_pool()
-    call = asyncio.create_task(pool.fetchval("SELECT pg_sleep(30), pg_advisory_lock(1)"))
-    asked = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(30), pg_adv%'"
+    sql = f"SELECT pg_sleep(3), pg_advisory_lock(1) -- {uuid.uuid4()}"
+    call = asyncio.create_task(pool.fetchval(sql))
+    asked = "SELECT count(*) FROM pg_stat_activity WHERE query = $1 AND wait_event = 'PgSleep'"
     async with asyncio.timeout(10):
-        while not await pool.fetchval(asked):
+        while not await pool.fetchval(asked, sql):
             await asyncio.sleep(0.01)
     pool.terminate()
     with pytest.raises(OutcomeUnknownError):
         await call
+
+
+@both_loops
+@pytest.mark.parametrize(
+    "use", [lambda pool: pool.fetchval("SELECT 1"), lambda pool: pool.fetch("SELECT 1", timeout=9)]
+)
+async def test_a_pool_that_is_terminated_after_a_statement_was_prepared_says_that_the_connection_is_closed(
+    make_pool, use
+):
+    """The driver itself falls over the connection that it has let go of."""
+
+    class Terminates(asyncpg.Connection):
+        async def _get_statement(self, *args, **options):
+            statement = await super()._get_statement(*args, **options)
+            if is_open:
+                pool.terminate()
+            return statement
+
+    is_open = False
+    pool = await make_pool(connection_class=Terminates)
+    await pool.fetchval("SELECT 2")
+    is_open = True
+    with pytest.raises((asyncpg.ConnectionDoesNotExistError, OutcomeUnknownError)):
+        await use(pool)
