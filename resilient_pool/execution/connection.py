@@ -139,8 +139,8 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         self._interrupted = False
         self._attached: _Attachments | None = None
         self._tracker: Callable[[str | None], None] | None = None
-        # Whether all that was done on it left its session as it was; false while anything is being done.
-        self._keeps_session = leases.trusts_texts
+        # Whether all that was done on it left its session as it was; `None` while one thing is being done, and not two.
+        self._keeps_session: bool | None = leases.trusts_texts
 
     def __repr__(self) -> str:
         inner = f"[{self._state.name.lower()}]" if self.is_released else repr(self._driver)
@@ -254,7 +254,7 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         """Whether the session is as it was when it was leased, as far as can be seen, and nothing is under way in it."""
         driver, attached = self._driver, self._attached
         is_alone = attached is None or attached.leaves_session_alone
-        return self._keeps_session and is_alone and driver is not None and driver.is_at_rest
+        return bool(self._keeps_session) and is_alone and driver is not None and driver.is_at_rest
 
     def _pin(self, sent: Callable[[str | None], None]) -> None:
         self._state = _USED
@@ -305,7 +305,7 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             if self._state is not _FRESH:
                 self._require_active(operation)
             return await self._try((operation, sql, execute, arguments, options, replayable))
-        keeps_session, self._keeps_session = self._keeps_session, False
+        keeps_session, self._keeps_session = self._keeps_session, None if self._keeps_session else False
         if self._tracker is not None:
             self._tracker("COPY" if sql is None else sql)
         if self._interrupted:
@@ -318,7 +318,7 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         except AttributeError as error:
             self._explain(operation, error)
             raise
-        if keeps_session and sql is not None:
+        if keeps_session and sql is not None and self._keeps_session is None:
             self._keeps_session = self._leases.keeps_session[sql]
         return result
 
@@ -341,13 +341,15 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             keeps_session: Whether what it leaves in the session, if anything, ends with the transaction that it begins.
         """
         if self._state is _USED or self._state is _SETTING_UP:
-            keeps_session, self._keeps_session = keeps_session and self._keeps_session, False
+            kept = keeps_session and self._keeps_session
+            self._keeps_session = None if kept else False
             if self._tracker is not None and sql is not None:
                 self._tracker(sql)
             if self._interrupted:
                 await self._end_of_interruption(operation)
             result = await execute(self._current_driver.connection)
-            self._keeps_session = keeps_session
+            if kept and self._keeps_session is None:
+                self._keeps_session = True
             return result
         self._require_active(operation)
         asked: Asked[T] = (operation, None, execute, (), {"idempotent": True}, True)
@@ -369,7 +371,7 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             raise asyncpg.InterfaceError("cannot perform operation: another operation is in progress")
         self._state = _TRYING
         operation, sql, execute, arguments, *_ = asked
-        kept, self._keeps_session = self._keeps_session, False
+        kept, self._keeps_session = self._keeps_session, None if self._keeps_session else False
         leases = self._leases
         started, execution, fresh = leases.begin_call(), None, None
         try:
@@ -395,7 +397,7 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             fresh = keeps
             if self._driver is not None:
                 self._driver.has_served = True  # it may be lost before it is released
-            if kept:
+            if kept and self._keeps_session is None:
                 self._keeps_session = keeps_session or (sql is not None and self._leases.keeps_session[sql])
         except Exception as error:
             fresh = self._leases.is_untouched(execution, error, harmless=harmless)

@@ -387,3 +387,19 @@ async def test_a_reset_follows_a_call_that_an_applications_class_makes_more_of(m
     pool = await make_pool(max_size=1, connection_class=Sets)
     assert await pool.fetchval("SHOW work_mem") == "5MB"
     assert (await pool.fetchrow("SHOW work_mem"))[0] == "4MB"
+
+
+@pytest.mark.parametrize("before", [nothing, fetch])
+@both_loops
+async def test_a_reset_follows_what_another_task_did_past_the_lease_while_a_statement_ran(make_pool, before):
+    """The end of that statement says nothing of what was begun beside it."""
+    pool = await make_pool(max_size=1)
+    await pool.fetchval("SELECT 1")
+    async with pool.acquire() as connection:
+        await before(connection)
+        reading = asyncio.create_task(connection.fetchval("SELECT 1 FROM pg_sleep(0.05)"))
+        await asyncio.sleep(0.01)
+        inner = connection._con
+        await reading
+        await inner.execute("SET work_mem = '9MB'")
+    assert await pool.fetchval("SHOW work_mem") == "4MB"
