@@ -134,14 +134,10 @@ class ResilientPool(Queries[RecordT]):
         )
         self._retry_budget = config.retry_budget
         self._monotonic = clock.monotonic
-        self._leases = LeaseManager(
-            context, self._acquirer, self._maintenance, self._retry_loop, self._connector, self._lease_type
-        )
+        self._leases = LeaseManager(context, self._acquirer, self._retry_loop, self._lease_type)
         commit_resolver = CommitResolver(context, self._acquirer, self._maintenance, self._retry_loop.read_check)
         self._transactions = Transactions(context, self._leases, commit_resolver, self._require_open)
-        self._listeners = Listeners(
-            context, self._leases, self._acquirer, maintenance, self._connector, self._require_open
-        )
+        self._listeners = Listeners(context, self._leases, self._require_open)
         self._sets_up = config.setup is not None
         self._waits_for_reset = config.session_reset == "on_release"
         self._never_resets = config.session_reset == "off"

@@ -23,7 +23,6 @@ from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransact
 from resilient_pool.execution.query_methods import CallOptions, OtherRecord, Queries
 from resilient_pool.execution.retry_loop import Asked, Execution, RetryLoop, do_nothing
 from resilient_pool.pooling.acquire import Acquirer
-from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import (
     AnyConnection,
@@ -32,7 +31,6 @@ from resilient_pool.pooling.driver import (
     comes_from_the_transport,
     overrides_statements,
 )
-from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.verdict import Phase
 from resilient_pool.sql.session_state import SessionState, session_state
@@ -850,6 +848,8 @@ class LeaseManager:
 
     Attributes:
         acquirer: The same.
+        maintenance: Makes connections fit for the next lease.
+        connector: Knows whether a pooler keeps what is left in a session.
         reset_timeout: How many seconds a rollback may take.
         sets_up: Whether the application prepares connections.
         connection_class: What the driver makes.
@@ -860,9 +860,7 @@ class LeaseManager:
     Args:
         context: The application's `setup`, and the pool's deadline.
         acquirer: Finds healthy connections.
-        maintenance: Makes them fit for the next one.
-        retry_loop: Repeats what fails.
-        connector: Knows whether a pooler keeps what is left in a session.
+        retry_loop: Repeats what fails, on connections that its maintenance makes fit for the next one.
         lease_type: What leases are, but for what `connection_class` overrides.
     """
 
@@ -870,18 +868,16 @@ class LeaseManager:
         self,
         context: PoolContext,
         acquirer: Acquirer,
-        maintenance: Maintenance,
         retry_loop: RetryLoop,
-        connector: Connector,
         lease_type: type[ResilientConnection[Any]] = ResilientConnection,
     ) -> None:
         config = context.config
         self._lease_class = lease_class(lease_type, config.connection_class)
         self._pooled_lease_class = lease_class(_of_shared_sessions(lease_type), config.connection_class)
-        self._connector = connector
+        self.connector = retry_loop.connector
         self._config = config
         self.acquirer = acquirer
-        self._maintenance = maintenance
+        self.maintenance = retry_loop.maintenance
         self._clock = context.clock
         self.reset_timeout = config.reset_timeout
         self.sets_up = config.setup is not None
@@ -903,11 +899,11 @@ class LeaseManager:
     @property
     def is_closing(self) -> bool:
         """Whether nothing is leased any more."""
-        return self._maintenance.closing
+        return self.maintenance.closing
 
     def reset_and_release(self, entry: PoolEntry[DriverConnection]) -> None:
         """Take back an entry whose lease has ended or did not begin, in whatever thread or event loop."""
-        self._maintenance.reset_and_release_anywhere(entry)
+        self.maintenance.reset_and_release_anywhere(entry)
 
     def begin_call(self) -> float:
         """Count an operation, and return when it began."""
@@ -998,7 +994,7 @@ class LeaseManager:
         Raises:
             asyncpg.InterfaceError: It was seen that the pooler gives sessions away with every transaction.
         """
-        if not await self._connector.keeps_session_state():
+        if not await self.connector.keeps_session_state():
             raise asyncpg.InterfaceError(
                 f"{state.name} was not sent: a pooler in transaction mode gives this connection another session for every "
                 f"transaction, and its next client would have what this leaves behind; {state.instead}or connect to the "
@@ -1060,17 +1056,17 @@ class LeaseManager:
             if entry is not None and keeps and self._monotonic() - entry.taken_at_monotonic < self._ping_after:
                 self.acquirer.release(entry)
             elif entry is not None:
-                reset = self._maintenance.reset_and_release(entry, seconds)
+                reset = self.maintenance.reset_and_release(entry, seconds)
         return reset
 
     # What asyncpg asks of the pool behind a connection when the schema has changed.
 
     def _drop_statement_cache(self) -> None:
         self.read_check.forget()
-        for driver in self._maintenance.connections():
+        for driver in self.maintenance.connections():
             driver.drop_statement_cache()
 
     def _drop_type_cache(self) -> None:
         self.read_check.forget()
-        for driver in self._maintenance.connections():
+        for driver in self.maintenance.connections():
             driver.drop_type_cache()

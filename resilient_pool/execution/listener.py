@@ -15,11 +15,8 @@ from resilient_pool.events import DiscardReason
 from resilient_pool.execution.connection import LeaseManager
 from resilient_pool.execution.notifications import Gap, GapReason, Notification, NotificationQueue
 from resilient_pool.execution.retry_loop import Execution
-from resilient_pool.pooling.acquire import Acquirer
-from resilient_pool.pooling.connect import Connector
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import DriverConnection
-from resilient_pool.pooling.maintenance import Maintenance
 from resilient_pool.pooling.resource_pool import PoolEntry
 from resilient_pool.retry.backoff import OPERATION_BACKOFF
 from resilient_pool.retry.verdict import Failure, Fault
@@ -60,8 +57,8 @@ class Subscription:
         self._context = listeners.context
         self._clock = listeners.context.clock
         self._leases = listeners.leases
-        self._maintenance = listeners.maintenance
-        self._connector = listeners.connector
+        self._maintenance = listeners.leases.maintenance
+        self._connector = listeners.leases.connector
         self._channels = channels
         self._ping_after = ping_after
         self._deadline = deadline
@@ -240,7 +237,7 @@ class Subscription:
 
     async def _attempt(self, execution: Execution[None]) -> PoolEntry[DriverConnection]:
         operation = execution.operation
-        entry = await self._listeners.acquirer.acquire(operation.deadline, fail_fast=operation.fail_fast, is_begun=True)
+        entry = await self._leases.acquirer.acquire(operation.deadline, fail_fast=operation.fail_fast, is_begun=True)
         listens = False
         try:
             if entry.resource is None:
@@ -409,10 +406,7 @@ class Listeners:
 
     Args:
         context: The pool's.
-        leases: Knows the pool's deadline, and repeats what fails.
-        acquirer: Gets connections.
-        maintenance: Closes them.
-        connector: Knows whether they keep their sessions.
+        leases: Knows the pool's deadline, gets connections, and repeats what fails.
         require_open: Raises if the pool cannot be used.
 
     Attributes:
@@ -423,16 +417,10 @@ class Listeners:
         self,
         context: PoolContext,
         leases: LeaseManager,
-        acquirer: Acquirer,
-        maintenance: Maintenance,
-        connector: Connector,
         require_open: Callable[[], None],
     ) -> None:
         self.context = context
         self.leases = leases
-        self.acquirer = acquirer
-        self.maintenance = maintenance
-        self.connector = connector
         self.require_open = require_open
         self.subscriptions: set[Subscription] = set()
 

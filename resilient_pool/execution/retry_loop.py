@@ -201,7 +201,7 @@ class RetryLoop:
         connector: Knows whether writes are expected to work.
 
     Attributes:
-        read_check: The same.
+        read_check, maintenance, connector: The same.
     """
 
     def __init__(
@@ -216,8 +216,8 @@ class RetryLoop:
         self._clock = context.clock
         self._reader = read_check.reader
         self.read_check = read_check
-        self._maintenance = maintenance
-        self._connector = connector
+        self.maintenance = maintenance
+        self.connector = connector
 
     def limits(self, started: float, options: CallOptions) -> tuple[float | None, bool]:
         """Return until when an operation that `started` then waits for a connection, and whether it fails fast."""
@@ -357,7 +357,7 @@ class RetryLoop:
         state, driver = execution.retries, execution.attempt.driver
         if isinstance(error, RepeatRefusedError) and execution.lost is not None:
             raise self._outcome_unknown(execution, execution.lost)
-        if driver is not None and comes_from_the_transport(error) and self._maintenance.closing:
+        if driver is not None and comes_from_the_transport(error) and self.maintenance.closing:
             # terminate() has closed the connection under the driver, which does not say so itself.
             error = _as_loss(error)
         failure = self._build_failure(execution, error)
@@ -429,7 +429,7 @@ class RetryLoop:
             error=error,
             phase=phase,
             sent=phase is Phase.COMMIT or (phase is Phase.EXECUTE and not refused),
-            writable=self._connector.expects_writes,
+            writable=self.connector.expects_writes,
             read_only_asked=execution.operation.readonly or (why is not None and why.asked),
             in_recovery=None if why is None else why.in_recovery,
         )
@@ -455,7 +455,7 @@ class RetryLoop:
             return verdict
         lasted = 0.0 if began is None else self._clock.monotonic() - began
         for sqlstate, setting, kind in _LIMITS:
-            seconds = None if self._connector.server_info is None else getattr(self._connector.server_info, setting)
+            seconds = None if self.connector.server_info is None else getattr(self.connector.server_info, setting)
             limit = f"{setting}{f' ({seconds:g} s)' if seconds else ''}"
             if sqlstate in states and verdict.fault is Fault.PERMANENT:
                 failure.error.add_note(
@@ -502,13 +502,13 @@ class RetryLoop:
         if execution.attempt.driver is not None and discard:
             execution.attempt.driver.invalidated = True
         if verdict.others is Disposition.EXPIRE and not self._concerns_one_connection(execution, verdict):
-            self._maintenance.expire()
+            self.maintenance.expire()
         elif verdict.fault is Fault.POISONED and not failure.sent:
             # Its server said goodbye while it was idle, and no socket shows that yet: others may be in the same state, and
             # trying them in turn would use up the attempts.
-            self._maintenance.discard_idle_since(self._clock.now(), DiscardReason.STALE)
-        if verdict.fault is Fault.STATEMENT_CACHE and "26000" in failure.sqlstates and self._connector.distrust_proxy():
-            self._maintenance.expire()
+            self.maintenance.discard_idle_since(self._clock.now(), DiscardReason.STALE)
+        if verdict.fault is Fault.STATEMENT_CACHE and "26000" in failure.sqlstates and self.connector.distrust_proxy():
+            self.maintenance.expire()
 
     @staticmethod
     def _concerns_one_connection(execution: Execution[T], verdict: Verdict) -> bool:
