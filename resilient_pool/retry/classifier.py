@@ -403,6 +403,7 @@ _dsql = functools.partial(_at_login, service="Aurora DSQL", known=_DOCUMENT)
 _cockroach = functools.partial(_at_login, service="CockroachDB Cloud", known=_SOURCE)
 _prisma = functools.partial(_at_login, service="Prisma Postgres", known=_SEEN)
 _lost_behind = functools.partial(_rule, DISCONNECTED, where=CONNECTED, when=_server_answer, known=Known.SUPPOSED)
+_cockroach_range = functools.partial(_answered, OVERLOADED, where=ANSWERED, service="CockroachDB", known=_SOURCE)
 _planetscale = functools.partial(_refused, where=ANSWERED, service="PlanetScale", known=_DOCUMENT)
 _size_limit = functools.partial(_answered, PERMANENT, "53100", when=_of_server)
 _yugabyte = functools.partial(
@@ -514,7 +515,7 @@ _SERVICES: tuple[Rule, ...] = (
     _dsql(PERMANENT, says="unable to accept connection, access denied"),
     _size_limit(says="Current cluster size exceeds cluster size limit", service="Aurora DSQL", known=_DOCUMENT),
     # The others.
-    _answered(OVERLOADED, "58C00 58C01", "a range, or a node, is not available", service="CockroachDB", known=_SOURCE),
+    _cockroach_range("58C00 58C01", "a range, or a node, is not available"),
     _cockroach(UNREACHABLE, says="codeBackendDialFailed: "),
     _cockroach(UNREACHABLE, says="codeUnavailable: "),
     _cockroach(UNREACHABLE, says="internal server error$"),

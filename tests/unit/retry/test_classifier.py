@@ -757,6 +757,7 @@ NO_REFUSALS_OF_COMMIT = {
     "Odyssey": server("08006", "odyssey: c1: remote server read/write error s2"),
     "CockroachDB shuts down": server("57P01", "server is shutting down"),
     "CockroachDB has committed": server("XXA00", "transaction committed but schema change aborted with error: (23505)"),
+    "CockroachDB, a range is not available": server("58C00", "replica unavailable: unable to serve request to r42"),
     "YugabyteDB": server("XX000", "Timed out: Perform RPC"),
     "completion unknown": server("40003"),
     "resolution unknown": server("08007"),
