@@ -65,7 +65,11 @@ _GOODBYE = 10.0
 _STATEMENT_OPTIONS = ("prepared_statement_cache_size", "prepared_statement_name_func")
 _NUMBERS = {"seconds": float, "connections": int, "operations": int, "statements": int, "bytes": int}
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-_UNITS = {argument.name: argument.unit for argument in ARGUMENTS}
+_UNITS = {
+    **{argument.name: argument.unit for argument in ARGUMENTS},
+    "prepared_statement_cache_size": "statements",
+    "prepared_statement_name_func": "function",
+}
 _AS_TEXT = frozenset(
     name
     for name, unit in _UNITS.items()
@@ -255,9 +259,11 @@ class ResilientDialect(PGDialect_asyncpg):
                     f"the URL's option {name!r} would be shown wherever the URL is: a password stands before the host, "
                     "everything else goes into connect_args="
                 )
-        args, given = super().create_connect_args(url)  # type: ignore[no-untyped-call]
-        options = {name: given.pop(name) for name in url.query if name in given and name not in ("host", "port")}
-        return args, {**given, **dict(_typed(options))}
+        # Before the password is in a variable: what is refused shows all of this frame to those who collect frames.
+        options = {name: value for name, value in url.query.items() if name not in ("host", "port")}
+        typed = dict(_typed(options))
+        args, given = super().create_connect_args(url.difference_update_query(options))  # type: ignore[no-untyped-call]
+        return args, {**given, **typed}
 
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
         """Set the isolation of the next transactions, which those of a unit of work are not."""
@@ -288,7 +294,7 @@ def _typed(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in options.items():
         if not isinstance(value, str):
             raise ConfigurationError(f"the URL's option {name!r} is given twice")
-        if name in _STATEMENT_OPTIONS or name in _AS_TEXT:
+        if name in _AS_TEXT:
             yield name, value
         elif name in _UNITS:
             yield name, _converted(name, value)
@@ -319,7 +325,7 @@ def _require_option_of_dsn(name: str, value: str) -> None:
     try:
         arguments_of_dsn(Secret(f"postgresql://?{_option(name, value)}"))
     except ConfigurationError as error:
-        hint = nearest(name, (*_UNITS, *_STATEMENT_OPTIONS))
+        hint = nearest(name, _UNITS)
         if "unknown option" in str(error) and "did you mean" not in str(error) and hint:
             raise UnknownArgumentError(f"in the URL: unknown option {name!r}{hint}") from None
         raise

@@ -8,7 +8,7 @@ import sys
 
 import asyncpg
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -71,6 +71,8 @@ async def test_arguments_of_sqlalchemys_pool_are_mapped(options, expected):
         ("max_size=many", "the URL's option 'max_size' must be a number of connections, not 'many'"),
         ("max_size=1&max_size=2", "the URL's option 'max_size' is given twice"),
         ("observers=x", "the URL's option 'observers' takes no text"),
+        ("prepared_statement_cache_size=x", "'prepared_statement_cache_size' must be a number of statements, not 'x'"),
+        ("prepared_statement_name_func=x", "the URL's option 'prepared_statement_name_func' takes no text"),
         ("max_size=0", "max_size must be a whole number of connections"),
         ("password=geheim", "the URL's option 'password' would be shown"),
         ("sslpassword=geheim", "the URL's option 'sslpassword' would be shown"),
@@ -132,6 +134,19 @@ async def test_nothing_shows_the_password():
         frame = frame.tb_next
     assert [text for text in shown if "geheim" in text] == []
     await engine.dispose()
+
+
+def test_the_size_of_sqlalchemys_statement_cache_stands_in_the_url():
+    """As it does for `postgresql+asyncpg`."""
+    engine = create_async_engine(f"{URL}?prepared_statement_cache_size=0&deadline=3")
+    assert engine.pool._recipe().statements == {"prepared_statement_cache_size": 0}
+
+
+def test_what_is_refused_shows_no_password_to_those_who_collect_frames():
+    """A wrong option is found before the password is in any variable."""
+    with pytest.raises(ConfigurationError) as refused:
+        create_async_engine(make_url(f"{URL}?deadlin=1"))
+    assert "geheim" not in "".join(repr(entry.frame.f_locals) for entry in refused.traceback[1:])
 
 
 async def test_an_engine_on_a_pool_takes_no_size():
