@@ -42,7 +42,7 @@ help:
 	@echo "make sqlalchemy  the tests with SQLAlchemy on SQLAlchemy 2.0"
 	@echo "make chaos  reads, writes and transactions under faults, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
 	@echo "make soak   the same and more for half an hour, and what the process holds (SOAK_SECONDS=1800, SOAK_SEED=1)"
-	@echo "make peers  asyncpg's own tests of its pool, against this one"
+	@echo "make peers  asyncpg's own tests of its pool, and those of databases, against this one"
 	@echo "make check  formatting, lint, types, import contracts"
 	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
 	@echo "make profile where the time of a call goes, by function"
@@ -80,13 +80,19 @@ soak: $(VENV)/.wheel
 		RESILIENT_POOL_SOAK_REPORT=benchmarks/results/soak.md \
 		$(BIN)/pytest --capture=no -o faulthandler_timeout=0 tests/chaos/test_soak.py
 
-# asyncpg's own tests of its pool, against ours. Nothing of them is kept here.
-peers: $(VENV)/.wheel
-	@rm -rf $(VENV)/peers && mkdir -p $(VENV)/peers
-	@$(BIN)/python -m pip download --quiet --no-deps --no-binary asyncpg --constraint constraints.txt --dest $(VENV)/peers asyncpg
-	@tar -xzf $(VENV)/peers/asyncpg-*.tar.gz -C $(VENV)/peers
-	@mkdir $(VENV)/peers/asyncpg && mv $(VENV)/peers/asyncpg-*/tests $(VENV)/peers/asyncpg/
+# asyncpg's own tests of its pool, and those of databases, against ours. Nothing of them is kept here.
+peers: $(VENV)/.wheel $(VENV)/peers/asyncpg $(VENV)/peers/databases
 	$(BIN)/python -P tests/peers/run_asyncpg_pool.py $(VENV)/peers/asyncpg
+	$(BIN)/python -P tests/peers/run_databases.py $(VENV)/peers/databases
+
+# The tests of a source distribution, without its sources. To read its metadata pip prepares a build, with pinned tools as well:
+# one pip heeds the first of the two variables there, a newer one the second.
+$(VENV)/peers/%: constraints.txt | $(BIN)/python
+	@rm -rf $@ $@.partial && mkdir -p $@ $@.partial
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+		$(BIN)/python -m pip download --quiet --no-deps --no-binary $* --dest $@.partial $*
+	@tar -xzf $@.partial/$*-*.tar.gz -C $@.partial
+	@mv $@.partial/$*-*/tests $@/ && rm -rf $@.partial
 
 check: $(DEVELOP)
 	$(BIN)/ruff format --check .
