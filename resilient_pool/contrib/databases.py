@@ -10,11 +10,12 @@ Needs the extra `databases`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
 
 import databases
 from databases.backends.postgres import PostgresBackend, PostgresConnection
+from databases.core import Transaction
 
 from resilient_pool.execution.connection import ResilientConnection
 from resilient_pool.pool import ResilientPool, create_pool
@@ -51,6 +52,37 @@ class ResilientBackend(PostgresBackend):
             await pool.close(timeout=_CLOSE_LIMIT)
 
 
+class _Transaction(Transaction):
+    """The package's transaction, which gives its connection back also when it cannot begin or end.
+
+    Otherwise the task that it ran in would be left with a lost connection for good.
+    """
+
+    async def start(self) -> Transaction:
+        async with self._giving_back(0):
+            return await super().start()
+
+    async def commit(self) -> None:
+        async with self._giving_back(1):
+            await super().commit()
+
+    async def rollback(self) -> None:
+        async with self._giving_back(1):
+            await super().rollback()
+
+    @contextlib.asynccontextmanager
+    async def _giving_back(self, uses: int) -> AsyncIterator[None]:
+        connection = self._connection
+        left = connection._connection_counter - uses  # noqa: SLF001
+        is_done = False
+        try:
+            yield
+            is_done = True
+        finally:
+            if not is_done and connection._connection_counter > left:  # noqa: SLF001
+                await connection.__aexit__()
+
+
 class Database(databases.Database):
     """A database; PostgreSQL's are reached through a `ResilientPool`.
 
@@ -64,6 +96,10 @@ class Database(databases.Database):
         "postgresql": f"{__name__}:ResilientBackend",
         "postgres": f"{__name__}:ResilientBackend",
     }
+
+    def transaction(self, *, force_rollback: bool = False, **kwargs: Any) -> Transaction:
+        """Make a transaction, as the package's own method does."""
+        return _Transaction(self.connection, force_rollback=force_rollback, **kwargs)
 
     @property
     def pool(self) -> ResilientPool[Any]:

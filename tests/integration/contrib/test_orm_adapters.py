@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import uuid
 
+import asyncpg
 import pytest
 from databases.backends.postgres import PostgresBackend
 from piccolo.columns import Serial, Text
@@ -243,6 +244,21 @@ async def test_tortoise_gives_a_connection_back_on_which_no_transaction_began(pr
         with pytest.raises(asyncio.CancelledError):
             await task
         assert await Order.all().count() == 0
+
+
+@pytest.mark.parametrize("lost", ["BEGIN", "SELECT 1", "COMMIT"])
+async def test_databases_gives_a_connection_back_that_was_lost_in_a_transaction(postgres, proxy, database, lost):
+    """Its task goes on with another one; the package's own class would leave it with the lost one for ever."""
+    async with Database(proxy.dsn(postgres.dsn(database)), max_size=1, deadline=10) as connected:
+        await connected.execute("SELECT 1")
+        # As many times as the pool may begin anew.
+        proxy.swallow_next_answer(matching=lost, times=50 if lost == "BEGIN" else 1)
+        with pytest.raises((OSError, asyncpg.PostgresError, asyncpg.InterfaceError)):
+            async with asyncio.timeout(20), connected.transaction():
+                await connected.execute("SELECT 1")
+        proxy.restore()
+        assert await connected.fetch_val("SELECT 2") == 2
+        assert connected.pool.stats().in_use == 0
 
 
 # Asleep
