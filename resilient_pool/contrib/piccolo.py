@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any, cast
 
 from piccolo.engine.postgres import PostgresEngine, PostgresTransaction
@@ -21,6 +22,45 @@ from resilient_pool.single_connection import connect
 
 # How long closing waits for connections that are in use.
 _CLOSE_LIMIT = 10.0
+
+
+class _Transaction(PostgresTransaction):
+    """Piccolo's transaction, which gives its connection back also when it cannot begin or end.
+
+    Otherwise the task that it ran in would be left with a lost connection for good.
+    """
+
+    async def __aenter__(self) -> PostgresTransaction:
+        begun = False
+        try:
+            entered = await super().__aenter__()
+            begun = True
+        finally:
+            if not begun and getattr(self, "connection", None) is not None:
+                await self._give_back()
+        return entered
+
+    async def __aexit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        ended = False
+        try:
+            swallowed = await super().__aexit__(exception_type, exception, traceback)
+            ended = True
+        finally:
+            if not ended and self._parent is None:
+                self.engine.current_transaction.reset(self.context)
+                await self._give_back()
+        return swallowed
+
+    async def _give_back(self) -> None:
+        if self.engine.pool:
+            await self.engine.pool.release(self.connection)
+        else:
+            await self.connection.close()
 
 
 class ResilientEngine(PostgresEngine):
@@ -56,6 +96,10 @@ class ResilientEngine(PostgresEngine):
     async def get_new_connection(self) -> Any:
         """Open a connection outside of the pool."""
         return await connect(**self.config)
+
+    def transaction(self, allow_nested: bool = True) -> PostgresTransaction:
+        """Make a transaction, as Piccolo's own method does."""
+        return _Transaction(engine=self, allow_nested=allow_nested)
 
     @contextlib.contextmanager
     def within(self, connection: ResilientConnection[Any]) -> Iterator[None]:

@@ -261,6 +261,20 @@ async def test_databases_gives_a_connection_back_that_was_lost_in_a_transaction(
         assert connected.pool.stats().in_use == 0
 
 
+@pytest.mark.parametrize("lost", ["BEGIN", "SELECT 1", "COMMIT"])
+async def test_piccolo_gives_a_connection_back_that_was_lost_in_a_transaction(proxy, database, lost):
+    """Its task goes on with another one; Piccolo's own class would leave it with the lost one for ever."""
+    async with piccolo_on(proxy, database, max_size=1, deadline=10) as engine:
+        assert await PiccoloOrder.count() == 0
+        proxy.swallow_next_answer(matching=lost, times=50 if lost == "BEGIN" else 1)
+        with pytest.raises((OSError, asyncpg.PostgresError, asyncpg.InterfaceError)):
+            async with asyncio.timeout(20), engine.transaction():
+                await PiccoloOrder.raw("SELECT 1")
+        proxy.restore()
+        assert await PiccoloOrder.count() == 0
+        assert engine.pool.stats().in_use == 0
+
+
 # Asleep
 
 
