@@ -32,7 +32,7 @@ DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 
 SITE := $(VENV)/.site
 
-.PHONY: help demo test pythons sqlalchemy chaos soak peers check bench profile format tables charts docs dist clean
+.PHONY: help demo test pythons sqlalchemy chaos soak peers check audit bench profile format tables charts docs dist clean
 
 help:
 	@echo "make demo   asyncpg.Pool and ResilientPool with databases that pause when idle, and under the same faults"
@@ -44,6 +44,7 @@ help:
 	@echo "make soak   the same and more for half an hour, and what the process holds (SOAK_SECONDS=1800, SOAK_SEED=1)"
 	@echo "make peers  asyncpg's own tests of its pool, and those of databases, against this one"
 	@echo "make check  formatting, lint, types, import contracts"
+	@echo "make audit  whether a pinned version has a known vulnerability; asks a service on the network"
 	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
 	@echo "make profile where the time of a call goes, by function"
 	@echo "make docs   the documentation, into build/site; every link is checked"
@@ -99,6 +100,12 @@ check: $(DEVELOP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy resilient_pool tests/typing
 	$(BIN)/lint-imports
+
+# Not part of the gate: an advisory of tomorrow, or a network without that service, says nothing about a change. With --strict what
+# could not be looked up is an error, and not taken for sound.
+audit: $(DEVELOP)
+	@$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation '.[audit]'
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 profile: $(VENV)/.wheel
 	$(BIN)/python benchmarks/profile_call.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ MACHINES = re.compile(
 )
 VAGUE = re.compile(r"\b(?:whoever|nobody|somebody|anybody)\b", re.IGNORECASE)
 MOST_VAGUE = 12
+OUR_OWN = "resilient-pool"
+INSTALLS = re.compile(r"\$\(PIP_INSTALL\)|-m pip download|session\.install\(")
+HELD_FAST = re.compile(r"constraints\.txt|--no-deps\b.*(?:==|\s\.$)")
+"""How an installation gets the versions that are meant, and no others."""
 
 
 def texts() -> Iterator[tuple[str, str]]:
@@ -37,6 +42,28 @@ def lines_with(pattern: re.Pattern[str], under: str = "") -> list[str]:
         for number, line in enumerate(text.splitlines(), 1)
         if pattern.search(line)
     ]
+
+
+def normalized(requirement: str) -> str:
+    """Return the name of what is required, spelled as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def test_everything_that_is_installed_is_pinned():
+    """What builds the package, what it needs, and what its extras name: a new release of theirs changes no result here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"].values()
+    required = [*project["build-system"]["requires"], *project["project"]["dependencies"], *sum(extras, [])]
+    pinned = re.findall(r"^(.+)==.+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert {normalized(each) for each in required} - {normalized(each) for each in pinned} == {OUR_OWN}
+
+
+def test_no_installation_forgets_the_pins():
+    """Each command of the Makefile and of nox that installs is held by constraints.txt, or names one version and nothing more."""
+    texts = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("Makefile", "noxfile.py")]
+    commands = [line for text in texts for line in text.splitlines() if INSTALLS.search(line)]
+    assert len(commands) > 6
+    assert [each for each in commands if not HELD_FAST.search(each)] == []
 
 
 def test_no_text_names_a_machine():
