@@ -34,6 +34,10 @@ _LIMITS = (
     ("25P04", "transaction_timeout", "lasts longer than"),
     ("25P03", "idle_in_transaction_session_timeout", "is idle for longer than"),
 )
+_ANY_HOST = (
+    "resilient_pool: this server accepts no writes, and of several hosts the first that answers is used: "
+    'target_session_attrs="primary" finds the one that accepts them'
+)
 _LOSSES = frozenset({Fault.STALE, Fault.DISCONNECTED, Fault.POISONED})
 
 
@@ -363,6 +367,8 @@ class RetryLoop:
         failure = self._build_failure(execution, error)
         verdict = self._heed_limits(execution, failure, self._classify(execution, failure))
         verdict = self._override_outcome(execution, failure, verdict)
+        if verdict.fault is Fault.WRONG_SERVER and self.connector.takes_any_host:
+            error.add_note(_ANY_HOST)
         self._invalidate_connections(execution, failure, verdict)
         if execution.lost is None and self._needs_guard(execution, verdict):
             execution.lost = LostAttempt(error=error, fault=verdict.fault, sqlstate=nearest_sqlstate(failure))

@@ -68,6 +68,11 @@ class Connector:
         read_only = self._target.server_settings.get("default_transaction_read_only", "off").lower()
         return self._target.target_session_attrs not in _STANDBYS and read_only not in ("on", "true", "yes", "1")
 
+    @property
+    def takes_any_host(self) -> bool:
+        """Whether there are several hosts, and whichever answers is used, be it a primary or a standby."""
+        return len(self._target.host or ()) > 1 and self._target.target_session_attrs in (None, "any")
+
     def describe(self, error: Exception, *, waking: bool = False) -> Failure:
         """Say what was seen of a connection that could not be opened.
 

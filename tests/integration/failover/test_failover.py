@@ -80,13 +80,14 @@ async def test_a_transaction_that_began_on_a_standby_is_repeated_after_its_promo
 
 
 async def test_without_a_target_the_first_host_that_answers_is_used_also_when_it_is_a_standby_now(pair: Pair):
-    """As in libpq: a write waits for it to become a primary again, and then fails with the server's own error."""
+    """As in libpq: a write waits for it to become a primary again, and then fails with the server's own error and advice."""
     async with ResilientPool(pair.dsn(), max_size=2, deadline=3, ssl=False) as pool:
         await pool.execute("INSERT INTO item VALUES (1)")
         await pair.switch_over()
         assert await pool.fetchval("SELECT count(*) FROM item") == 1
-        with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+        with pytest.raises(asyncpg.ReadOnlySQLTransactionError) as failed:
             await pool.execute("INSERT INTO item VALUES (2)")
+        assert any('target_session_attrs="primary"' in note for note in failed.value.__notes__)
 
 
 async def test_a_demotion_that_ends_no_connection_is_noticed_by_the_first_write(pair: Pair):

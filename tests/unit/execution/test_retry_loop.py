@@ -70,7 +70,7 @@ class Bench:
             PoolContext(config=config, clock=self.clock, counters=self.counters, events=Dispatcher(observers)),
             ReadCheck(StatementReader()),
             SimpleNamespace(expire=self.expire, discard_idle_since=self.discard_idle_since),
-            SimpleNamespace(expects_writes=True, server_info=None),
+            SimpleNamespace(expects_writes=True, takes_any_host=False, server_info=None),
         )
 
     def expire(self) -> None:
