@@ -184,7 +184,7 @@ async def load(postgres: EmbeddedPostgres, pool: ResilientPool, sql: str, calls:
         before = await administrator.fetchval("SELECT nextval('executed')")
         await asyncio.gather(*(work() for _ in range(WORKERS)))
         executed = await administrator.fetchval("SELECT nextval('executed')") - before - 1
-    at_once = [seconds for seconds, error in failures if not hasattr(error, "__notes__")]
+    at_once = [seconds for seconds, error in failures if not hasattr(error.__cause__ or error, "__notes__")]
     return Load(
         calls=len(failures),
         executed=executed,

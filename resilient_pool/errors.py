@@ -39,7 +39,7 @@ class PoolOverloadedError(AcquireTimeoutError):
 
 
 class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnknownError):
-    """It is not known whether a statement, or a transaction, took effect, and it must not be repeated.
+    """It is not known whether a statement, or a transaction, took effect, and it must not be repeated, or not any longer.
 
     To handlers written for asyncpg it is SQLSTATE 08007, a `PostgresError`. The driver's error is the `__cause__`. The
     statement's text and arguments are not part of this error.
@@ -47,14 +47,19 @@ class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnkno
     Attributes:
         operation: The kind of operation, such as `"execute"` or `"transaction"`.
         xid: The transaction's id (`xid8`) where it is known, to be asked of `pg_xact_status` later; else `None`.
+        repeated: Whether it was declared to be repeatable, and was given up in the end.
         sqlstate: `"08007"`.
     """
 
-    def __init__(self, operation: str, *, xid: int | None = None) -> None:
+    def __init__(self, operation: str, *, xid: int | None = None, repeated: bool = False) -> None:
         self.operation = operation
         self.xid = xid
+        self.repeated = repeated
         known_as = "" if xid is None else f" (transaction id {xid})"
-        if operation != "transaction":
+        why = "It was not repeated, because repeating it could apply it twice"
+        if repeated:
+            why, advice = "It was declared to be repeatable, and given up when no further attempt was allowed", ""
+        elif operation != "transaction":
             advice = "; pass idempotent=True for a statement that may safely run twice, and mark functions that only read STABLE"
         elif xid is not None:
             advice = "; after a crash or a failover only a pool with commit_log= can find out"
@@ -62,16 +67,18 @@ class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnkno
             advice = ""
         super().__init__(
             f"it is not known whether {operation}{known_as} took effect: the cause of this error is all that was seen. "
-            f"It was not repeated, because repeating it could apply it twice{advice}; see docs/symptoms.md#outcome-unknown"
+            f"{why}{advice}; see docs/symptoms.md#outcome-unknown"
         )
 
     def __reduce__(self) -> tuple[object, ...]:
         # What Python does by itself would call the class with the message.
-        return _unknown_again, (type(self), self.operation, self.xid), dict(self.__dict__)
+        return _unknown_again, (type(self), self.operation, self.xid, self.repeated), dict(self.__dict__)
 
 
-def _unknown_again(kind: type[OutcomeUnknownError], operation: str, xid: int | None) -> OutcomeUnknownError:
-    return kind(operation, xid=xid)
+def _unknown_again(
+    kind: type[OutcomeUnknownError], operation: str, xid: int | None, repeated: bool
+) -> OutcomeUnknownError:
+    return kind(operation, xid=xid, repeated=repeated)
 
 
 class MigrationFailedError(ResilientPoolError):

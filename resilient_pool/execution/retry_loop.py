@@ -94,6 +94,11 @@ class Operation(Generic[T]):
     started: float
     deadline: float | None
 
+    @property
+    def is_the_pools_own(self) -> bool:
+        """Whether nothing of the application's is executed: a connection is opened, leased or made to listen."""
+        return self.execute is do_nothing and not self.is_transaction
+
 
 Asked: TypeAlias = tuple[str, str | None, Callable[..., Awaitable[T]], tuple[Any, ...], "CallOptions", bool]
 """What was asked, in the order in which `RetryLoop.new_execution` takes it: kept until it is known whether that is needed."""
@@ -157,8 +162,8 @@ class Execution(Generic[T]):
         retries: What is remembered of its failures.
         attempt: How far the present attempt has come.
         last_error: The last error that says more than that time ran out.
-        lost: How the first attempt ended whose outcome is unknown, if the operation may be repeated only because it looks
-            like a read. Every later attempt is guarded then.
+        lost: How the first attempt ended whose outcome is unknown, if the operation may be repeated. Every later attempt is
+            guarded then, if that is only because it looks like a read.
         is_harmless: Whether the server's catalog said that it calls nothing that may write.
         scheduled: The retry that is counted once the guard allows it.
         outlasted: How many attempts were lost when they had lasted longer than the server lets a transaction be idle.
@@ -302,7 +307,7 @@ class RetryLoop:
         """
         operation = execution.operation
         execution.attempt.execute_on(driver, driver.queries)
-        if execution.lost is not None and operation.sql is not None:
+        if execution.lost is not None and operation.sql is not None and not self.may_run_twice(execution):
             return await self._run_guarded(execution, operation.sql, driver)
         return await operation.execute(driver.connection, *operation.arguments)
 
@@ -370,7 +375,7 @@ class RetryLoop:
         if verdict.fault is Fault.WRONG_SERVER and self.connector.takes_any_host:
             error.add_note(_ANY_HOST)
         self._invalidate_connections(execution, failure, verdict)
-        if execution.lost is None and self._needs_guard(execution, verdict):
+        if execution.lost is None and self._is_lost_and_repeatable(execution, verdict):
             execution.lost = LostAttempt(error=error, fault=verdict.fault, sqlstate=nearest_sqlstate(failure))
         now = self._clock.monotonic()
         if hindrance is None or verdict.fault is Fault.PERMANENT:
@@ -394,7 +399,7 @@ class RetryLoop:
             delay=decision.delay,
             elapsed=state.elapsed(now),
         )
-        if execution.lost is None or execution.is_harmless:
+        if execution.lost is None or execution.is_harmless or self.may_run_twice(execution):
             self._emit_scheduled(execution)
         return decision.delay
 
@@ -524,9 +529,9 @@ class RetryLoop:
         is_new = driver is not None and driver.opened_at >= execution.operation.started
         return verdict.fault is Fault.STATEMENT_CACHE and is_new
 
-    def _needs_guard(self, execution: Execution[T], verdict: Verdict) -> bool:
+    def _is_lost_and_repeatable(self, execution: Execution[T], verdict: Verdict) -> bool:
         lost = verdict.outcome is Outcome.UNKNOWN and verdict.fault is not Fault.PERMANENT
-        return lost and not self.may_run_twice(execution) and self._is_repeatable(execution)
+        return lost and self._is_repeatable(execution) and not execution.operation.is_the_pools_own
 
     def may_run_twice(self, execution: Execution[T]) -> bool:
         """Whether the application said that the operation may take effect twice."""
@@ -543,8 +548,10 @@ class RetryLoop:
         state = execution.retries
         # What the statement itself met is raised as it is, also that the time it was given has run out.
         error = failure.error if failure.phase is Phase.EXECUTE else execution.error_for_caller(failure.error)
-        # And what ended the operation later says nothing about an attempt that was lost.
-        lost = None if execution.is_harmless else execution.lost
+        # And what ended the operation later says nothing about an attempt that was lost, unless the application said that it may
+        # run twice, and the server has answered the second one.
+        answered = reason is GiveUpReason.PERMANENT and failure.phase is Phase.EXECUTE
+        lost = None if execution.is_harmless or (answered and self.may_run_twice(execution)) else execution.lost
         if lost is not None:
             error = lost.error
         elapsed = state.elapsed(self._clock.monotonic())
@@ -589,7 +596,9 @@ class RetryLoop:
                 elapsed=state.elapsed(self._clock.monotonic()),
             )
         )
-        unknown = OutcomeUnknownError(execution.operation.name, xid=execution.attempt.xid)
+        unknown = OutcomeUnknownError(
+            execution.operation.name, xid=execution.attempt.xid, repeated=self.may_run_twice(execution)
+        )
         unknown.__cause__ = lost.error
         return unknown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 
 import asyncpg
@@ -197,6 +198,35 @@ async def test_a_write_declared_repeatable_is_repeated(arguments, promise):
     """Per call, or for the whole pool."""
     bench = Bench(**arguments)
     assert await bench.run([(EXECUTE, lost()), (EXECUTE, "INSERT 0 1")], WRITE, **promise) == "INSERT 0 1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "promise"), [({}, {"idempotent": True}), ({"retry_unknown": True}, {})], ids=["call", "pool"]
+)
+@pytest.mark.parametrize("end", ["lost again", "refused", "a password"])
+async def test_a_write_declared_repeatable_that_is_given_up_may_have_taken_effect(arguments, promise, end):
+    """Whatever ends it in the end, the attempt that was lost may have been applied."""
+    bench = Bench(**arguments)
+    error = lost()
+    last = {
+        "lost again": [(EXECUTE, lost()) for _ in range(4)],
+        "refused": [(CONNECT, refused())],
+        "a password": [(CONNECT, asyncpg.InvalidPasswordError("no"))],
+    }[end]
+    with pytest.raises(OutcomeUnknownError, match="declared to be repeatable") as caught:
+        await bench.run([(EXECUTE, error), *last], WRITE, **promise)
+    assert caught.value.__cause__ is error
+    assert caught.value.repeated
+    assert pickle.loads(pickle.dumps(caught.value)).repeated
+
+
+async def test_what_the_server_answers_to_a_repeated_write_is_the_callers():
+    """A unique constraint turns the second one into an error, which says that the first one was applied."""
+    bench = Bench()
+    answer = asyncpg.UniqueViolationError("duplicate key")
+    with pytest.raises(asyncpg.UniqueViolationError) as caught:
+        await bench.run([(EXECUTE, lost()), (EXECUTE, answer)], WRITE, idempotent=True)
+    assert caught.value is answer
 
 
 async def test_a_write_that_found_its_connection_closed_is_repeated():
