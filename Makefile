@@ -11,6 +11,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 CHAOS_SECONDS ?= 120
 CHAOS_SEED ?= 1
+# The tests wait more than they compute. Those of a file stay in one process, with servers of its own.
+TEST_PROCESSES ?= 2
 SOAK_SECONDS ?= 1800
 SOAK_SEED ?= 1
 
@@ -65,7 +67,7 @@ test: $(VENV)/.wheel $(ASYNCPG_BEFORE:%=$(VENV)/asyncpg-%)
 			tests/unit/retry tests/integration/test_classifier_on_a_real_server.py \
 			tests/integration/test_scripted_server.py tests/integration/test_services.py || exit 1; \
 	done
-	$(BIN)/pytest $(NO_HANGING)
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(NO_HANGING)
 
 pythons: $(DEVELOP)
 	$(BIN)/nox $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
