@@ -25,9 +25,19 @@ def packages() -> dict[str, str]:
     return {program: package for package, program in lines}
 
 
+def is_here(program: str) -> bool:
+    """Whether a program can be started."""
+    return shutil.which(program, path=SEARCHED) is not None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(program): start a program of one of Debian's packages")
     config.stash[LEFT_OUT] = Counter()
+    missing = {package for program, package in packages().items() if not is_here(program)}
+    if missing and os.environ.get("RESILIENT_POOL_REQUIRE_PROGRAMS") == "1":
+        raise pytest.UsageError(
+            f"tests need programs that are not here: apt-get install -y {' '.join(sorted(missing))}"
+        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,11 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         named = {program for marker in item.iter_markers("needs") for program in marker.args}
         if not named <= known.keys():
             raise pytest.UsageError(f"{item.nodeid} needs {sorted(named - known.keys())}: add it to {PACKAGES.name}")
-        missing = {known[program] for program in named if shutil.which(program, path=SEARCHED) is None}
+        missing = {known[program] for program in named if not is_here(program)}
         config.stash[LEFT_OUT].update(missing)
         (left_out if missing else kept).append(item)
-    if left_out and os.environ.get("RESILIENT_POOL_REQUIRE_PROGRAMS") == "1":
-        raise pytest.UsageError("\n".join(_left_out(config)))
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
@@ -59,12 +67,6 @@ def pytest_testnodedown(node: object) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for line in _left_out(config):
+    for package, number in sorted(config.stash[LEFT_OUT].items()):
+        line = f"{number} tests need the package {package}: apt-get install -y {package}"
         terminalreporter.write_line(line, yellow=True)
-
-
-def _left_out(config: pytest.Config) -> list[str]:
-    return [
-        f"{number} tests need the package {package}: apt-get install -y {package}"
-        for package, number in sorted(config.stash[LEFT_OUT].items())
-    ]
