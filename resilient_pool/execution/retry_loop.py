@@ -548,10 +548,13 @@ class RetryLoop:
         state = execution.retries
         # What the statement itself met is raised as it is, also that the time it was given has run out.
         error = failure.error if failure.phase is Phase.EXECUTE else execution.error_for_caller(failure.error)
+        sql = execution.operation.sql
+        only_reads = sql is not None and self._reader.is_plain_read(sql)
         # And what ended the operation later says nothing about an attempt that was lost, unless the application said that it may
-        # run twice, and the server has answered the second one.
+        # run twice, and it only reads, or the server has answered the second one.
         answered = reason is GiveUpReason.PERMANENT and failure.phase is Phase.EXECUTE
-        lost = None if execution.is_harmless or (answered and self.may_run_twice(execution)) else execution.lost
+        says_all = execution.is_harmless or (self.may_run_twice(execution) and (only_reads or answered))
+        lost = None if says_all else execution.lost
         if lost is not None:
             error = lost.error
         elapsed = state.elapsed(self._clock.monotonic())
@@ -565,8 +568,7 @@ class RetryLoop:
         sqlstate = nearest_sqlstate(failure)
         if reason is GiveUpReason.OUTCOME_UNKNOWN:
             return self._outcome_unknown(execution, LostAttempt(error=error, fault=verdict.fault, sqlstate=sqlstate))
-        sql = execution.operation.sql
-        if lost is not None and not (sql is not None and self._reader.is_plain_read(sql)):
+        if lost is not None and not only_reads:
             return self._outcome_unknown(execution, lost)
         if reason is GiveUpReason.PERMANENT:
             return error
