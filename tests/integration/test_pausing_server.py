@@ -237,9 +237,11 @@ async def test_no_attempt_is_counted_twice_or_forgotten_around_the_closing_port(
         before = len(server.attempts)
         met = await asyncio.gather(*(attempt_until_served(server, connect, pace=0.005) for _ in range(5)))
         made = 5 + sum(sum(each.values()) for each in met)
-        expected = made - sum(each["ConnectionRefusedError"] for each in met)
-        await eventually(lambda before=before, expected=expected: len(server.attempts) - before >= expected)
-        assert len(server.attempts) - before == expected
+        most = made - sum(each["ConnectionRefusedError"] for each in met)
+        # What the kernel had accepted when the port was closed, and the server had not, is reset without having been seen.
+        least = 5 + sum(each["CannotConnectNowError"] for each in met)
+        await eventually(lambda before=before, least=least: len(server.attempts) - before >= least)
+        assert least <= len(server.attempts) - before <= most
 
 
 async def test_a_mix_is_the_same_for_the_same_seed(pausing, connect):
