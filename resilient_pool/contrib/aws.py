@@ -199,12 +199,33 @@ class _Shared(Generic[T]):
 
 
 class _Token:
-    """A token of IAM as `password=`: signed when a connection needs one, kept until 2 minutes before its end after 15."""
+    """A token of IAM as `password=`: signed when a connection needs one, kept until 2 minutes before its end after 15.
 
-    _service: str
+    Args:
+        service: The service's name in signatures.
+        host: The endpoint.
+        port: Its port, if that is to be signed.
+        parameters: The parameters of the request that is signed.
+        region: The region; `None` for that of the environment, or in the endpoint's name.
+        keys: Returns what to sign with.
+        now: The time, for tests.
+    """
 
-    def __init__(self, host: str, region: str | None, keys: KeySource, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        service: str,
+        host: str,
+        *,
+        port: int | None = None,
+        parameters: dict[str, str],
+        region: str | None,
+        keys: KeySource,
+        now: Callable[[], datetime],
+    ) -> None:
+        self._service = service
         self._host = host
+        self._signed_host = host if port is None else f"{host}:{port}"
+        self._parameters = parameters
         self._region = _region(region, host)
         self._keys = keys
         self._now = now
@@ -239,14 +260,6 @@ class _Token:
             ends = min(ends, keys.expires_at)  # a token is worth nothing without the keys that signed it
         return token, ends - _MARGIN
 
-    @property
-    def _signed_host(self) -> str:
-        return self._host
-
-    @property
-    def _parameters(self) -> dict[str, str]:
-        raise NotImplementedError
-
 
 class RdsToken(_Token):
     """The password of a database user of RDS or Aurora that logs in by IAM.
@@ -263,8 +276,6 @@ class RdsToken(_Token):
         ConfigurationError: The region is not known.
     """
 
-    _service = "rds-db"
-
     def __init__(
         self,
         host: str,
@@ -275,17 +286,8 @@ class RdsToken(_Token):
         keys: KeySource = default_keys,
         now: Callable[[], datetime] = _now,
     ) -> None:
-        super().__init__(host, region, keys, now)
-        self._user = user
-        self._port = port
-
-    @property
-    def _signed_host(self) -> str:
-        return f"{self._host}:{self._port}"
-
-    @property
-    def _parameters(self) -> dict[str, str]:
-        return {"Action": "connect", "DBUser": self._user}
+        parameters = {"Action": "connect", "DBUser": user}
+        super().__init__("rds-db", host, port=port, parameters=parameters, region=region, keys=keys, now=now)
 
 
 class DsqlToken(_Token):
@@ -302,8 +304,6 @@ class DsqlToken(_Token):
         ConfigurationError: The region is not known.
     """
 
-    _service = "dsql"
-
     def __init__(
         self,
         host: str,
@@ -313,12 +313,8 @@ class DsqlToken(_Token):
         keys: KeySource = default_keys,
         now: Callable[[], datetime] = _now,
     ) -> None:
-        super().__init__(host, region, keys, now)
-        self._admin = admin
-
-    @property
-    def _parameters(self) -> dict[str, str]:
-        return {"Action": "DbConnectAdmin" if self._admin else "DbConnect"}
+        parameters = {"Action": "DbConnectAdmin" if admin else "DbConnect"}
+        super().__init__("dsql", host, parameters=parameters, region=region, keys=keys, now=now)
 
 
 class SecretsManager:
