@@ -24,7 +24,7 @@ from resilient_pool.execution.connection import LeaseManager, ResilientConnectio
 from resilient_pool.execution.listener import Listener, Listeners
 from resilient_pool.execution.query_methods import CallOptions, Queries
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import Execution, RetryLoop
+from resilient_pool.execution.retry_strategy import Execution, RetryStrategy
 from resilient_pool.execution.transaction import Isolation, RetriedTransaction, TransactionOptions, Transactions, run
 from resilient_pool.observability.stats import Counters, PoolStats
 from resilient_pool.pooling.acquire import Acquirer
@@ -129,13 +129,13 @@ class ResilientPool(Queries[RecordT]):
             if isinstance(maintenance, MeteredMaintenance)
             else Acquirer(context, self._resources, maintenance, self._circuit_breaker)
         )
-        self._retry_loop = RetryLoop(
+        self._retry_strategy = RetryStrategy(
             context, ReadCheck(self._reader, clock.monotonic), self._maintenance, self._connector
         )
         self._retry_budget = config.retry_budget
         self._monotonic = clock.monotonic
-        self._leases = LeaseManager(context, self._acquirer, self._retry_loop, self._lease_type)
-        commit_resolver = CommitResolver(context, self._acquirer, self._maintenance, self._retry_loop.read_check)
+        self._leases = LeaseManager(context, self._acquirer, self._retry_strategy, self._lease_type)
+        commit_resolver = CommitResolver(context, self._acquirer, self._maintenance, self._retry_strategy.read_check)
         self._transactions = Transactions(context, self._leases, commit_resolver, self._require_open)
         self._listeners = Listeners(context, self._leases, self._require_open)
         self._sets_up = config.setup is not None
@@ -169,7 +169,9 @@ class ResilientPool(Queries[RecordT]):
         # What has not failed, and needs no setup, need not be remembered.
         execution: Execution[T] | None = None
         if self._sets_up:
-            execution = self._retry_loop.new_execution(operation, sql, execute, arguments, options, replayable, started)
+            execution = self._retry_strategy.new_execution(
+                operation, sql, execute, arguments, options, replayable, started
+            )
         while True:
             entry = lease = failure = reset = None
             answered = False
@@ -180,7 +182,7 @@ class ResilientPool(Queries[RecordT]):
                         self._require_open()
                     entry = self._acquirer.try_acquire()
                     if entry is None:
-                        ends, fails_fast = self._retry_loop.limits(started, options)
+                        ends, fails_fast = self._retry_strategy.limits(started, options)
                         entry = await self._acquirer.acquire(ends, fail_fast=fails_fast)
                     driver: Any = entry.resource
                     queries = driver.queries if driver.is_customized else 0
@@ -190,19 +192,19 @@ class ResilientPool(Queries[RecordT]):
                         if self._sets_up:
                             lease = self._leases.new_lease(entry)
                             await self._leases.attach(lease, execution)
-                        result = await self._retry_loop.run_on(execution, driver)
+                        result = await self._retry_strategy.run_on(execution, driver)
                     answered = True
                 except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                     failure = error
                 if failure is not None:
                     if execution is None:
-                        execution = self._retry_loop.new_execution(
+                        execution = self._retry_strategy.new_execution(
                             operation, sql, execute, arguments, options, replayable, started
                         )
                         if entry is not None:
                             execution.attempt.execute_on(driver, queries)
                     # What is decided concerns the connection, too, which is still held.
-                    delay = await self._retry_loop.judge(execution, failure)
+                    delay = await self._retry_strategy.judge(execution, failure)
             finally:
                 if lease is not None:
                     reset = self._leases.release(lease)
@@ -462,7 +464,7 @@ class ResilientPool(Queries[RecordT]):
                 opening.cancel()
 
     async def _open_connection(self) -> PoolEntry[DriverConnection]:
-        execution: Execution[None] = self._retry_loop.new_execution("open", options={"idempotent": True})
+        execution: Execution[None] = self._retry_strategy.new_execution("open", options={"idempotent": True})
         self._retry_budget.calls += 1
         while True:
             try:
@@ -471,7 +473,7 @@ class ResilientPool(Queries[RecordT]):
                 )
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                 failure = error
-            await self._retry_loop.wait_for_retry(execution, failure)
+            await self._retry_strategy.wait_for_retry(execution, failure)
 
     @names_nearest
     async def close(self, *, timeout: float | None = None) -> None:

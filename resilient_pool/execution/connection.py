@@ -21,7 +21,7 @@ from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.execution.connection_class import lease_class
 from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransaction
 from resilient_pool.execution.query_methods import CallOptions, OtherRecord, Queries
-from resilient_pool.execution.retry_loop import Asked, Execution, RetryLoop, do_nothing
+from resilient_pool.execution.retry_strategy import Asked, Execution, RetryStrategy, do_nothing
 from resilient_pool.pooling.acquire import Acquirer
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import (
@@ -380,18 +380,18 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
                         queries = driver.queries if driver.is_customized else 0
                         result = await execute(driver.connection, *arguments)
                     else:
-                        execution = execution or self._leases.retry_loop.new_execution(*asked, started)
+                        execution = execution or self._leases.retry_strategy.new_execution(*asked, started)
                         result = await self._attempt(execution)
                 except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                     failure = error
                 if failure is None:
                     break
                 if execution is None:
-                    execution = self._leases.retry_loop.new_execution(*asked, started)
+                    execution = self._leases.retry_strategy.new_execution(*asked, started)
                     if driver is not None:
                         execution.attempt.execute_on(driver, queries)
                 # Another task may have ended the lease: the connection is another caller's then.
-                await self._leases.retry_loop.wait_for_retry(execution, failure, holds=self._state is _TRYING)
+                await self._leases.retry_strategy.wait_for_retry(execution, failure, holds=self._state is _TRYING)
             fresh = keeps
             if self._driver is not None:
                 self._driver.has_served = True  # it may be lost before it is released
@@ -446,7 +446,7 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             self._require_active(execution.operation.name)
         driver = await self._attach(execution)
         self._require_active(execution.operation.name)
-        return await self._leases.retry_loop.run_on(execution, driver)
+        return await self._leases.retry_strategy.run_on(execution, driver)
 
     async def _attach(self, execution: Execution[T]) -> DriverConnection:
         """Become the proxy of the connection in this lease's entry, set it up if it is new here, and return it."""
@@ -860,7 +860,7 @@ class LeaseManager:
     Args:
         context: The application's `setup`, and the pool's deadline.
         acquirer: Finds healthy connections.
-        retry_loop: Repeats what fails, on connections that its maintenance makes fit for the next one.
+        retry_strategy: Repeats what fails, on connections that its maintenance makes fit for the next one.
         lease_type: What leases are, but for what `connection_class` overrides.
     """
 
@@ -868,25 +868,25 @@ class LeaseManager:
         self,
         context: PoolContext,
         acquirer: Acquirer,
-        retry_loop: RetryLoop,
+        retry_strategy: RetryStrategy,
         lease_type: type[ResilientConnection[Any]] = ResilientConnection,
     ) -> None:
         config = context.config
         self._lease_class = lease_class(lease_type, config.connection_class)
         self._pooled_lease_class = lease_class(_of_shared_sessions(lease_type), config.connection_class)
-        self.connector = retry_loop.connector
+        self.connector = retry_strategy.connector
         self._config = config
         self.acquirer = acquirer
-        self.maintenance = retry_loop.maintenance
+        self.maintenance = retry_strategy.maintenance
         self._clock = context.clock
         self.reset_timeout = config.reset_timeout
         self.sets_up = config.setup is not None
         self.connection_class = config.connection_class
-        self.retry_loop = retry_loop
+        self.retry_strategy = retry_strategy
         self._retry_budget = config.retry_budget
         self._monotonic = context.clock.monotonic
         self._ping_after = config.ping_after
-        self.read_check = retry_loop.read_check
+        self.read_check = retry_strategy.read_check
         # The application's own callbacks and statements may leave anything behind.
         self.trusts_texts = (
             config.session_reset in ("auto", "off")
@@ -916,17 +916,17 @@ class LeaseManager:
         execution: Execution[None] | None = None
         options: CallOptions = {"idempotent": True, "deadline": seconds, "fail_fast": fail_fast}
         if self.sets_up:
-            execution = self.retry_loop.new_execution("acquire", options=options, started=started)
+            execution = self.retry_strategy.new_execution("acquire", options=options, started=started)
         while True:
             try:
                 entry = self.acquirer.try_acquire() if execution is None else None
                 if entry is not None:
                     return self.new_lease(entry, entry.resource)
-                return await self.lease_for(execution, self.retry_loop.limits(started, options))
+                return await self.lease_for(execution, self.retry_strategy.limits(started, options))
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                 failure = error
-            execution = execution or self.retry_loop.new_execution("acquire", options=options, started=started)
-            await self.retry_loop.wait_for_retry(execution, failure)
+            execution = execution or self.retry_strategy.new_execution("acquire", options=options, started=started)
+            await self.retry_strategy.wait_for_retry(execution, failure)
 
     async def lease_for(
         self, execution: Execution[Any] | None, limits: tuple[float | None, bool]

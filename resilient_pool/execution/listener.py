@@ -14,7 +14,7 @@ from resilient_pool.errors import AcquireTimeoutError, ConfigurationError
 from resilient_pool.events import DiscardReason
 from resilient_pool.execution.connection import LeaseManager
 from resilient_pool.execution.notifications import Gap, GapReason, Notification, NotificationQueue
-from resilient_pool.execution.retry_loop import Execution
+from resilient_pool.execution.retry_strategy import Execution
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.resource_pool import PoolEntry
@@ -209,7 +209,7 @@ class Subscription:
         while True:
             deadline = None if self.has_listened else self._deadline
             fail_fast = False if self.has_listened else None
-            execution: Execution[None] = self._leases.retry_loop.new_execution(
+            execution: Execution[None] = self._leases.retry_strategy.new_execution(
                 "listen", options={"idempotent": True, "deadline": deadline, "fail_fast": fail_fast}
             )
             self._context.config.retry_budget.calls += 1
@@ -226,7 +226,7 @@ class Subscription:
                 return await self._attempt(execution)
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                 failure = error
-            await self._leases.retry_loop.wait_for_retry(execution, failure)
+            await self._leases.retry_strategy.wait_for_retry(execution, failure)
 
     def _may_be_cured(self, execution: Execution[None], error: Exception) -> bool:
         if isinstance(error, AcquireTimeoutError):
@@ -243,7 +243,7 @@ class Subscription:
             if entry.resource is None:
                 raise asyncpg.ConnectionDoesNotExistError("connection was closed before it could listen")
             execution.attempt.execute_on(entry.resource, entry.resource.queries)
-            await self._listen_on(entry.resource, self._leases.retry_loop.time_limit(execution))
+            await self._listen_on(entry.resource, self._leases.retry_strategy.time_limit(execution))
             listens = True
         finally:
             if listens:

@@ -16,7 +16,7 @@ from resilient_pool.config.arguments import RecordT
 from resilient_pool.execution.commit_resolver import CommitResolver, is_fault_of_our_query
 from resilient_pool.execution.connection import LeaseManager, ResilientConnection
 from resilient_pool.execution.loop_control import FramePosition
-from resilient_pool.execution.retry_loop import REFUSALS_OF_A_GUARD, Execution, RepeatRefusedError
+from resilient_pool.execution.retry_strategy import REFUSALS_OF_A_GUARD, Execution, RepeatRefusedError
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import (
     DriverConnection,
@@ -110,8 +110,8 @@ class RetriedTransaction(Generic[RecordT]):
         self._options = options
         self._always_goes_on = always_goes_on
         self._make_attempt = make_attempt or Attempt
-        self._retry_loop = shared.leases.retry_loop
-        self._execution: Execution[None] = self._retry_loop.new_execution(
+        self._retry_strategy = shared.leases.retry_strategy
+        self._execution: Execution[None] = self._retry_strategy.new_execution(
             "transaction",
             options={"deadline": options.get("deadline"), "fail_fast": options.get("fail_fast")},
             is_transaction=True,
@@ -168,7 +168,7 @@ class RetriedTransaction(Generic[RecordT]):
 
     def next_delay(self, error: Exception, *, hindrance: str | None = None) -> float:
         """Return how long to wait before the next attempt, in seconds, or raise what the application is to see."""
-        return self._retry_loop.next_delay(self._execution, error, hindrance=hindrance)
+        return self._retry_strategy.next_delay(self._execution, error, hindrance=hindrance)
 
     def schedule_retry(self, delay: float) -> None:
         """Make another attempt after that many seconds."""
@@ -180,7 +180,7 @@ class RetriedTransaction(Generic[RecordT]):
 
         Not on a pool that repeats what is unknown in any case.
         """
-        if self._retry_loop.may_run_twice(self._execution):
+        if self._retry_strategy.may_run_twice(self._execution):
             return
         self._execution.is_harmless = self._is_guarded = True
         self._reads = tuple(dict.fromkeys((*self._reads, *reads)))
@@ -269,7 +269,7 @@ class Attempt(Generic[RecordT]):
         options, leases = self._options, self._shared.leases
         await self._shared.commit_resolver.detect_capabilities(driver)
         if self._loop.is_guarded:
-            limit = leases.retry_loop.time_limit(self._execution)
+            limit = leases.retry_strategy.time_limit(self._execution)
             if not await leases.read_check.allows(driver, self._loop.reads, timeout=limit):
                 raise RepeatRefusedError
         self._execution.attempt.execute_on(driver, driver.queries)

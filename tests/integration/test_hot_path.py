@@ -67,7 +67,7 @@ async def test_reads_that_only_wait_for_their_turn_are_not_remembered(dsn, monke
     async with ResilientPool(dsn, max_size=1) as pool:
         await pool.fetch(READ, 0)
         before = pool.stats().waits
-        monkeypatch.setattr(pool._retry_loop, "new_execution", lambda *_, **__: remembered.append(1))
+        monkeypatch.setattr(pool._retry_strategy, "new_execution", lambda *_, **__: remembered.append(1))
         await asyncio.gather(*(pool.fetch(READ, number) for number in range(CALLS)))
         assert (remembered, pool.stats().waits - before) == ([], CALLS - 1)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from resilient_pool.execution.retry_loop import Execution, Operation
+from resilient_pool.execution.retry_strategy import Execution, Operation
 from resilient_pool.retry.decision import RetryState
 from resilient_pool.retry.verdict import Outcome, Phase
 

@@ -1,4 +1,4 @@
-"""An operation on its way through its attempts, and the one retry loop: run, classify, decide, wait."""
+"""An operation on its way through its attempts, and what follows from each failure: classify, decide, wait or give up."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Operation(Generic[T]):
 
 
 Asked: TypeAlias = tuple[str, str | None, Callable[..., Awaitable[T]], tuple[Any, ...], "CallOptions", bool]
-"""What was asked, in the order in which `RetryLoop.new_execution` takes it: kept until it is known whether that is needed."""
+"""What was asked, in the order in which `RetryStrategy.new_execution` takes it: kept until it is known whether that is needed."""
 
 
 class TransactionTraits(TypedDict, total=False):
@@ -200,8 +200,8 @@ class RepeatRefusedError(Exception):
     """A guarded attempt must not go on: the operation may write."""
 
 
-class RetryLoop:
-    """Runs operations until they succeed or must not be tried again.
+class RetryStrategy:
+    """Decides after each failure of an operation whether and when it is tried again, and what its caller sees if it is not.
 
     Args:
         context: Policies, budget and classifier.
@@ -307,7 +307,7 @@ class RetryLoop:
         """
         operation = execution.operation
         execution.attempt.execute_on(driver, driver.queries)
-        if execution.lost is not None and operation.sql is not None and not self.may_run_twice(execution):
+        if operation.sql is not None and self.needs_guard(execution):
             return await self._run_guarded(execution, operation.sql, driver)
         return await operation.execute(driver.connection, *operation.arguments)
 
@@ -399,7 +399,7 @@ class RetryLoop:
             delay=decision.delay,
             elapsed=state.elapsed(now),
         )
-        if execution.lost is None or execution.is_harmless or self.may_run_twice(execution):
+        if execution.is_harmless or not self.needs_guard(execution):
             self._emit_scheduled(execution)
         return decision.delay
 
@@ -537,6 +537,10 @@ class RetryLoop:
         """Whether the application said that the operation may take effect twice."""
         return execution.operation.idempotent or (self._config.retry_unknown and not execution.operation.exactly_once)
 
+    def needs_guard(self, execution: Execution[T]) -> bool:
+        """Whether every further attempt must be seen to write nothing: an earlier one was lost that must not take effect twice."""
+        return execution.lost is not None and not self.may_run_twice(execution)
+
     def _is_repeatable(self, execution: Execution[T]) -> bool:
         sql = execution.operation.sql
         looks_like_read = sql is not None and self._reader.looks_like_read(sql)
@@ -545,7 +549,6 @@ class RetryLoop:
     def _final_error(
         self, execution: Execution[T], failure: Failure, verdict: Verdict, reason: GiveUpReason
     ) -> Exception:
-        state = execution.retries
         # What the statement itself met is raised as it is, also that the time it was given has run out.
         error = failure.error if failure.phase is Phase.EXECUTE else execution.error_for_caller(failure.error)
         sql = execution.operation.sql
@@ -557,33 +560,26 @@ class RetryLoop:
         lost = None if says_all else execution.lost
         if lost is not None:
             error = lost.error
-        elapsed = state.elapsed(self._clock.monotonic())
-        if state.attempts > 1:
-            error.add_note(
-                f"resilient_pool: gave up after {state.attempts} attempts in {elapsed:.2f} s ({reason.value}); "
-                f"the last fault was {verdict.fault.value}"
-            )
-        if reason is GiveUpReason.DEADLINE and verdict.not_before is not None:
-            error.add_note(f"resilient_pool: another attempt makes sense in {verdict.not_before:g} s, and not before")
-        sqlstate = nearest_sqlstate(failure)
+        elapsed, sqlstate = execution.retries.elapsed(self._clock.monotonic()), nearest_sqlstate(failure)
         if reason is GiveUpReason.OUTCOME_UNKNOWN:
-            return self._outcome_unknown(execution, LostAttempt(error=error, fault=verdict.fault, sqlstate=sqlstate))
-        if lost is not None and not only_reads:
-            return self._outcome_unknown(execution, lost)
-        if reason is GiveUpReason.PERMANENT:
-            return error
-        self._context.counters.exhausted += 1
-        self._context.events.emit(
-            RetryExhausted(
-                operation=execution.operation.name,
-                reason=reason.value,
-                fault=verdict.fault,
-                outcome=verdict.outcome,
-                sqlstate=sqlstate,
-                attempt=state.attempts,
-                elapsed=elapsed,
+            lost = LostAttempt(error=error, fault=verdict.fault, sqlstate=sqlstate)
+            error = self._outcome_unknown(execution, lost)
+        elif lost is not None and not only_reads:
+            error = self._outcome_unknown(execution, lost)
+        elif reason is not GiveUpReason.PERMANENT:
+            self._context.counters.exhausted += 1
+            self._context.events.emit(
+                RetryExhausted(
+                    operation=execution.operation.name,
+                    reason=reason.value,
+                    fault=verdict.fault,
+                    outcome=verdict.outcome,
+                    sqlstate=sqlstate,
+                    attempt=execution.retries.attempts,
+                    elapsed=elapsed,
+                )
             )
-        )
+        _note_the_end(error, verdict, reason, execution.retries.attempts, elapsed)
         return error
 
     def _outcome_unknown(self, execution: Execution[T], lost: LostAttempt) -> Exception:
@@ -609,3 +605,13 @@ def _as_loss(error: Exception) -> asyncpg.ConnectionDoesNotExistError:
     loss = asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
     loss.__cause__ = error
     return loss
+
+
+def _note_the_end(error: Exception, verdict: Verdict, reason: GiveUpReason, attempts: int, elapsed: float) -> None:
+    if attempts > 1:
+        error.add_note(
+            f"resilient_pool: gave up after {attempts} attempts in {elapsed:.2f} s ({reason.value}); "
+            f"the last fault was {verdict.fault.value}"
+        )
+    if reason is GiveUpReason.DEADLINE and verdict.not_before is not None:
+        error.add_note(f"resilient_pool: another attempt makes sense in {verdict.not_before:g} s, and not before")

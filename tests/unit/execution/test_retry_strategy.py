@@ -1,4 +1,4 @@
-"""The retry loop: what is tried again, after which waits, and what the caller sees in the end."""
+"""The retry strategy: what is tried again, after which waits, and what the caller sees in the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resilient_pool.config.pool_config import PoolConfig
 from resilient_pool.errors import AcquireTimeoutError
 from resilient_pool.events import DiscardReason, OutcomeUnknown, RetryExhausted, RetryScheduled
 from resilient_pool.execution.read_check import ReadCheck
-from resilient_pool.execution.retry_loop import RetryLoop
+from resilient_pool.execution.retry_strategy import RetryStrategy
 from resilient_pool.observability.stats import Counters
 from resilient_pool.pooling.context import Dispatcher, PoolContext
 from resilient_pool.pooling.driver import ReadOnly
@@ -50,7 +50,7 @@ class FakeDriver:
 
 
 class Bench:
-    """A retry_loop whose attempts end as a script says, on a clock that moves by itself."""
+    """A strategy whose attempts end as a script says, on a clock that moves by itself."""
 
     def __init__(self, *, opened_at=-1.0, read_only=None, observer=None, **arguments) -> None:
         self.opened_at, self.read_only = opened_at, read_only
@@ -67,7 +67,7 @@ class Bench:
         }
         config = PoolConfig.from_arguments(None, **{**defaults, **arguments})
         observers = [self.events.append] if observer is None else [observer]
-        self.retry_loop = RetryLoop(
+        self.retry_strategy = RetryStrategy(
             PoolContext(config=config, clock=self.clock, counters=self.counters, events=Dispatcher(observers)),
             ReadCheck(StatementReader()),
             SimpleNamespace(expire=self.expire, discard_idle_since=self.discard_idle_since),
@@ -91,7 +91,7 @@ class Bench:
             self.driver = FakeDriver(stable=stable, opened_at=self.opened_at, read_only=self.read_only)
             self.drivers.append(self.driver)
             if phase is Phase.EXECUTE:
-                return await self.retry_loop.run_on(execution, self.driver)
+                return await self.retry_strategy.run_on(execution, self.driver)
             execution.attempt.phase, execution.attempt.driver = phase, self.driver
             return await execute(None)
 
@@ -101,13 +101,13 @@ class Bench:
             return self.outcome
 
         options = {"idempotent": idempotent, "deadline": deadline}
-        execution = self.retry_loop.new_execution("execute", sql, execute, (), options, replayable, 0.0)
+        execution = self.retry_strategy.new_execution("execute", sql, execute, (), options, replayable, 0.0)
         while True:
             try:
                 return await attempt(execution)
             except Exception as error:
                 failure = error
-            await self.retry_loop.wait_for_retry(execution, failure, holds=True)
+            await self.retry_strategy.wait_for_retry(execution, failure, holds=True)
 
     @property
     def waits(self):
@@ -216,6 +216,8 @@ async def test_a_write_declared_repeatable_that_is_given_up_may_have_taken_effec
     with pytest.raises(OutcomeUnknownError, match="declared to be repeatable") as caught:
         await bench.run([(EXECUTE, error), *last], WRITE, **promise)
     assert caught.value.__cause__ is error
+    assert [f"gave up after {1 + len(last)} attempts" in note for note in caught.value.__notes__] == [True]
+    assert not hasattr(error, "__notes__")
     assert caught.value.repeated
     assert pickle.loads(pickle.dumps(caught.value)).repeated
 
