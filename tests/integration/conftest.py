@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from in_thread import serve_in_thread
 
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
@@ -17,13 +16,13 @@ def postgres() -> Iterator[EmbeddedPostgres]:
 
     Nothing but the tests writes there: a migration is not repeated when anything else did, autovacuum included.
     """
-    yield from _run(EmbeddedPostgres(18, settings={"max_connections": 60, "autovacuum": False}))
+    yield from serve_in_thread(EmbeddedPostgres(18, settings={"max_connections": 60, "autovacuum": False}))
 
 
 @pytest.fixture(scope="session")
 def postgres16() -> Iterator[EmbeddedPostgres]:
     """PostgreSQL 16, started when the first test asks for it."""
-    yield from _run(EmbeddedPostgres(16, settings={"max_connections": 60}))
+    yield from serve_in_thread(EmbeddedPostgres(16, settings={"max_connections": 60}))
 
 
 @pytest.fixture
@@ -37,13 +36,3 @@ def proxy(postgres: EmbeddedPostgres) -> Iterator[FaultProxy]:
     """A fault proxy of the test's own in front of PostgreSQL 18; `proxy.dsn(dsn)` leads through it."""
     with FaultProxy(postgres.host, postgres.port) as proxy:
         yield proxy
-
-
-def _run(server: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
-    # In a thread, because a test may ask for the fixture while its own event loop runs.
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(lambda: asyncio.run(server.start())).result()
-        try:
-            yield server
-        finally:
-            thread.submit(lambda: asyncio.run(server.close())).result()

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import os
-import re
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import asyncpg
 import httpx
 import pytest
+from applications import client_of
 
 from resilient_pool.testing import EmbeddedPostgres
 
-ROOT = Path(__file__).parents[2]
 CLIENTS = 10
 SESSIONS = "datname = 'web_app'"
 
@@ -35,35 +32,9 @@ async def database(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
             await connection.execute("DROP DATABASE web_app WITH (FORCE)")
 
 
-@contextlib.asynccontextmanager
-async def _serving(dsn: str, log: Path, *options: str) -> AsyncIterator[httpx.AsyncClient]:
-    """Run the application in a process of its own and give a client for it."""
-    arguments = ("-m", "uvicorn", "--app-dir", str(ROOT / "examples"), "--port", "0", *options, "web_app:app")
-    environment = {**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": str(ROOT)}
-    with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, stdout=output, stderr=output, env=environment
-        )
-    try:
-        url = await _announced(process, log)
-        limits = httpx.Limits(max_connections=50)
-        async with httpx.AsyncClient(base_url=url, timeout=40, limits=limits, trust_env=False) as client:
-            yield client
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        async with asyncio.timeout(20):
-            await process.wait()
-
-
-async def _announced(process: asyncio.subprocess.Process, log: Path) -> str:
-    async with asyncio.timeout(30):
-        while True:
-            text = log.read_text()  # noqa: ASYNC240 - a few lines
-            if found := re.search(r"running on (http://\S+)", text):
-                return found[1]
-            assert process.returncode is None, text
-            await asyncio.sleep(0.02)
+def _serving(dsn: str, log: Path, *options: str) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+    arguments = ("-m", "uvicorn", "--app-dir", "examples", "--port", "0", *options, "web_app:app")
+    return client_of(*arguments, log=log, dsn=dsn)
 
 
 class Traffic:

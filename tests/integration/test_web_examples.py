@@ -2,49 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
-import re
-import shlex
-import sys
-from pathlib import Path
-
-import httpx
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-@contextlib.asynccontextmanager
-async def running(name, log, **environment):
-    """Run the command that an example's head names, on a free port, and give a client for it."""
-    text = (ROOT / "examples" / name).read_text()
-    command = shlex.split(re.search(r"Run it with `([^`]+)`", text)[1])
-    assert command[0] == "python"
-    environment = {**os.environ, "PORT": "0", "PYTHONPATH": str(ROOT), **environment}
-    with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *command[1:], cwd=ROOT, stdout=output, stderr=output, env=environment
-        )
-    try:
-        async with asyncio.timeout(60):
-            while not (found := re.search(r"running on (http://\S+)", log.read_text())):
-                assert process.returncode is None, log.read_text()
-                await asyncio.sleep(0.02)
-        async with httpx.AsyncClient(base_url=found[1], timeout=30, trust_env=False) as client:
-            yield client
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        async with asyncio.timeout(30):
-            await process.wait()
-    assert "Traceback" not in log.read_text(), log.read_text()
+from applications import client_of_example
 
 
 async def test_the_fastapi_example_takes_orders(tmp_path):
     """On a PostgreSQL that it starts itself; its metrics and its page say what was done."""
-    async with running("fastapi_app.py", tmp_path / "log") as client:
+    async with client_of_example("fastapi_app.py", tmp_path / "log") as client:
         assert (await client.get("/stock")).json() == {"chair": 100, "table": 10}
         answer = await client.post("/orders", json={"article": "chair", "pieces": 3})
         assert (answer.status_code, answer.json()) == (201, {"order": 1})
@@ -57,7 +21,7 @@ async def test_the_fastapi_example_takes_orders(tmp_path):
 
 async def test_the_litestar_example_keeps_a_guest_book(tmp_path):
     """On a PostgreSQL that it starts itself."""
-    async with running("litestar_app.py", tmp_path / "log") as client:
+    async with client_of_example("litestar_app.py", tmp_path / "log") as client:
         assert (await client.post("/guests/Ada")).json() == {"guest": 1}
         assert (await client.get("/guests")).json() == ["Ada"]
         assert (await client.get("/ready")).json() == {"database": "up"}
@@ -76,7 +40,7 @@ async def database(postgres):
 async def test_an_example_answers_503_while_its_database_is_away(tmp_path, database, proxy, name):
     """Within the time that the request says it has."""
     path = {"fastapi_app.py": "/stock", "litestar_app.py": "/guests"}[name]
-    async with running(name, tmp_path / "log", DATABASE_URL=proxy.dsn(database)) as client:
+    async with client_of_example(name, tmp_path / "log", proxy.dsn(database)) as client:
         assert (await client.get(path)).status_code == 200
         proxy.refuse()
         proxy.rst()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 
 import asyncpg
 import pytest
+from in_thread import run_in_thread
 from sqlalchemy import ForeignKey, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
@@ -49,9 +49,7 @@ def database(postgres):
             await connection.run_sync(Base.metadata.create_all)
         await engine.dispose()
 
-    # In a thread, because a test may ask for the fixture while its own event loop runs.
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, make()).result()
+    run_in_thread(make())
     return postgres.dsn("units")
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
 from bouncer import PgBouncer, programs
+from in_thread import serve_in_thread
 
 from resilient_pool import ResilientPool
 from resilient_pool.testing import EmbeddedPostgres
@@ -28,13 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def behind() -> Iterator[EmbeddedPostgres]:
     """The server behind PgBouncer, which tests may restart."""
-    server = EmbeddedPostgres(18, settings={"max_connections": 60})
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(lambda: asyncio.run(server.start())).result()
-        try:
-            yield server
-        finally:
-            thread.submit(lambda: asyncio.run(server.close())).result()
+    yield from serve_in_thread(EmbeddedPostgres(18, settings={"max_connections": 60}))
 
 
 @pytest.fixture
