@@ -50,23 +50,16 @@ class Connector:
 
     Attributes:
         server_info: What stands at the other end; `None` before the first connection.
+        expects_writes: Whether the server that is connected to should accept writes.
     """
 
     def __init__(self, context: PoolContext) -> None:
         self._context = context
-        self._config = self._target = context.config
-        self._credentials = Credentials(context.config)
+        self._config = context.config
         self._clock = context.clock
         self._unanswered = UnansweredHosts(context.clock)
-        self._keeps_state: bool | None = None
-        self.server_info: ServerInfo | None = None
         self._init_failure: tuple[Exception, ReadOnly | None] | None = None
-
-    @property
-    def expects_writes(self) -> bool:
-        """Whether the server that is connected to should accept writes."""
-        read_only = self._target.server_settings.get("default_transaction_read_only", "off").lower()
-        return self._target.target_session_attrs not in _STANDBYS and read_only not in ("on", "true", "yes", "1")
+        self.redirect(context.config)
 
     @property
     def takes_any_host(self) -> bool:
@@ -111,8 +104,15 @@ class Connector:
         """Use the connection arguments of `target` for every connection opened from now on."""
         self._target = target
         self._credentials = Credentials(target)
-        self.server_info = None  # something else may stand there
-        self._keeps_state = None
+        self.server_info: ServerInfo | None = None  # something else may stand there
+        self._keeps_state: bool | None = None
+        read_only = target.server_settings.get("default_transaction_read_only", "off").lower()
+        self.expects_writes = target.target_session_attrs not in _STANDBYS and read_only not in (
+            "on",
+            "true",
+            "yes",
+            "1",
+        )
 
     def distrust_proxy(self) -> bool:
         """Take a proxy that seemed to keep a session for each client for a pooler: a prepared statement was not there.
