@@ -724,9 +724,9 @@ class Invocation:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> None:
         try:
-            return bool(await self._stack.__aexit__(kind, error, traceback))
+            await self._stack.__aexit__(kind, error, traceback)  # which swallows nothing: its parts do not
         except TimeoutError as timeout:
             if not self._timeout.expired() or timeout.args:
                 raise

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import NamedTuple, cast
 from urllib.parse import unquote
 
-from resilient_pool.config.arguments import PoolArguments
+from resilient_pool.config.arguments import ProfileArguments
 from resilient_pool.config.pool_config import UnlessStated
 
 
@@ -58,10 +58,10 @@ class Profile:
     holds: float | None = None
 
     @property
-    def arguments(self) -> PoolArguments:
+    def arguments(self) -> ProfileArguments:
         """The arguments alone, as the constant has them. They cannot be changed."""
         values = {name: choice.value for name, choice in self.choices.items()}
-        return cast("PoolArguments", MappingProxyType(values))
+        return cast("ProfileArguments", MappingProxyType(values))
 
 
 def _profile(

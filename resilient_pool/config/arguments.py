@@ -53,6 +53,21 @@ class ConnectArguments(TypedDict, total=False):
     gsslib: str | None
 
 
+class ProfileArguments(TypedDict, total=False):
+    """What profiles hold. All other arguments may stand beside a profile, for type checkers too."""
+
+    min_size: int
+    max_size: int
+    max_inactive_connection_lifetime: float
+    max_lifetime: float
+    timeout: float | None
+    deadline: float | None
+    statement_cache_size: int | None
+    session_reset: SessionReset
+    ssl: str | bool | ssl_module.SSLContext | None
+    may_pause: bool
+
+
 class PoolArguments(ConnectArguments, total=False):
     """What `ResilientPool` takes, but for `record_class`; the documentation has a table of units and defaults."""
 

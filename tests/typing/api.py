@@ -42,7 +42,7 @@ from resilient_pool import (
     profiles,
     run_migration,
 )
-from resilient_pool.config.arguments import PoolArguments
+from resilient_pool.config.arguments import ProfileArguments
 from resilient_pool.contrib.asgi import Answer, ASGIApp, Readiness, WebPool, header_budget
 from resilient_pool.contrib.aws import RdsToken, SecretsManager
 from resilient_pool.contrib.opentelemetry import PoolTelemetry
@@ -241,15 +241,22 @@ async def one_connection() -> None:
         assert_type(await other.fetchrow("SELECT 1"), asyncpg.Record | None)
 
 
+async def answer_of_an_invocation(pool: ResilientPool) -> int:
+    """A return within is the function's end: nothing is swallowed."""
+    async with pool.invocation(deadline=3.0):
+        return 1
+
+
 async def function_runtime() -> None:
     """Live with a database that sleeps, in a process that is frozen."""
     ResilientPool(DSN, **profiles.AURORA_SERVERLESS)
     ResilientPool(DSN, **profiles.NEON)
     ResilientPool(DSN, **(profiles.NEON_POOLED | {"timeout": 20.0, "max_size": 5}))
     ResilientPool(DSN, **profiles.NEON_POOLED, timeout=20.0)  # type: ignore[misc]
+    ResilientPool(DSN, **profiles.NEON, observers=[StructlogObserver()], command_timeout=5.0)
     assert_type(profiles.suggest(DSN), str | None)
     assert_type(profiles.EXPLAINED["NEON"].choices["timeout"].reason, str)
-    assert_type(profiles.EXPLAINED["NEON"].arguments, PoolArguments)
+    assert_type(profiles.EXPLAINED["NEON"].arguments, ProfileArguments)
     create_pool(DSN, **(profiles.AURORA_SERVERLESS | profiles.LAMBDA | {"max_size": 2}))
     async with ResilientPool(DSN, may_pause=True, fail_fast=True) as pool:
         async with pool.invocation(deadline=3.0):

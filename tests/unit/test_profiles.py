@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from resilient_pool import ConfigurationError, ResilientPool, profiles
+from resilient_pool.config.arguments import PoolArguments, ProfileArguments
 from resilient_pool.config.pool_config import ARGUMENTS, PoolConfig
 
 DSN = "postgresql://shop@localhost/shop"
@@ -158,6 +159,13 @@ def test_a_service_file_is_heard_of_tls_too(monkeypatch, tmp_path):
     monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
     assert PoolConfig.from_arguments(None, service="shop", **profiles.NEON).ssl == "verify-full"
     assert PoolConfig.from_arguments("postgresql://?service=shop&sslmode=verify-ca", **profiles.NEON).ssl == "verify-ca"
+
+
+def test_for_a_type_checker_a_profile_holds_what_some_profile_holds_and_no_more():
+    """So that everything else may stand beside it, with the same types."""
+    held = {argument for profile in profiles.EXPLAINED.values() for argument in profile.choices}
+    assert ProfileArguments.__annotations__.keys() == held
+    assert ProfileArguments.__annotations__.items() <= PoolArguments.__annotations__.items()
 
 
 def test_a_profile_cannot_be_changed_for_everybody():
