@@ -37,6 +37,7 @@ _PAGES: Mapping[str, str] = MappingProxyType(
         "server version": "docs/transactions.md",
         "idle sessions": "docs/connections.md",
         "pausing": "docs/serverless.md",
+        "connections": "docs/tuning.md",
         "keepalive": "docs/connections.md",
         "pooler": "docs/poolers.md",
         "encryption": "docs/symptoms.md#certificate",
@@ -55,6 +56,11 @@ _QUESTIONS: Mapping[str, str] = MappingProxyType(
         "resolves": "pg_catalog.to_regprocedure('pg_catalog.pg_xact_status(xid8)') IS NOT NULL",
         "standby": "pg_catalog.pg_is_in_recovery()",
         "idle": "EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout', true)::interval)::float8",
+        "connections": (
+            "pg_catalog.current_setting('max_connections', true)::int"
+            " - COALESCE(pg_catalog.current_setting('superuser_reserved_connections', true)::int, 0)"
+            " - COALESCE(pg_catalog.current_setting('reserved_connections', true)::int, 0)"
+        ),
         "synchronous_commit": "pg_catalog.current_setting('synchronous_commit')",
         "tls": "EXISTS (SELECT FROM pg_catalog.pg_stat_ssl WHERE ssl AND pid = pg_catalog.pg_backend_pid())",
         "tls_version": "(SELECT version FROM pg_catalog.pg_stat_ssl WHERE pid = pg_catalog.pg_backend_pid())",
@@ -78,6 +84,7 @@ class Facts:
         resolves: Whether it can be asked what became of a transaction.
         standby: Whether it is in recovery.
         idle: After how many idle seconds it ends a session; 0 or `None` for never.
+        connections: How many clients it lets in, besides those for which it keeps some.
         synchronous_commit: Its `synchronous_commit`.
         tls: Whether the connection is encrypted.
         tls_version: How.
@@ -93,6 +100,7 @@ class Facts:
     resolves: bool | None
     standby: bool | None
     idle: float | None
+    connections: int | None
     synchronous_commit: str | None
     tls: bool | None
     tls_version: str | None
@@ -213,6 +221,7 @@ def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
         _version(facts),
         _idle_sessions(facts, config),
         _pausing(config),
+        _connections(facts, config),
         _keepalive(config),
         _pooler(facts, config),
         _encryption(facts),
@@ -300,11 +309,31 @@ def _idle_sessions(facts: Facts, config: PoolConfig) -> Finding | None:
 
 
 def _pausing(config: PoolConfig) -> Finding:
-    if not config.min_size:
-        text = f"{_with(config, 'min_size')}, an idle pool keeps nothing open, so the database can pause"
-        return Finding(check="pausing", level="ok", text=text)
-    text = f"min_size={config.min_size} keeps connections open, and a serverless database awake"
-    return Finding(check="pausing", level="advice", text=text, change="min_size=0, if the database should pause")
+    if config.min_size:
+        text = f"min_size={config.min_size} keeps connections open, and a serverless database awake"
+        return Finding(check="pausing", level="advice", text=text, change="min_size=0, if the database should pause")
+    if not config.max_inactive_connection_lifetime:
+        text = "max_inactive_connection_lifetime=0 keeps idle connections open, and a serverless database awake"
+        change = "max_inactive_connection_lifetime=50, if the database should pause"
+        return Finding(check="pausing", level="advice", text=text, change=change)
+    text = f"{_with(config, 'min_size')}, an idle pool keeps nothing open, so the database can pause"
+    return Finding(check="pausing", level="ok", text=text)
+
+
+def _connections(facts: Facts, config: PoolConfig) -> Finding | None:
+    if facts.connections is None or facts.pooler:  # a pooler's limit is its own
+        return None
+    check, known = "connections", f"the server lets {facts.connections} clients in (max_connections, less its reserve)"
+    processes = facts.connections // config.max_size
+    if not processes:
+        text = f"{known}: fewer than one pool may open, {_with(config, 'max_size')}"
+        return Finding(
+            check=check, level="advice", text=text, change=f"max_size={facts.connections} or less, or a pooler"
+        )
+    plural = "" if processes == 1 else "es"
+    return Finding(
+        check=check, level="ok", text=f"{known}: enough for {processes} process{plural} {_with(config, 'max_size')}"
+    )
 
 
 def _keepalive(config: PoolConfig) -> Finding:

@@ -66,6 +66,14 @@ def test_the_doctor_names_the_profile_of_the_service_and_applies_nothing(typed, 
         assert status == 0
 
 
+def test_the_doctor_compares_max_size_with_what_the_server_lets_in(typed, postgres):
+    """Less what the server keeps for superusers."""
+    status, printed = typed("doctor --max-size 5000", DATABASE_URL=postgres.dsn())
+    assert status == 0
+    assert "advice  connections: the server lets " in printed
+    assert "fewer than one pool may open, with max_size=5000" in printed
+
+
 def in_front_of(postgres, *script: Refusal) -> ScriptedServer:
     return ScriptedServer(*script, host=postgres.host, port=postgres.port)
 

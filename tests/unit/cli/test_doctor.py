@@ -15,6 +15,7 @@ HEALTHY = Facts(
     resolves=True,
     standby=False,
     idle=None,
+    connections=97,
     synchronous_commit="on",
     tls=True,
     tls_version="TLSv1.3",
@@ -63,6 +64,24 @@ def test_of_a_healthy_database_all_is_well():
             "max_inactive_connection_lifetime=55",
         ),
         ("pausing", {}, {"min_size": 2}, "advice", "min_size=2", "min_size=0"),
+        (
+            "pausing",
+            {},
+            {"max_inactive_connection_lifetime": 0},
+            "advice",
+            "max_inactive_connection_lifetime=0 keeps idle connections open",
+            "max_inactive_connection_lifetime=50",
+        ),
+        ("connections", {}, {}, "ok", "enough for 9 processes with the default max_size (10)", ""),
+        ("connections", {}, {"max_size": 60}, "ok", "enough for 1 process with max_size=60", ""),
+        (
+            "connections",
+            {},
+            {"max_size": 98},
+            "advice",
+            "fewer than one pool may open, with max_size=98",
+            "max_size=97",
+        ),
         ("keepalive", {}, {"tcp_user_timeout": None}, "advice", "quarter of an hour", "tcp_user_timeout=30"),
         ("keepalive", {}, {"tcp_keepalive": False}, "advice", "quarter of an hour", "tcp_keepalive=True"),
         ("pooler", {"pooler": True}, {}, "ok", "without named prepared statements", ""),
@@ -127,9 +146,25 @@ def test_of_a_host_that_is_not_known_no_profile_is_named(monkeypatch):
     assert (finding.level, finding.details, finding.change) == ("ok", (), "")
 
 
+def test_behind_a_pooler_the_servers_own_limit_says_nothing():
+    """It lets in as many clients as it likes."""
+    assert "connections" not in findings({"max_size": 500}, pooler=True)
+
+
 def test_of_what_the_server_does_not_say_nothing_is_found():
     """Neither that all is well nor that it is not."""
-    unsaid = ("version", "resolves", "standby", "idle", "synchronous_commit", "tls", "remote", "may_terminate", "role")
+    unsaid = (
+        "version",
+        "resolves",
+        "standby",
+        "idle",
+        "connections",
+        "synchronous_commit",
+        "tls",
+        "remote",
+        "may_terminate",
+        "role",
+    )
     facts = {**dict.fromkeys(unsaid), "tls_version": None, "skew": None}
     assert findings({}, **facts, unsaid=(*unsaid, "clock")).keys() == {
         *("profile", "server", "pausing", "keepalive", "pooler")
