@@ -259,10 +259,11 @@ class PoolConfig:
                 raise ConfigurationError(
                     f"observers must be plain functions, which need not be awaited, not {shown(observer)}"
                 )
+        if self.min_size > self.max_size:
+            raise ConfigurationError(f"min_size={self.min_size} must be at most max_size={self.max_size}")
         if not self.min_size <= self.init_size <= self.max_size:
             raise ConfigurationError(
-                f"min_size <= init_size <= max_size connections must hold, not {self.min_size!r} <= {self.init_size!r} "
-                f"<= {self.max_size!r}"
+                f"init_size={self.init_size} must be from min_size={self.min_size} to max_size={self.max_size}"
             )
         if self.tls.get("sslrootcert") == SYSTEM_ROOTS and isinstance(self.ssl, str) and self.ssl != "verify-full":
             raise ConfigurationError(
