@@ -416,9 +416,18 @@ class ScriptedServer(LoopbackService[ScriptedRelay]):
         behind = "" if self._target is None else " before {}:{}".format(*self._target)
         return f"<ScriptedServer {self.host}:{self._listen_port}{behind}>"
 
-    def dsn(self, dsn: str = "postgresql://scripted:secret@localhost/scripted") -> str:
-        """Point a server's URL here, everything else as it is; by default some user's and some database's."""
-        return super().dsn(dsn)
+    def dsn(self, dsn: str | None = None) -> str:
+        """Point a server's URL here, everything else as it is.
+
+        Args:
+            dsn: The real server's. Where there is none, by default some user's and some database's.
+
+        Raises:
+            ValueError: There is a real server, and its URL was left out.
+        """
+        if dsn is None and self._target is not None:
+            raise ValueError("a real server stands behind this one, and knows its own users only: give dsn() its URL")
+        return super().dsn(dsn or "postgresql://scripted:secret@localhost/scripted")
 
     @property
     def attempts(self) -> int:

@@ -137,6 +137,13 @@ async def test_a_stand_in_asks_for_a_password_in_every_usual_way(login):
     assert server.sent == (line,)
 
 
+def test_before_a_real_server_the_dsn_is_made_from_that_server_s(postgres):
+    """Its users and databases are its own: made-up ones would only be refused."""
+    server = ScriptedServer(host=postgres.host, port=postgres.port)
+    with pytest.raises(ValueError, match="give dsn\\(\\) its URL"):
+        server.dsn()
+
+
 async def test_a_real_server_s_own_password_check_goes_before_the_script_s(postgres):
     """SCRAM runs to its end, and then the script speaks; a wrong password does not get so far."""
     await postgres.create_role("scripted", "right")
