@@ -175,6 +175,7 @@ class DriverConnection:
     __slots__ = (
         "__weakref__",
         "_asks_its_class",
+        "_forgotten",
         "_is_resettable",
         "_poll",
         "_proxy",
@@ -218,6 +219,7 @@ class DriverConnection:
         self.protocol: Any = connection._protocol  # type: ignore[attr-defined] # noqa: SLF001
         self._poll = self._watch()
         self._proxy: LeaseProxy | None = None
+        self._forgotten: list[Any] = []
         inside: Any = connection
         if hasattr(connection, "_pool_holder"):
             # From asyncpg 0.32 on a connection that is closed reports it here; before, to what holds its proxy.
@@ -566,8 +568,27 @@ class DriverConnection:
         self.connection._stmt_cache_enabled = False  # type: ignore[attr-defined] # noqa: SLF001
 
     def drop_statement_cache(self) -> None:
-        """Forget the prepared statements."""
-        self.connection._drop_local_statement_cache()  # type: ignore[attr-defined] # noqa: SLF001
+        """Forget the prepared statements; what a lease is just about to use is not closed before the lease has ended.
+
+        A statement that is not used by anything yet is closed by the driver as soon as it leaves the cache: also while the
+        driver is still preparing it for a cursor, which then finds it closed.
+        """
+        connection: Any = self.connection
+        if self._proxy is not None:
+            for statement in connection._stmt_cache.iter_statements():  # noqa: SLF001
+                statement.attach()
+                self._forgotten.append(statement)
+        connection._drop_local_statement_cache()  # noqa: SLF001
+
+    def _close_forgotten(self) -> None:
+        # As the driver's `_maybe_gc_stmt`, but also where a younger statement of the same text is in the cache by now.
+        connection: Any = self.connection
+        while self._forgotten:
+            statement = self._forgotten.pop()
+            statement.detach()
+            if not statement.refs and statement.name:
+                statement.mark_closed()
+                connection._stmts_to_close.add(statement)  # noqa: SLF001
 
     def drop_type_cache(self) -> None:
         """Forget what is known of types."""
@@ -586,6 +607,8 @@ class DriverConnection:
         if self._proxy is not proxy:
             return
         self._proxy = connection._proxy = None  # noqa: SLF001
+        if self._forgotten:
+            self._close_forgotten()
         if connection._listeners or connection._log_listeners:  # noqa: SLF001
             connection._on_release()  # noqa: SLF001
         else:
@@ -595,6 +618,7 @@ class DriverConnection:
         """End a lease of a connection that is closed. Nothing, if it has ended."""
         if self._proxy is proxy:
             self._proxy = None
+            self._close_forgotten()
             self.connection._set_proxy(None)  # type: ignore[attr-defined] # noqa: SLF001
 
     @property

@@ -154,6 +154,7 @@ async def cancel_at_random(postgres):
     name = f"cancelled_{chance.getrandbits(32)}_{os.getpid()}"
     async with postgres.admin() as admin:
         await admin.execute(
+            "DROP TABLE IF EXISTS cancelled, few;"
             "CREATE TABLE cancelled (id int, note text); CREATE TABLE few AS SELECT generate_series(1, 500)"
         )
     counts = {"ended": 0, "cancelled": 0}
@@ -185,8 +186,6 @@ async def cancel_at_random(postgres):
     assert counts["cancelled"] > CALLS / 5, counts
     assert counts["ended"] > CALLS / 10, counts
     assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
-    async with postgres.admin() as admin:
-        await admin.execute("DROP TABLE cancelled, few")
 
 
 async def clean(pool, postgres, name):

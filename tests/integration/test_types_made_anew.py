@@ -130,3 +130,27 @@ async def test_a_connection_that_has_never_worked_expires_no_other(postgres, sch
                 await asyncio.sleep(0.01)
         async with pool.acquire() as again:
             assert again.get_server_pid() == pid
+
+
+async def read_with_a_cursor(connection):
+    async with connection.transaction():
+        return [row[0] async for row in connection.cursor("SELECT 1")]
+
+
+async def test_a_cursor_survives_a_reload_by_another_lease(postgres):
+    """At whichever moment of its reading another lease says that the schema has changed; no statement is left afterwards."""
+    async with ResilientPool(postgres.dsn(), min_size=2, max_size=2) as pool:
+        async with pool.acquire() as one, pool.acquire() as other:
+            for turns in range(100):
+                await one.fetch(f"SELECT 1 AS to_be_closed_{turns}")
+                await other.reload_schema_state()
+                reading = asyncio.ensure_future(read_with_a_cursor(one))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await other.reload_schema_state()
+                assert await reading == [1]
+            await other.reload_schema_state()
+        async with pool.acquire() as one, pool.acquire() as other:
+            for lease in (one, other):
+                await lease.fetch("SELECT 'closes what is to be closed'")
+                assert await lease.fetchval("SELECT count(*) FROM pg_prepared_statements") == 2
