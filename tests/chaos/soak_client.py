@@ -190,14 +190,13 @@ class Soak:
     async def _sample(self, began: float) -> dict[str, object]:
         at = time.monotonic()
         own = WORKERS + 1
-        while self._parked < WORKERS or len(asyncio.all_tasks()) > own or self._pool.stats().size < 1:
-            if time.monotonic() > at + PARKING_LIMIT:
-                break
+        while not self._has_settled(own) and time.monotonic() < at + PARKING_LIMIT:
             if self._parked == WORKERS and len(asyncio.all_tasks()) == own:
-                await self._call(self._read)  # all its connections may have been lost
+                # Faults go on: a connection that one has ended since its last use is found at the next.
+                await asyncio.gather(*(self._call(self._read) for _ in range(CONNECTIONS)))
             await asyncio.sleep(0.02)
-        gc.collect()
         stats = self._pool.stats()
+        gc.collect()
         return {
             "seconds": round(at - began, 1),
             "settled_in": round(time.monotonic() - at, 3),
@@ -213,6 +212,14 @@ class Soak:
                 )
             },
         }  # fmt: skip
+
+    def _has_settled(self, own: int) -> bool:
+        stats = self._pool.stats()
+        return (
+            self._parked == WORKERS
+            and len(asyncio.all_tasks()) == own
+            and 1 <= stats.size == stats.idle == stats.opened - stats.discarded_total
+        )
 
 
 def held(loop: asyncio.AbstractEventLoop, own: int) -> dict[str, int]:

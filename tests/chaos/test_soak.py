@@ -173,11 +173,11 @@ def test_descriptors_tasks_and_timers_are_flat(figures):
 
 
 def test_counters_are_consistent(figures):
-    """What was opened and not discarded is there, unless a fault has ended it since its last use; events say the same as counters."""
+    """What was opened and not discarded is there, and idle when nothing is under way; events say the same as counters."""
     for sample in figures.samples:
         stats, events = sample["stats"], sample["events"]
-        assert stats["idle"] <= stats["size"] <= stats["opened"] - stats["discarded_total"] <= CONNECTIONS
-        assert (stats["resetting"], stats["waiting"]) == (0, 0)
+        assert stats["opened"] - stats["discarded_total"] == stats["size"] == stats["idle"] <= CONNECTIONS
+        assert (stats["in_use"], stats["resetting"], stats["waiting"]) == (0, 0, 0)
         assert events.get("pool.connection.opened", 0) == stats["opened"]
         assert events.get("pool.connection.discarded", 0) == stats["discarded_total"]
         assert events.get("pool.retry.scheduled", 0) == stats["retries_total"]
