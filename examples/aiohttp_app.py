@@ -11,13 +11,13 @@ import json
 import os
 from collections.abc import AsyncIterator
 
-import asyncpg
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-from resilient_pool import AcquireTimeoutError, Gap, OutcomeUnknownError, ResilientPool
+from resilient_pool import Gap, ResilientPool
+from resilient_pool.contrib.asgi import WebPool
 from resilient_pool.testing import EmbeddedPostgres
 
-POOL = web.AppKey("pool", ResilientPool)
 DEADLINE = 20.0
 """Seconds a request waits for the database: less than the proxy in front waits for us."""
 SCHEMA = "CREATE TABLE IF NOT EXISTS entry (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, text text NOT NULL)"
@@ -34,6 +34,9 @@ PAGE = """<!doctype html><title>Guest book</title><ul id="entries"></ul>
   }
 </script>"""
 
+database = WebPool(
+    lambda watch: ResilientPool(os.environ["DATABASE_URL"], deadline=DEADLINE, command_timeout=15.0, observers=[watch])
+)
 routes = web.RouteTableDef()
 
 
@@ -44,22 +47,22 @@ async def page(_request: web.Request) -> web.Response:
 
 
 @routes.get("/entries")
-async def entries(request: web.Request) -> web.Response:
+async def entries(_request: web.Request) -> web.Response:
     """The first entries."""
-    return web.json_response([dict(row) for row in await request.app[POOL].fetch(LATEST, 0)])
+    return web.json_response([dict(row) for row in await database.pool.fetch(LATEST, 0)])
 
 
 @routes.post("/entries")
 async def write(request: web.Request) -> web.Response:
     """Write an entry, once: if the answer is lost, the server is asked what became of it."""
-    number = await request.app[POOL].fetchval(WRITE, await request.text(), exactly_once=True)
+    number = await database.pool.fetchval(WRITE, await request.text(), exactly_once=True)
     return web.json_response({"id": number}, status=201)
 
 
 @routes.get("/events")
 async def events(request: web.Request) -> web.StreamResponse:
     """All entries as server-sent events, and then each new one. The browser says which it has when it connects again."""
-    pool, last = request.app[POOL], int(request.headers.get("Last-Event-ID", 0))
+    pool, last = database.pool, int(request.headers.get("Last-Event-ID", 0))
     async with pool.listen("entry") as listener:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(request)
@@ -79,32 +82,34 @@ async def events(request: web.Request) -> web.StreamResponse:
 
 
 @web.middleware
-async def say_when_the_database_is_away(request: web.Request, handler: web.Handler) -> web.StreamResponse:
+async def answer_for_the_database(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer 503 with Retry-After when the deadline is over, and say when it is not known whether an entry was written."""
-    try:
-        return await handler(request)
-    except OutcomeUnknownError:
-        return web.json_response({"error": "it is not known whether the entry was written"}, status=500)
-    except (AcquireTimeoutError, asyncpg.PostgresConnectionError, asyncpg.CannotConnectNowError, OSError):
-        return web.json_response({"error": "the database is away"}, status=503, headers={"Retry-After": "5"})
+    headers = [(name.lower(), value) for name, value in request.raw_headers]
+    async with database.request({"type": "http", "method": request.method, "path": request.path, "headers": headers}):
+        try:
+            return await handler(request)
+        except Exception as error:
+            answer = database.answer_to(error, request.method)
+            if answer is None:
+                raise
+            return web.Response(status=answer.status, headers=dict(answer.headers), body=answer.body)
 
 
-async def database(app: web.Application) -> AsyncIterator[None]:
+async def open_database(app: web.Application) -> AsyncIterator[None]:
     """Open the pool when the application starts, and close it when it ends."""
     async with contextlib.AsyncExitStack() as stack:
-        dsn = os.environ.get("DATABASE_URL")
-        if dsn is None:
-            dsn = (await stack.enter_async_context(EmbeddedPostgres())).dsn()
-        app[POOL] = await stack.enter_async_context(ResilientPool(dsn, deadline=DEADLINE, command_timeout=15.0))
-        await app[POOL].execute(SCHEMA, idempotent=True)
+        if "DATABASE_URL" not in os.environ:
+            os.environ["DATABASE_URL"] = (await stack.enter_async_context(EmbeddedPostgres())).dsn()
+        await stack.enter_async_context(database.lifespan(app))
+        await database.pool.execute(SCHEMA, idempotent=True)
         yield
 
 
 def make_app() -> web.Application:
     """Make the application."""
-    app = web.Application(middlewares=[say_when_the_database_is_away])
+    app = web.Application(middlewares=[answer_for_the_database])
     app.add_routes(routes)
-    app.cleanup_ctx.append(database)
+    app.cleanup_ctx.append(open_database)
     return app
 
 

@@ -231,7 +231,7 @@ class WebPool(Instrument):
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
         """Open the pool, and close it when the application ends: what FastAPI, Starlette and Litestar take as a lifespan.
 
-        The pool is `app.state.pool` meanwhile. Opening it connects only if it has a `min_size`.
+        The pool is `app.state.pool` meanwhile, if the application has a `state`. Opening it connects only if it has a `min_size`.
         """
         made = self._make(self)
         if (
@@ -239,7 +239,9 @@ class WebPool(Instrument):
         ):  # else an outage would be no 503, and a request that has written would count as unused
             raise ConfigurationError(f"make must give the pool its argument as an observer, {_MAKE}")
         async with made as pool:
-            self._pool = app.state.pool = pool
+            self._pool = pool
+            if hasattr(app, "state"):  # an application of aiohttp has none
+                app.state.pool = pool
             try:
                 yield
             finally:
