@@ -46,7 +46,8 @@ class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnkno
 
     Attributes:
         operation: The kind of operation, such as `"execute"` or `"transaction"`.
-        xid: The transaction's id (`xid8`) where it is known, to be asked of `pg_xact_status` later; else `None`.
+        xid: The transaction's id (`xid8`) where it is known; else `None`. `pg_xact_status` knows it later, as long as the server has
+            neither crashed nor been replaced since: after that another transaction may have the same id.
         repeated: Whether it was declared to be repeatable, and was given up in the end.
         sqlstate: `"08007"`.
     """
@@ -60,7 +61,10 @@ class OutcomeUnknownError(ResilientPoolError, asyncpg.TransactionResolutionUnkno
         if repeated:
             why, advice = "It was declared to be repeatable, and given up when no further attempt was allowed", ""
         elif operation != "transaction":
-            advice = "; pass idempotent=True for a statement that may safely run twice, and mark functions that only read STABLE"
+            advice = (
+                "; pass idempotent=True if it may safely run twice, or exactly_once=True to have the pool find out, and mark "
+                "functions that only read STABLE"
+            )
         elif xid is not None:
             advice = "; after a crash or a failover only a pool with commit_log= can find out"
         else:
