@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class TlsCertificates:
-    """A certificate authority of its own, and a server certificate that it signed. Needs the package `trustme`.
+    """A certificate authority of its own, and a server certificate that it signed. Needs the extra `testing`.
 
     Args:
         names: Host names and addresses that the server certificate is good for.
