@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import fcntl
 import os
+import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
 
 import pytest
 
 from resilient_pool import ResilientPool
+from resilient_pool.testing import FaultProxy, TlsCertificates
 
 pytestmark = [
     pytest.mark.needs("ip"),
@@ -24,57 +33,139 @@ pytestmark = [
 USER_TIMEOUT, DEADLINE = 3.0, 4.0
 SLACK = 5.0
 """Seconds beyond these that a busy machine may take."""
-HERE, THERE, PORT = "10.213.77.1", "10.213.77.2", 6543
-FORWARDER = """
-import asyncio, sys
-async def copy(reader, writer):
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    writer.close()
-async def serve(reader, writer):
-    inner, outer = await asyncio.open_unix_connection(sys.argv[3])
-    await asyncio.gather(copy(reader, outer), copy(inner, writer))
-async def main():
-    async with await asyncio.start_server(serve, sys.argv[1], int(sys.argv[2])) as server:
-        print("ready", flush=True)
-        await server.serve_forever()
-asyncio.run(main())
-"""
+PORT = 6543
+CLONE_NEWNET = 0x40000000
 
 
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
+class Link:
+    """A link to a network namespace, in which a listener passes everything on to a server: a cable that can be cut.
+
+    Attributes:
+        address: Where the listener is, with port `PORT`.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        # Of each process its own, four at a time, from the network for benchmarks, 198.18.0.0/15.
+        first = os.getpid() % 2**15 * 4
+        self._here, self.address = (
+            f"198.{18 + first // 2**16}.{first // 2**8 % 2**8}.{first % 2**8 + n}" for n in (1, 2)
+        )
+        self._target = host, port
+        self._name, self._near, self._far = (f"{kind}{os.getpid()}" for kind in ("quiet", "n", "f"))
+        self._last: bytes | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        ip("netns", "add", self._name)
+        try:
+            ip("link", "add", self._near, "type", "veth", "peer", "name", self._far, "netns", self._name)
+            ip("addr", "add", f"{self._here}/30", "dev", self._near)
+            ip("link", "set", self._near, "up")
+            ip("-n", self._name, "addr", "add", f"{self.address}/30", "dev", self._far)
+            self.mend()
+            with ThreadPoolExecutor(1) as thread:
+                listening = thread.submit(self._listen).result()
+            self._server = await asyncio.start_server(self._accept, sock=listening)
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        self._remove()
+
+    def _remove(self) -> None:
+        subprocess.run(["ip", "link", "delete", self._near], check=False, capture_output=True)
+        ip("netns", "delete", self._name)
+
+    def _listen(self) -> socket.socket:
+        # The thread stays in the namespace, and so does what it opens.
+        with Path("/run/netns", self._name).open() as namespace:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+        return socket.create_server((self.address, PORT))
+
+    def dsn(self, user: str) -> str:
+        return f"postgresql://{user}@{self.address}:{PORT}/postgres"
+
+    def cut(self) -> None:
+        ip("-n", self._name, "link", "set", self._far, "down")
+
+    def cut_after(self, last: bytes) -> None:
+        """Cut it as soon as these bytes have passed, from either side; what follows them never arrives."""
+        self._last = last
+
+    def mend(self) -> None:
+        ip("-n", self._name, "link", "set", self._far, "up")
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether what `cut_after` waits for has passed."""
+        return self._last is None
+
+    def sockets(self) -> int:
+        """Count this process's sockets that are connected to the other side."""
+        inodes = set()
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]"))
+        remote = f"{socket.htonl(int.from_bytes(socket.inet_aton(self.address), 'big')):08X}:{PORT:04X}"
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return sum(line[2] == remote and line[9] in inodes for line in lines)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._pass_on(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner, outer = await asyncio.open_connection(*self._target)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._copy(reader, outer))
+                group.create_task(self._copy(inner, writer))
+        except* OSError:
+            pass
+        finally:
+            outer.transport.abort()
+            writer.transport.abort()
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen = b""
+        while data := await reader.read(65536):
+            seen += data
+            if self._last is not None and self._last in seen:
+                kept = len(seen) - seen.index(self._last) - len(self._last)
+                writer.write(data[: len(data) - kept])
+                self._last = None
+                await _until_acknowledged(writer)
+                self.cut()
+                await asyncio.Event().wait()
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
+async def _until_acknowledged(writer: asyncio.StreamWriter) -> None:
+    async with asyncio.timeout(10):
+        while struct.unpack("i", fcntl.ioctl(writer.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0" * 4))[0]:
+            await asyncio.sleep(0.001)
+
+
 @pytest.fixture
-def link(postgres):
-    """A link to a namespace from which the server's UNIX socket is reached; call it to cut the link."""
-    name = f"quiet{os.getpid()}"
-    near, far = f"n{os.getpid()}", f"f{os.getpid()}"
-    ip("netns", "add", name)
-    process = None
-    try:
-        ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
-        ip("addr", "add", f"{HERE}/30", "dev", near)
-        ip("link", "set", near, "up")
-        ip("-n", name, "addr", "add", f"{THERE}/30", "dev", far)
-        ip("-n", name, "link", "set", far, "up")
-        socket = f"{postgres.socket_directory}/.s.PGSQL.{postgres.port}"
-        command = ["ip", "netns", "exec", name, sys.executable, "-c", FORWARDER, THERE, str(PORT), socket]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b"ready\n"
-        yield lambda: ip("-n", name, "link", "set", far, "down")
-    finally:
-        if process is not None:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-        subprocess.run(["ip", "link", "delete", near], check=False, capture_output=True)
-        ip("netns", "delete", name)
+async def link(postgres):
+    """A link at whose other end the server is."""
+    async with Link(postgres.host, postgres.port) as link:
+        yield link
 
 
 async def connecting(pool, cut):
@@ -125,7 +216,7 @@ async def test_silence_ends_within_the_limits_in_every_phase(postgres, link, pha
     began = time.monotonic()
     async with asyncio.timeout(60):
         pool = ResilientPool(
-            f"postgresql://postgres@{THERE}:{PORT}/postgres",
+            link.dsn("postgres"),
             ssl=False, tcp_user_timeout=USER_TIMEOUT, deadline=DEADLINE, timeout=2.0, ping_after=0.0,
         )  # fmt: skip
         async with pool:
@@ -133,7 +224,7 @@ async def test_silence_ends_within_the_limits_in_every_phase(postgres, link, pha
             error = None
             began = time.monotonic()
             try:
-                await phase(pool, link)
+                await phase(pool, link.cut)
             except Exception as raised:
                 error = raised
             ended = time.monotonic() - began
@@ -147,3 +238,51 @@ async def test_silence_ends_within_the_limits_in_every_phase(postgres, link, pha
     assert closed < 5 + SLACK
     with contextlib.suppress(ProcessLookupError):
         await postgres.terminate_backends()
+
+
+HANDSHAKE = {
+    "asking for TLS": ("require", struct.pack("!ii", 8, 80877103)),
+    "in the ClientHello": ("require", b"\x16\x03\x01"),
+    "in the ServerHello": ("require", b"\x16\x03\x03"),
+    "after the startup message": ("disable", b"user\0silent\0"),
+    "in the server's offer of SCRAM": ("disable", b"R\0\0\0\x17\0\0\0\nSCRAM"),
+    "after the client's first message of SCRAM": ("disable", b"n=silent,r="),
+    "after the client's proof": ("disable", b",p="),
+    "after AuthenticationOk": ("disable", b"R\0\0\0\x08\0\0\0\0"),
+    "in the first ReadyForQuery": ("disable", b"Z\0\0\0\x05"),
+}
+"""How far a client gets that logs in: which TLS it asks for, and the last bytes that pass."""
+
+
+@pytest.fixture
+async def role(postgres):
+    async with postgres.admin() as admin:
+        await admin.execute("CREATE ROLE silent LOGIN PASSWORD 'quiet'")
+    yield "silent:quiet"
+    async with postgres.admin() as admin:
+        await admin.execute("DROP ROLE silent")
+
+
+@pytest.mark.parametrize(("sslmode", "last"), HANDSHAKE.values(), ids=HANDSHAKE)
+async def test_silence_while_a_client_logs_in_ends_with_the_deadline_and_leaves_no_socket(
+    postgres, role, sslmode, last
+):
+    """Each attempt is given up after the connect time-out, and the first call after the link is up again is served."""
+    with FaultProxy(postgres.host, postgres.port, tls=TlsCertificates()) as proxy:
+        async with asyncio.timeout(60), Link(proxy.host, proxy.port) as link:
+            pool = ResilientPool(f"{link.dsn(role)}?sslmode={sslmode}", deadline=20.0, timeout=1.0)
+            async with pool:
+                assert await pool.fetchval("SELECT 1") == 1
+                assert link.sockets() == 1
+                await pool.expire_connections()
+                link.cut_after(last)
+                began = time.monotonic()
+                with pytest.raises(TimeoutError) as raised:
+                    await pool.fetchval("SELECT 2", deadline=1.5)
+                ended = time.monotonic() - began
+                assert link.was_cut
+                sys.stdout.write(f"\nlink down: {raised.value!r} after {ended:.1f} s, {pool!r}\n")
+                assert ended < 1.5 + SLACK
+                link.mend()
+                assert await pool.fetchval("SELECT 3") == 3
+            assert link.sockets() == 0
