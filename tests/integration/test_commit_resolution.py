@@ -242,6 +242,8 @@ async def until_fired(proxy):
 @LOGS
 async def test_a_stranger_with_the_same_id_is_not_believed(server, log):
     """After a crash the id is given again, and reads `committed`."""
+    # The WAL writer writes when it reads this, and not again for ten seconds: the crash is to lose the id.
+    await server.apply_settings({"wal_writer_delay": "10s"})
     with FaultProxy(server.host, server.port) as proxy:
         async with opened(server, proxy, commit_log=log, deadline=20.0) as pool:
             ids = []
