@@ -67,9 +67,8 @@ def meters():
     meters.provider.shutdown()
 
 
-async def _work(pool, chance, until):
-    loop = asyncio.get_running_loop()
-    while loop.time() < until:
+async def _work(pool, chance, goes_on):
+    while goes_on():
         with contextlib.suppress(Exception):
             match chance.randrange(6):
                 case 0:
@@ -91,7 +90,7 @@ async def _work(pool, chance, until):
                     await pool.fetchval("SELECT 1", deadline=0.05)
 
 
-async def _mistreat(proxy, chance, until, *, meters):
+async def _mistreat(proxy, chance, goes_on, *, meters):
     loop = asyncio.get_running_loop()
     faults = [proxy.rst, proxy.fin, proxy.lose_next_request, proxy.swallow_next_answer]
     with ThreadPoolExecutor(1) as thread:
@@ -99,7 +98,7 @@ async def _mistreat(proxy, chance, until, *, meters):
         await asyncio.to_thread(proxy.rst)
         await asyncio.sleep(0.3)
         await asyncio.to_thread(proxy.accept)
-        while loop.time() < until:
+        while goes_on():
             await asyncio.to_thread(chance.choice(faults))
             await asyncio.sleep(chance.uniform(0.02, 0.15))
             await loop.run_in_executor(thread, meters.collect)
@@ -112,10 +111,17 @@ async def test_metrics_add_up_under_load_with_faults(proxy, dsn, meters):
     observers = [meters.observer, meters.note]
     async with ResilientPool(proxy.dsn(dsn), max_size=6, deadline=5.0, observers=observers) as pool:
         meters.pools["main"] = pool
+
+        def goes_on():
+            stats = pool.stats()
+            met = min(stats.waits, stats.wait_timeouts, stats.retries_total, stats.circuit_openings)
+            return asyncio.get_running_loop().time() < until or stats.acquired <= 200 or not met
+
         await pool.execute("CREATE TABLE IF NOT EXISTS counted (id int)")
         async with asyncio.timeout(60):
             await asyncio.gather(
-                _mistreat(proxy, chance, until, meters=meters), *(_work(pool, chance, until) for _ in range(WORKERS))
+                _mistreat(proxy, chance, goes_on, meters=meters),
+                *(_work(pool, chance, goes_on) for _ in range(WORKERS)),
             )
             await pool.execute("DROP TABLE counted")
             while pool.stats().resetting or pool.stats().in_use:
