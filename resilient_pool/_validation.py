@@ -22,11 +22,7 @@ _BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYW
 
 
 class Unusable:
-    """Stands for a value that is wrong and must not be shown: a password of a wrong type, a URL where there is no place for one.
-
-    Args:
-        kind: What is said of it.
-    """
+    """Stands for a value that is wrong and must not be shown: a password of a wrong type, a URL where there is no place for one."""
 
     __slots__ = ("_kind",)
 

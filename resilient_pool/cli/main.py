@@ -430,11 +430,7 @@ def _waiting_pool(options: argparse.Namespace) -> ResilientPool:
 
 
 class _ProgressPrinter:
-    """Writes to standard error what is being waited for.
-
-    Args:
-        limit: For how many seconds it is waited for.
-    """
+    """Writes to standard error what is being waited for."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit

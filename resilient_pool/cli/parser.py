@@ -16,12 +16,7 @@ _LONG_OPTION = re.compile(r"--[a-z][a-z0-9-]{0,40}", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes options by their whole names, and shows of a wrong command line only what is certain to be harmless.
-
-    Args:
-        given: The command line to be read.
-        settings: What `argparse.ArgumentParser` takes.
-    """
+    """Takes options by their whole names, and shows of a wrong command line only what is certain to be harmless."""
 
     def __init__(self, *, given: Sequence[str], **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
@@ -40,12 +35,7 @@ class Parser(argparse.ArgumentParser):
         super().error(without_arguments(message, self._given))
 
     def refuse_unknown(self, extras: Sequence[str], before: str = "") -> None:
-        """End with an error if there are arguments that were not understood; their values are not shown.
-
-        Args:
-            extras: What `parse_known_args` left over.
-            before: What to say first.
-        """
+        """End with an error if there are arguments that were not understood; their values are not shown."""
         if not extras:
             return
         options = [extra for extra in extras if extra.startswith("-") and extra != "-"]

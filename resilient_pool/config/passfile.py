@@ -20,12 +20,6 @@ class PasswordFile:
     """The password that a password file holds for one login; called, it reads the file anew.
 
     asyncpg reads the file for every connection too: a password changed there needs no restart of the application.
-
-    Args:
-        path: The file.
-        logins: Host and port of each server that may be connected to.
-        database: The database's name.
-        user: The user's name.
     """
 
     __slots__ = ("_database", "_logins", "_path", "_user", "last")

@@ -108,12 +108,7 @@ class Argument:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassedOn:
-    """What a `connect=` function of the application's is called with, as it was given.
-
-    Attributes:
-        dsn: The DSN, or what stood in its place.
-        arguments: The keywords.
-    """
+    """What a `connect=` function of the application's is called with, as it was given."""
 
     dsn: object
     arguments: Mapping[str, object]
@@ -322,15 +317,7 @@ class PoolConfig:
         return cls(**_shaped(_with_environment(given)))  # type: ignore[arg-type]
 
     def redirected(self, dsn: SealedDsn, arguments: Mapping[str, object]) -> Self:
-        """Return what `set_connect_args` makes of this: other connection arguments, and none of the earlier ones.
-
-        Args:
-            dsn: A DSN as `seal` returns it, or what this pool's `connect=` function takes.
-            arguments: Likewise; those of `asyncpg.connect`, or any that the function takes.
-
-        Raises:
-            ConfigurationError: As for `from_arguments`.
-        """
+        """Return what `set_connect_args` makes of this: other connection arguments, and none of the earlier ones."""
         if self.connect is not None:
             return type(self).from_arguments(dsn, connect=self.connect, **arguments)
         require_known(arguments, CONNECTION_ARGUMENTS)

@@ -37,11 +37,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Hidden(Generic[T_co]):
-    """Holds something that may be secret, or hold secrets: masked by `repr`, `str` and `format`, not to be pickled or listed.
-
-    Args:
-        value: What to hold.
-    """
+    """Holds something that may be secret, or hold secrets: masked by `repr`, `str` and `format`, not to be pickled or listed."""
 
     # A function, not the value: a list of an object's attributes shows nothing.
     __slots__ = ("_read",)
@@ -76,9 +72,6 @@ class Secret(Hidden[str]):
     """A text that shows itself only when asked to: masked by `repr`, `str` and `format`, not to be pickled or listed.
 
     It is not a `str`, so that nothing which takes text can take it by mistake.
-
-    Args:
-        value: The secret text.
 
     Raises:
         TypeError: `value` is not a `str`. The message says its type only.

@@ -127,17 +127,7 @@ def _region_in(host: str) -> str | None:
 def presign(
     keys: AwsKeys, *, service: str, region: str, host: str, parameters: dict[str, str], at: datetime, seconds: int
 ) -> Secret:
-    """Sign a GET request of that host in its query (Signature Version 4), and return it without `https://`: that is a token.
-
-    Args:
-        keys: What to sign with.
-        service: The service's name in signatures.
-        region: The region.
-        host: The host, with a port if it is to be signed.
-        parameters: The request's own parameters.
-        at: When it is signed.
-        seconds: For how long it is good.
-    """
+    """Sign a GET request of that host in its query (Signature Version 4), and return it without `https://`: that is a token."""
     stamp = at.strftime("%Y%m%dT%H%M%SZ")
     scope = f"{stamp[:8]}/{region}/{service}/aws4_request"
     query = Hidden(
@@ -199,17 +189,7 @@ class _Shared(Generic[T]):
 
 
 class _Token:
-    """A token of IAM as `password=`: signed when a connection needs one, kept until 2 minutes before its end after 15.
-
-    Args:
-        service: The service's name in signatures.
-        host: The endpoint.
-        port: Its port, if that is to be signed.
-        parameters: The parameters of the request that is signed.
-        region: The region; `None` for that of the environment, or in the endpoint's name.
-        keys: Returns what to sign with.
-        now: The time, for tests.
-    """
+    """A token of IAM as `password=`: signed when a connection needs one, kept until 2 minutes before its end after 15."""
 
     def __init__(
         self,

@@ -155,12 +155,7 @@ async def run_in_session(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class _Recipe:
-    """What an engine was given to connect with. It is not shown: there are secrets in it.
-
-    Attributes:
-        arguments: The pool's.
-        statements: How SQLAlchemy prepares statements.
-    """
+    """What an engine was given to connect with. It is not shown: there are secrets in it."""
 
     arguments: Mapping[str, Any]
     statements: Mapping[str, Any]
@@ -335,13 +330,7 @@ def _require_option_of_dsn(name: str, value: str) -> None:
 
 
 class _Home:
-    """One event loop's pool.
-
-    Attributes:
-        pool: The pool.
-        opening: Held by the task that opens it.
-        is_open: Whether it was opened.
-    """
+    """One event loop's pool."""
 
     __slots__ = ("is_open", "opening", "pool")
 
@@ -356,9 +345,6 @@ class LoopPools:
 
     Engines are made at import, and tests, for one, use them in several loops. What was open in a loop that is closed is cut off
     when another loop asks for its pool.
-
-    Args:
-        make: Makes a pool, not yet opened.
     """
 
     def __init__(self, make: Callable[[], ResilientPool[Any]]) -> None:
@@ -729,11 +715,8 @@ class AdaptedLease(AsyncAdapt_asyncpg_connection):
     """What SQLAlchemy takes for a DBAPI connection: a lease, and what was prepared on its connection.
 
     Args:
-        dbapi: The DBAPI.
-        lease: The lease.
         pool: Where it is released to; `None` for a connection that no pool keeps.
         record_of: Returns the record of a lease's connection, for a connection that is replaced.
-        **statements: How SQLAlchemy prepares statements.
     """
 
     __slots__ = ("_loop", "_pool", "_record_of", "_unit")
@@ -868,13 +851,7 @@ class AdaptedLease(AsyncAdapt_asyncpg_connection):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Prepared:
-    """A prepared statement, which is kept with its connection.
-
-    Attributes:
-        statement: The driver's.
-        attributes: Its columns.
-        made_at: When, on SQLAlchemy's clock.
-    """
+    """A prepared statement, which is kept with its connection."""
 
     statement: Any
     attributes: Any

@@ -138,14 +138,7 @@ QueryStatus = Callable[[DriverConnection, bool, bool], Awaitable[CommitStatus]]
 
 
 class CommitResolver:
-    """Finds out, for one pool, what became of transactions whose COMMIT was lost.
-
-    Args:
-        context: The name of the commit log, and how to wait.
-        acquirer: Where connections come from.
-        maintenance: Where they go.
-        read_check: Asks whether what looks like a read is one.
-    """
+    """Finds out, for one pool, what became of transactions whose COMMIT was lost."""
 
     def __init__(
         self, context: PoolContext, acquirer: Acquirer, maintenance: Maintenance, read_check: ReadCheck

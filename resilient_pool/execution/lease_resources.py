@@ -27,14 +27,6 @@ class LeaseTransaction(Transaction):
     Differs from asyncpg's in two things. An error that leaves the block is the one that the caller sees, also when the
     connection was lost or released inside the block: there is nothing left to roll back on it then. And a ROLLBACK that is
     not answered within a limit, or that waits as long for an earlier statement's cancellation, ends the connection.
-
-    Args:
-        begin: See `Begin`.
-        connection: The lease's connection at present.
-        limit: How many seconds a rollback may take.
-        isolation: As asyncpg takes it.
-        readonly: Likewise.
-        deferrable: Likewise.
     """
 
     __slots__ = ("_begin", "_limit")
@@ -141,8 +133,6 @@ class LeaseCursors(CursorFactory):
 
     Args:
         current: Returns that connection, or raises when it can have no transaction open, which a cursor needs.
-        connection: The lease's connection at present.
-        query: The query.
         make: Makes the driver's own factory on a connection.
     """
 

@@ -32,13 +32,6 @@ class Subscription:
     Its connection is acquired from the pool like any caller's, through the circuit breaker, and then leaves the pool: it is none
     of its `max_size`.
 
-    Args:
-        listeners: What all listeners of a pool have in common.
-        channels: What to listen to.
-        queue_size: How many notifications wait at most.
-        ping_after: After how many silent seconds the session is asked whether it still listens.
-        deadline: For how many seconds to try to listen for the first time; `None` for the pool's deadline.
-
     Attributes:
         has_listened: Whether it has listened at least once.
         is_over: Whether nothing will be added to what waits.
@@ -343,9 +336,6 @@ class Listener:
     begins when the first item is asked for. It ends, after what has come already, when the pool is closed or terminated.
     One task reads it at a time; a loop that was left can be gone on with by another loop. Its connection is closed by `aclose()`,
     at the end of the block, and when the listener is not referred to any more.
-
-    Args:
-        subscription: What keeps the session listening.
     """
 
     __slots__ = ("_subscription",)
@@ -403,11 +393,6 @@ class Listener:
 
 class Listeners:
     """The listeners of one pool.
-
-    Args:
-        context: The pool's.
-        leases: Knows the pool's deadline, gets connections, and repeats what fails.
-        require_open: Raises if the pool cannot be used.
 
     Attributes:
         subscriptions: Those that have begun and are not over.

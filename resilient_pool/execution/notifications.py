@@ -88,10 +88,6 @@ class NotificationQueue:
 
     When it is full, what comes is dropped and counted until the gap that stands for it is taken. So a slow application gets one
     gap, not many, and neither memory nor the server suffers.
-
-    Args:
-        size: How many notifications it holds.
-        now: Reads `Clock.now()`.
     """
 
     __slots__ = ("_held", "_items", "_now", "_overflow", "_size")

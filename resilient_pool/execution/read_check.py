@@ -178,9 +178,6 @@ class ReadCheck:
     Args:
         reader: Knows what the texts name.
         now: Returns the present time in seconds; answers count for ten. By default they count until `forget()`.
-
-    Attributes:
-        reader: The same.
     """
 
     def __init__(self, reader: StatementReader, now: Callable[[], float] = lambda: 0.0) -> None:

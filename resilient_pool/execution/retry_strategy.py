@@ -141,13 +141,7 @@ class AttemptState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostAttempt:
-    """How an attempt ended whose outcome is unknown.
-
-    Attributes:
-        error: What was raised.
-        fault: What is known about it.
-        sqlstate: The server's code, if there was any.
-    """
+    """How an attempt ended whose outcome is unknown."""
 
     error: Exception
     fault: Fault
@@ -201,17 +195,7 @@ class RepeatRefusedError(Exception):
 
 
 class RetryStrategy:
-    """Decides after each failure of an operation whether and when it is tried again, and what its caller sees if it is not.
-
-    Args:
-        context: Policies, budget and classifier.
-        read_check: Knows which statements look like reads, and asks the server whether they are.
-        maintenance: Expires connections when a verdict says so.
-        connector: Knows whether writes are expected to work.
-
-    Attributes:
-        read_check, maintenance, connector: The same.
-    """
+    """Decides after each failure of an operation whether and when it is tried again, and what its caller sees if it is not."""
 
     def __init__(
         self,

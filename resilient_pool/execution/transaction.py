@@ -58,14 +58,7 @@ class _State(Enum):
 
 
 class Transactions:
-    """What the transactions of one pool have in common.
-
-    Args:
-        context: The pool's.
-        leases: Leases their connections.
-        commit_resolver: Asks what became of them.
-        require_open: Raises if the pool cannot be used.
-    """
+    """What the transactions of one pool have in common."""
 
     __slots__ = ("commit_resolver", "context", "leases", "require_open")
 
@@ -490,15 +483,7 @@ async def run(
     *,
     exactly_once: bool = False,
 ) -> T:
-    """Call `function(connection, *args)` in a retried transaction, and return what it returned when that committed.
-
-    Args:
-        shared: What the pool's transactions have in common.
-        function: What to call.
-        args: What to call it with, after the connection.
-        options: What `pool.transaction()` takes.
-        exactly_once: Whether an unknown outcome is never a reason to repeat, also where the pool repeats unknown outcomes.
-    """
+    """Call `function(connection, *args)` in a retried transaction, and return what it returned when that committed."""
     loop = RetriedTransaction(shared, options, always_goes_on=True, exactly_once=exactly_once)
     while True:
         async with await loop.__anext__() as connection:

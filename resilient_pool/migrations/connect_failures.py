@@ -145,11 +145,7 @@ class OutputScanner:
 
 
 def could_not_connect(lines: Iterable[str]) -> str | None:
-    """Return the line by which a failed command said that it could not connect, or `None` if it did not for certain.
-
-    Args:
-        lines: Its output from the beginning, as it was written.
-    """
+    """Return the line by which a failed command said that it could not connect, or `None` if it did not for certain."""
     scanner = OutputScanner(lines)
     return None if scanner.work_started is not None else scanner.connect_failure
 
@@ -160,10 +156,6 @@ def failed_to_connect(error: Exception, classifier: Classifier) -> str | None:
     Certain is what asyncpg raised while it was connecting, as the traceback shows, if the classifier says that
     the server is away or has no room; and another driver's error whose text matches one of the patterns. It must be the
     error itself or its explicit cause: an error that was being handled when another one was raised says nothing.
-
-    Args:
-        error: What the function raised.
-        classifier: Classifies the error.
     """
     link: BaseException | None = error
     seen: set[int] = set()

@@ -74,12 +74,6 @@ class MigrationLock:
 
     When this process dies, the server releases the lock as soon as it sees the connection's end.
 
-    Args:
-        pool: Lends the connection.
-        name: The lock's name; migrations that must not run together use the same one.
-        clock: Waits.
-        dispatcher: Emits which session holds the lock, and that it was lost.
-
     Attributes:
         losses: How often it was lost while it was held.
     """
@@ -244,12 +238,7 @@ class ServerActivity:
 
 
 async def read_activity(pool: ResilientPool, deadline: float | None) -> ServerActivity | None:
-    """Return the server's counters; `None` if it has none (an older server, a standby) or does not answer.
-
-    Args:
-        pool: The pool to query with.
-        deadline: Seconds that may be spent waiting for the server; `None` is no limit.
-    """
+    """Return the server's counters; `None` if it has none (an older server, a standby) or does not answer."""
     try:
         async with pool.acquire(timeout=deadline) as connection:
             if not numbers_transactions(connection):
@@ -270,12 +259,7 @@ async def read_activity(pool: ResilientPool, deadline: float | None) -> ServerAc
 
 
 def reason_for_doubt(before: ServerActivity | None, after: ServerActivity | None) -> str | None:
-    """Say why something may have happened in between, or `None`: then no one but this process began a session or wrote.
-
-    Args:
-        before: The counters before the migration began.
-        after: The counters after it ended.
-    """
+    """Say why something may have happened in between, or `None`: then no one but this process began a session or wrote."""
     if before is None or after is None:
         return "the server could not be asked (that takes PostgreSQL 14 or newer, and no standby)"
     if before.server != after.server:

@@ -227,12 +227,6 @@ async def apply_files(
 ) -> tuple[str, ...]:
     """Apply the files that are not recorded yet, and return their names.
 
-    Args:
-        pool: Where to apply them.
-        files: As `read_directory` returns them.
-        emit: Is given one line for each file applied.
-        clock: Waits between the attempts of a file.
-
     Raises:
         MigrationFailedError: A recorded file has changed or was renamed, or was begun outside a transaction and not
             finished, or our role may not record anything; then nothing was applied. Or a file failed: those before it

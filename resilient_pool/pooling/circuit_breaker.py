@@ -53,12 +53,6 @@ class CircuitBreaker:
 
     Without any observer, too, the log says when the server is away and when it is back: one line each, at WARNING.
 
-    Args:
-        context: The policy and the classifier.
-        resources: Where callers wait; its connect limit says how many of them may open.
-        maintenance: Opens connections.
-        connector: Knows whether writes are expected to work.
-
     Attributes:
         is_opening: Whether the pool itself is being opened: its first connections serve no callers yet.
     """
@@ -173,12 +167,7 @@ class CircuitBreaker:
         return outage if outage is not None and (outage.ended is None or outage.ended > instant) else None
 
     def refusal(self, deadline: float | None, *, fail_fast: bool) -> Exception | None:
-        """Return an error for a caller for whom waiting has no sense, or `None`.
-
-        Args:
-            deadline: Until when the caller could wait, on the line of `Clock.monotonic()`.
-            fail_fast: Whether the caller does not wait for a server that is away.
-        """
+        """Return an error for a caller for whom waiting has no sense, or `None`."""
         if self._outage is None and self._blocked_until == -math.inf:
             return None  # as nearly always
         now = self._clock.monotonic()
@@ -232,10 +221,6 @@ class CircuitBreaker:
 
     async def open_into(self, entry: PoolEntry[DriverConnection], deadline: float | None) -> bool:
         """Open a connection into an empty entry in the caller's hands, if the caller may.
-
-        Args:
-            entry: The entry.
-            deadline: Until when, on the line of `Clock.monotonic()`.
 
         Returns:
             Whether there is a connection now. If not, the entry must be given up, and another one waited for.

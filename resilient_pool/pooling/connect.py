@@ -45,9 +45,6 @@ _STANDBYS = frozenset({"standby", "read-only", "prefer-standby"})
 class Connector:
     """Opens one connection at a time, as often as it is asked.
 
-    Args:
-        context: Where to connect, and how.
-
     Attributes:
         server_info: What stands at the other end; `None` before the first connection.
         expects_writes: Whether the server that is connected to should accept writes.
@@ -414,9 +411,6 @@ class Credentials:
     """Gives the login of one configuration.
 
     Connections that are opened at the same time share one question. It is cancelled when the last of them is.
-
-    Args:
-        config: Its `credentials`, or its `user` and `password`.
     """
 
     def __init__(self, config: PoolConfig) -> None:

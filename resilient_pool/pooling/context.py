@@ -33,9 +33,6 @@ class Dispatcher:
 
     It is false when there is no observer: then the caller can leave the event unmade.
 
-    Args:
-        observers: What to call.
-
     Attributes:
         instruments: Those of the observers that measure uses.
     """

@@ -48,14 +48,7 @@ Dial: TypeAlias = Callable[[Candidate], Coroutine[Any, Any, AnyConnection]]
 
 
 class UnansweredHosts:
-    """Which candidates did not answer.
-
-    Args:
-        clock: Measures for how long that counts.
-
-    Attributes:
-        clock: The same.
-    """
+    """Which candidates did not answer."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -230,10 +223,6 @@ class PinnedLoop:
     """An event loop whose connections to a host go to one of its addresses; TLS still asks for the host by its name.
 
     The driver keeps it with the connection, so that a request to cancel goes to the same address.
-
-    Args:
-        loop: The event loop.
-        address: Where to connect to.
     """
 
     __slots__ = ("_address", "_loop")

@@ -44,11 +44,6 @@ _WITHOUT_GOODBYE = frozenset(
 class Maintenance:
     """Keeps the resources of one pool fit, in the background.
 
-    Args:
-        context: Lifetimes, limits and the application's `reset`.
-        resources: Whose connections are kept.
-        connector: Opens them.
-
     Attributes:
         loop: The pool's event loop, once it is opened.
         closing: Whether connections are no longer kept.

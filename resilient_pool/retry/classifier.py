@@ -306,24 +306,7 @@ def _rule(
     not_before: float | None = None,
     only_for: float | None = None,
 ) -> Rule:
-    """Make a row of the table.
-
-    Args:
-        fault: The kind of trouble.
-        raised: Codes, side by side, or types; nothing for any error.
-        evidence: What the row recognises, in words for a reader; by default what is said.
-        outcome: What is known of the statement. Nothing, by default.
-        where: When the row applies. At any time, by default.
-        then: What becomes of the connection. `EXPIRE` discards it, and expires those opened before it.
-        says: How the message begins, or with "$" at its end the whole of it.
-        text: A pattern which the message must contain.
-        when: What else must hold.
-        recoded: Whether any code will do while connecting.
-        service: Who says it: the server, the driver, a pooler or a managed service.
-        known: How that is known.
-        not_before: For how many seconds it is useless to try again.
-        only_for: For how many seconds there is hope; after that it is final.
-    """
+    """Make a row of the table."""
     connection, others = (DISCARD, EXPIRE) if then is EXPIRE else (then, KEEP)
     codes, errors = (raised, ()) if isinstance(raised, str) else ("", raised)
     times = {"not_before": not_before, "only_for": only_for}
@@ -706,9 +689,6 @@ def refuses_question(error: BaseException) -> bool:
     """Say whether a server has refused a question of the pool's own in a way in which it will the next time, too.
 
     Databases that only speak PostgreSQL's protocol lack some of its functions and catalogs, and a role may not use all of them.
-
-    Args:
-        error: What the driver has raised, while the connection is still open.
     """
     return isinstance(error, driver.PostgresError) and _sqlstate_of(error)[:2] in _REFUSALS_FOR_GOOD
 
@@ -805,9 +785,6 @@ _CODES_OF_REFUSALS = frozenset({"28000", "08P01", "08006", "XX000", "58000", ""}
 def refuses_credentials(error: BaseException) -> bool:
     """Say whether a server or a pooler has refused a user name or a password, so that another one may be accepted.
 
-    Args:
-        error: What opening a connection has raised, or an error that wraps it.
-
     Returns:
         `True` for 28P01; for 28000 and the codes of poolers if the server's function or the message says so. `False` for a
         role or a database that does not exist, and for a host that `pg_hba.conf` does not let in.
@@ -832,11 +809,7 @@ _REFUSED_USER = re.compile(
 
 
 def refuses_user(error: BaseException) -> bool:
-    """Say whether a server or a pooler does not know a user, or does not let that one in: another one may be.
-
-    Args:
-        error: What opening a connection has raised, or an error that wraps it.
-    """
+    """Say whether a server or a pooler does not know a user, or does not let that one in: another one may be."""
     refusal = PostgresClassifier().unwrap(error)
     if not isinstance(refusal, driver.PostgresError) or _sqlstate_of(refusal) not in _CODES_OF_REFUSALS:
         return False
@@ -846,11 +819,7 @@ def refuses_user(error: BaseException) -> bool:
 
 
 def reports_closed_connection(error: BaseException) -> bool:
-    """Say whether the driver, and not a server, says that a connection is closed or was lost; it may be any connection.
-
-    Args:
-        error: What was raised, unwrapped.
-    """
+    """Say whether the driver, and not a server, says that a connection is closed or was lost; it may be any connection."""
     if isinstance(error, driver.ConnectionDoesNotExistError):
         return _severity_of(error) == ""
     return isinstance(error, driver.InterfaceError) and re.search(_CLOSED, _text_of(error)) is not None
@@ -858,9 +827,6 @@ def reports_closed_connection(error: BaseException) -> bool:
 
 def refuses_commit(error: BaseException) -> bool:
     """Say whether an answer to COMMIT is a refusal, so that the transaction is certain to be rolled back.
-
-    Args:
-        error: What the driver has raised for COMMIT.
 
     Returns:
         `True` for an ERROR of the server's own with a code that is no word about a lost connection. What ends the session

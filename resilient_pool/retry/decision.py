@@ -47,11 +47,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GiveUp:
-    """Let the error go to the caller.
-
-    Attributes:
-        reason: Why.
-    """
+    """Let the error go to the caller."""
 
     reason: GiveUpReason
 

@@ -222,11 +222,7 @@ class _Level:
 
 
 class _Change:
-    """Sees whether a text is one INSERT, UPDATE, DELETE or MERGE that calls nothing but what is known.
-
-    Attributes:
-        is_plain: Whether it is, so far.
-    """
+    """Sees whether a text is one INSERT, UPDATE, DELETE or MERGE that calls nothing but what is known."""
 
     def __init__(self, pure: frozenset[str]) -> None:
         self._allowed = _KNOWN_FUNCTIONS | _EFFECTS_OUTSIDE_THE_SESSION | pure
@@ -253,10 +249,6 @@ class _Change:
 
 class _Text:
     """One text, read from left to right.
-
-    Args:
-        pure: Functions that were declared.
-        but: Functions whose effects do not count.
 
     Attributes:
         is_plain: Whether everything called so far is known.

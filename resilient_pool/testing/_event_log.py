@@ -55,11 +55,7 @@ class LogEntry:
 
 
 class EventLog:
-    """Log and counters of one server.
-
-    Args:
-        now: When it starts, in the phase "awake".
-    """
+    """Log and counters of one server."""
 
     def __init__(self, now: float) -> None:
         self.phase: Phase = "awake"

@@ -178,10 +178,6 @@ class Guard:
     """A small process that stops the server and removes its files when this process ends, in whatever way.
 
     It waits for end of file on a pipe whose other end this process holds, so that even SIGKILL is noticed.
-
-    Args:
-        data: The server's data directory, where it writes its process id.
-        base: The directory to remove.
     """
 
     def __init__(self, data: Path, base: Path) -> None:

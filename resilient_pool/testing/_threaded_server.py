@@ -25,9 +25,6 @@ class LoopbackService(abc.ABC, Generic[RelayType]):
     """Listens, runs a relay for each connection, and closes all sockets at the end.
 
     Everything with a leading underscore but `_call_in_loop()` and `_run_coroutine()` belongs to the thread's event loop.
-
-    Args:
-        listen_port: Its own port; by default any.
     """
 
     host = "127.0.0.1"

@@ -45,16 +45,7 @@ _TEXTS = MappingProxyType(
 
 
 class PausableRelay(Relay):
-    """A relay that holds the client until `decide()` is called.
-
-    Args:
-        proxy_state: Where the server is, and whether TLS is offered.
-        client: The client's side.
-        number: Which attempt it is.
-        settings: What to add to the client's startup parameters.
-        on_outcome: Called with the number and the outcome; only the first outcome of a relay counts.
-        on_bytes: Called with the number of bytes that the client has sent.
-    """
+    """A relay that holds the client until `decide()` is called."""
 
     def __init__(
         self,

@@ -208,13 +208,7 @@ class Script:
             self._began = now
 
     def next(self, at: Point, now: float, sql: bytes = b"") -> Refusal | None:
-        """Find what is to be sent, and count it as sent.
-
-        Args:
-            at: Where a connection is.
-            now: The time, in seconds.
-            sql: The statement with its arguments, where there is one.
-        """
+        """Find what is to be sent, and count it as sent."""
         for number, line in enumerate(self._lines):
             if line.at is at and self._is_active(line, now) and line.is_meant_for(sql):
                 self._occasions[number] += 1
@@ -231,14 +225,6 @@ class Script:
 
 class ScriptedRelay(Relay):
     """A relay whose client is answered by a script where a line applies.
-
-    Args:
-        proxy_state: Where the server is, and whether TLS is offered.
-        client: The client's side.
-        number: Which connection it is, counted from 1.
-        script: The scripted answers.
-        statements: List to which the SQL of each execution is appended.
-        stub_server: What answers the rest, or None: the server of `proxy_state`.
 
     Attributes:
         was_admitted: Whether the script let the client's startup message pass.
