@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import asyncpg
 
-from resilient_pool.clock import Clock
 from resilient_pool.events import OutcomeResolved
 from resilient_pool.execution.read_check import ReadCheck
 from resilient_pool.pooling.acquire import Acquirer
@@ -344,13 +343,44 @@ class CommitResolver:
     async def _query_until(
         self, entry: PoolEntry[DriverConnection] | None, query_status: QueryStatus, deadline: float | None
     ) -> CommitStatus:
+        """Query until there is an answer or time is up, on the entry given, or another one while that cannot be mended."""
         if entry is not None and entry.resource is not None:
             entry.resource.invalidated = True
-        query = _StatusQuery(self, entry, query_status, self._clock.monotonic(), deadline)
+        began, insist = self._clock.monotonic(), False
+        # What is unknown stays unknown for ever, so a transaction that used all its time still gets a last word.
+        ends = max(began + _MIN_RESOLVE_TIME, began + 60.0 if deadline is None else deadline)
+        delays = self._context.config.backoff.delays()
         try:
-            return await query.run()
+            while True:
+                patient = self._clock.monotonic() < (began + ends) / 2
+                before, entry = entry, None  # while it is checked or replaced it may be lost
+                try:
+                    entry = await self._acquirer.keep_or_acquire(before, ends)
+                    status = await self._query_on(entry, query_status, insist=insist, patient=patient)
+                except Exception as error:  # noqa: BLE001 - a query that failed is repeated
+                    denied = isinstance(error, asyncpg.PostgresError) and _state(error)[:2] in _UNSUPPORTED
+                    status = CommitStatus.ELSEWHERE if denied else CommitStatus.IN_PROGRESS
+                if status not in (CommitStatus.IN_PROGRESS, CommitStatus.ELSEWHERE):
+                    return status
+                left = ends - self._clock.monotonic()
+                if left <= 0 or self._maintenance.closing:
+                    return CommitStatus.UNKNOWN
+                insist = True
+                await self._clock.sleep(min(next(delays), left))
         finally:
-            query.finish()
+            if entry is not None:
+                self._maintenance.reset_and_release_anywhere(entry)
+
+    @staticmethod
+    async def _query_on(
+        entry: PoolEntry[DriverConnection], query_status: QueryStatus, *, insist: bool, patient: bool
+    ) -> CommitStatus:
+        if entry.resource is None:
+            return CommitStatus.IN_PROGRESS
+        status = await query_status(entry.resource, insist, patient)
+        if status is CommitStatus.ELSEWHERE:
+            entry.resource.invalidated = True  # the next connection may lead to another server
+        return status
 
     async def _query_status(
         self, driver: DriverConnection, commit_token: CommitToken, *, insist: bool, patient: bool
@@ -417,28 +447,6 @@ class CommitResolver:
             return CommitStatus.UNKNOWN
         return interpret_token(token, fenced=row["fenced"], log=row["log"], now=row["now"])
 
-    async def acquire(self, entry: PoolEntry[DriverConnection] | None, deadline: float) -> PoolEntry[DriverConnection]:
-        """Return an entry with a healthy connection: this one if its connection is healthy or can be replaced."""
-        return await self._acquirer.keep_or_acquire(entry, deadline)
-
-    @property
-    def is_closing(self) -> bool:
-        """Whether the pool is closing, so that no connection is opened any more."""
-        return self._maintenance.closing
-
-    def release(self, entry: PoolEntry[DriverConnection]) -> None:
-        """Take back an entry that a query ran on."""
-        self._maintenance.reset_and_release_anywhere(entry)
-
-    @property
-    def clock(self) -> Clock:
-        """Whose time deadlines are counted in."""
-        return self._clock
-
-    def delays(self) -> Iterator[float]:
-        """Yield the waits between queries."""
-        return self._context.config.backoff.delays()
-
     # The log
 
     def prune(self) -> None:
@@ -459,61 +467,10 @@ class CommitResolver:
 
     async def _prune_on(self, entry: PoolEntry[DriverConnection]) -> None:
         done = None
-        while done != "DELETE 0" and entry.resource is not None and not self.is_closing:
+        while done != "DELETE 0" and entry.resource is not None and not self._maintenance.closing:
             done = await asyncpg.Connection.execute(
                 entry.resource.connection, _PRUNE.format(log=self._log), timeout=_MIN_RESOLVE_TIME
             )
-
-
-class _StatusQuery:
-    """One query, repeated until it is answered or time is up, and the entry that it runs on."""
-
-    def __init__(
-        self,
-        commit_resolver: CommitResolver,
-        entry: PoolEntry[DriverConnection] | None,
-        query_status: QueryStatus,
-        now: float,
-        deadline: float | None,
-    ) -> None:
-        self._commit_resolver = commit_resolver
-        self._entry = entry
-        self._query = query_status
-        # What is unknown stays unknown for ever, so a transaction that used all its time still gets a last word.
-        self._ends = max(now + _MIN_RESOLVE_TIME, now + 60.0 if deadline is None else deadline)
-        self._impatient_from = now + (self._ends - now) / 2
-
-    async def run(self) -> CommitStatus:
-        clock, delays, insist = self._commit_resolver.clock, self._commit_resolver.delays(), False
-        while True:
-            patient = clock.monotonic() < self._impatient_from
-            status = await self._query_status(insist=insist, patient=patient)
-            if status not in (CommitStatus.IN_PROGRESS, CommitStatus.ELSEWHERE):
-                return status
-            left = self._ends - clock.monotonic()
-            if left <= 0 or self._commit_resolver.is_closing:
-                return CommitStatus.UNKNOWN
-            insist = True
-            await clock.sleep(min(next(delays), left))
-
-    async def _query_status(self, *, insist: bool, patient: bool) -> CommitStatus:
-        entry, self._entry = self._entry, None  # while it is checked or replaced it may be lost
-        try:
-            self._entry = entry = await self._commit_resolver.acquire(entry, self._ends)
-            if entry.resource is None:
-                return CommitStatus.IN_PROGRESS
-            status = await self._query(entry.resource, insist, patient)
-        except Exception as error:  # noqa: BLE001 - a query that failed is repeated
-            denied = isinstance(error, asyncpg.PostgresError) and _state(error)[:2] in _UNSUPPORTED
-            return CommitStatus.ELSEWHERE if denied else CommitStatus.IN_PROGRESS
-        if status is CommitStatus.ELSEWHERE:
-            entry.resource.invalidated = True  # the next connection may lead to another server
-        return status
-
-    def finish(self) -> None:
-        entry, self._entry = self._entry, None
-        if entry is not None:
-            self._commit_resolver.release(entry)
 
 
 def is_fault_of_our_query(error: Exception, driver: DriverConnection) -> bool:
