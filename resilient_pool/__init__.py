@@ -72,57 +72,25 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": (
-        "AcquireTimeoutError",
-        "ConfigurationError",
-        "MigrationFailedError",
-        "MigrationLockedError",
-        "OutcomeUnknownError",
-        "PoolOverloadedError",
-        "ResilientPoolError",
-        "UnknownArgumentError",
-    ),
-    "events": (
-        "Event",
-        "Observer",
-    ),
-    "execution.connection": ("ResilientConnection",),
-    "execution.listener": ("Listener",),
-    "execution.notifications": (
-        "Gap",
-        "GapReason",
-        "Notification",
-    ),
-    "execution.transaction": (
-        "Attempt",
-        "RetriedTransaction",
-    ),
-    "migrations.run": (
-        "MigrationResult",
-        "run_migration",
-    ),
-    "observability.instrument": ("Instrument",),
-    "observability.stats": ("PoolStats",),
-    "observability.structlog_observer": ("StructlogObserver",),
-    "pool": (
-        "ResilientPool",
-        "create_pool",
-    ),
-    "retry.backoff": ("BackoffPolicy",),
-    "retry.classifier": ("PostgresClassifier",),
-    "retry.decision": ("RetryBudget",),
-    "retry.verdict": (
-        "Classifier",
-        "Disposition",
-        "Failure",
-        "Fault",
-        "Outcome",
-        "Phase",
-        "Verdict",
-    ),
-    "single_connection": ("connect",),
+    "errors": "AcquireTimeoutError ConfigurationError MigrationFailedError MigrationLockedError OutcomeUnknownError "
+    "PoolOverloadedError ResilientPoolError UnknownArgumentError",
+    "events": "Event Observer",
+    "execution.connection": "ResilientConnection",
+    "execution.listener": "Listener",
+    "execution.notifications": "Gap GapReason Notification",
+    "execution.transaction": "Attempt RetriedTransaction",
+    "migrations.run": "MigrationResult run_migration",
+    "observability.instrument": "Instrument",
+    "observability.stats": "PoolStats",
+    "observability.structlog_observer": "StructlogObserver",
+    "pool": "ResilientPool create_pool",
+    "retry.backoff": "BackoffPolicy",
+    "retry.classifier": "PostgresClassifier",
+    "retry.decision": "RetryBudget",
+    "retry.verdict": "Classifier Disposition Failure Fault Outcome Phase Verdict",
+    "single_connection": "connect",
 }
-_HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+_HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()}
 _MODULES = ("events", "profiles")
 
 

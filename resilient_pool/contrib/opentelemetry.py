@@ -207,55 +207,25 @@ _GAUGES: Sequence[_Metric] = (
     ("db.client.connection.pending_requests", "{request}", "Callers that wait now.", _one(lambda s: s.waiting)),
     ("resilient_pool.circuit.open", "1", "Whether the server is away: 1, else 0.", _one(lambda s: s.circuit_open)),
 )
+# fmt: off
 _COUNTERS: Sequence[_Metric] = (
-    (
-        "db.client.connection.timeouts",
-        "{timeout}",
-        "Callers whose time was up while they waited.",
-        _one(lambda s: s.wait_timeouts),
-    ),
+    ("db.client.connection.timeouts", "{timeout}", "Callers whose time was up while they waited.",
+     _one(lambda s: s.wait_timeouts)),
     ("resilient_pool.overloads", "{call}", "Callers refused because of max_waiting.", _one(lambda s: s.overloads)),
     ("resilient_pool.acquired", "{use}", "Connections handed to callers.", _one(lambda s: s.acquired)),
-    (
-        "resilient_pool.connect.failures",
-        "{attempt}",
-        "Attempts to open a connection that failed.",
-        _one(lambda s: s.connect_failures),
-    ),
-    (
-        "resilient_pool.discarded",
-        "{connection}",
-        "Connections closed, by reason.",
-        _each(lambda s: s.discarded, "resilient_pool.reason"),
-    ),
-    (
-        "resilient_pool.stale",
-        "{connection}",
-        "Connections found dead before use, by what showed it.",
-        _each(lambda s: {"socket": s.stale_found, "ping": s.pings_failed}, "resilient_pool.reason"),
-    ),
-    (
-        "resilient_pool.retries",
-        "{retry}",
-        "Further attempts scheduled, by fault.",
-        _each(lambda s: s.retries, "resilient_pool.fault"),
-    ),
-    (
-        "resilient_pool.exhausted",
-        "{operation}",
-        "Operations given up although waiting could have cured them.",
-        _one(lambda s: s.exhausted),
-    ),
-    (
-        "resilient_pool.outcomes",
-        "{operation}",
-        "Operations whose answer was lost, by what is known of them: committed, aborted, unknown.",
-        _each(_outcomes, "resilient_pool.outcome"),
-    ),
-    (
-        "resilient_pool.circuit.openings",
-        "{opening}",
-        "How often the server was found away.",
-        _one(lambda s: s.circuit_openings),
-    ),
+    ("resilient_pool.connect.failures", "{attempt}", "Attempts to open a connection that failed.",
+     _one(lambda s: s.connect_failures)),
+    ("resilient_pool.discarded", "{connection}", "Connections closed, by reason.",
+     _each(lambda s: s.discarded, "resilient_pool.reason")),
+    ("resilient_pool.stale", "{connection}", "Connections found dead before use, by what showed it.",
+     _each(lambda s: {"socket": s.stale_found, "ping": s.pings_failed}, "resilient_pool.reason")),
+    ("resilient_pool.retries", "{retry}", "Further attempts scheduled, by fault.",
+     _each(lambda s: s.retries, "resilient_pool.fault")),
+    ("resilient_pool.exhausted", "{operation}", "Operations given up although waiting could have cured them.",
+     _one(lambda s: s.exhausted)),
+    ("resilient_pool.outcomes", "{operation}", "Operations whose answer was lost, by what is known of them: committed, aborted, unknown.",
+     _each(_outcomes, "resilient_pool.outcome")),
+    ("resilient_pool.circuit.openings", "{opening}", "How often the server was found away.",
+     _one(lambda s: s.circuit_openings)),
 )
+# fmt: on

@@ -260,10 +260,6 @@ class ResilientDialect(PGDialect_asyncpg):
         args, given = super().create_connect_args(url.difference_update_query(options))  # type: ignore[no-untyped-call]
         return args, {**given, **typed}
 
-    def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
-        """Set the isolation of the next transactions, which those of a unit of work are not."""
-        super().set_isolation_level(dbapi_connection, level)  # type: ignore[no-untyped-call]
-
     def detect_autocommit_setting(self, dbapi_conn: Any) -> bool:
         """Say whether each statement commits by itself, which it never does in a unit of work."""
         return not dbapi_conn.is_in_unit and bool(super().detect_autocommit_setting(dbapi_conn))
@@ -518,10 +514,7 @@ class LeasePool(Pool):
         finally:
             _DESCRIBING.reset(token)
         if not isinstance(recipe, _Recipe):
-            raise ConfigurationError(
-                'creator= and a "do_connect" listener must not connect by themselves: a function that does goes into '
-                "connect_args={'connect': ...}"
-            )
+            raise ConfigurationError(_CONNECTS_ITSELF)
         return recipe
 
     async def _password(self) -> Any:
@@ -1076,10 +1069,6 @@ class _Unit(Attempt[Any]):
             await session.close()
         if connection is not None:
             await connection.close()
-
-    def abandon(self) -> None:
-        """Make an end of an attempt that has no session. The reset of its connection rolls back."""
-        self._loop.finish()
 
 
 class SessionAttempt:
