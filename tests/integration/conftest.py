@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import uuid
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from in_thread import serve_in_thread
@@ -36,3 +37,14 @@ def proxy(postgres: EmbeddedPostgres) -> Iterator[FaultProxy]:
     """A fault proxy of the test's own in front of PostgreSQL 18; `proxy.dsn(dsn)` leads through it."""
     with FaultProxy(postgres.host, postgres.port) as proxy:
         yield proxy
+
+
+@pytest.fixture
+async def table(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
+    """An empty table of one column `id`, without any constraint."""
+    name = f"t_{uuid.uuid4().hex}"
+    async with postgres.admin() as admin:
+        await admin.execute(f"CREATE TABLE {name} (id int)")
+    yield name
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP TABLE {name} CASCADE")

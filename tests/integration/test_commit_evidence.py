@@ -11,20 +11,11 @@ import uuid
 
 import asyncpg
 import pytest
+from waiting import eventually
 
 from resilient_pool import OutcomeUnknownError, ResilientPool
 from resilient_pool.events import OutcomeResolved
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
-
-
-@pytest.fixture
-async def table(postgres: EmbeddedPostgres):
-    name = f"t_{uuid.uuid4().hex}"
-    async with postgres.admin() as admin:
-        await admin.execute(f"CREATE TABLE {name} (id int)")
-    yield name
-    async with postgres.admin() as admin:
-        await admin.execute(f"DROP TABLE {name} CASCADE")
 
 
 @pytest.fixture
@@ -37,12 +28,6 @@ async def log(postgres: EmbeddedPostgres):
 
 async def nothing(connection):
     await connection.fetch("SELECT 1")
-
-
-async def until(condition):
-    async with asyncio.timeout(15):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def count(server, table="t"):
@@ -76,7 +61,7 @@ async def crashed_and_asked_again(proxy, table, log, server, meanwhile):
     async with ResilientPool(proxy.dsn(server.dsn()), max_size=1, deadline=20.0, commit_log=log) as pool:
         await pool.run_in_transaction(nothing)
         running = asyncio.create_task(pool.run_in_transaction(lost_after(proxy, table, runs)))
-        await until(lambda: proxy.fired)
+        await eventually(lambda: proxy.fired)
         await server.restart("immediate")
         await meanwhile()
         proxy.accept()
@@ -184,7 +169,7 @@ async def test_a_standbys_word_is_not_the_last(server, with_log, target):
             ) as pool:
                 await pool.run_in_transaction(nothing)
                 running = asyncio.create_task(pool.run_in_transaction(lost_after(proxy, "t", runs, hang=True)))
-                await until(lambda: proxy.fired)
+                await eventually(lambda: proxy.fired)
                 await asyncio.sleep(0.2)
                 await server.stop("fast")
                 proxy.refuse()
@@ -241,7 +226,7 @@ async def lose_to_a_stranger(server, standby):
                 proxy.swallow_next_answer(matching=b"COMMIT")
 
             running = asyncio.create_task(pool.run_in_transaction(block))
-            await until(lambda: proxy.fired)
+            await eventually(lambda: proxy.fired)
             await server.stop("immediate")
             async with standby.admin() as follower:
                 await follower.fetchval("SELECT pg_promote(wait => true)")
@@ -435,7 +420,7 @@ async def test_exactly_once_is_not_applied_twice_on_a_pool_that_repeats_what_is_
             await pool.run_in_transaction(nothing)
             proxy.swallow_next_answer("hang", matching=b"COMMIT")
             running = asyncio.create_task(pool.execute("INSERT INTO t VALUES (1)", exactly_once=True))
-            await until(lambda: proxy.fired)
+            await eventually(lambda: proxy.fired)
             await asyncio.sleep(0.2)
             await server.restart("immediate")
             proxy.rst()

@@ -8,6 +8,7 @@ import uuid
 
 import asyncpg
 import pytest
+from waiting import eventually
 
 from resilient_pool import OutcomeUnknownError, ResilientPool
 from resilient_pool.events import OutcomeResolved
@@ -52,12 +53,6 @@ async def opened(server, proxy, **arguments):
         except BaseException:
             pool.terminate()  # closing would wait for what was lost
             raise
-
-
-async def eventually(ask):
-    async with asyncio.timeout(10):
-        while not await ask():
-            await asyncio.sleep(0.01)
 
 
 async def nothing(connection):

@@ -7,19 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import asyncpg
 import pytest
+from waiting import eventually
 
 from resilient_pool.testing import EmbeddedPostgres
-
-
-async def eventually(condition: Callable[[], object], limit: float = 10.0) -> None:
-    async with asyncio.timeout(limit):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def alive(pid: int) -> bool:

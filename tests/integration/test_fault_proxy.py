@@ -8,11 +8,11 @@ import io
 import socket
 import struct
 import time
-from collections.abc import Callable
 
 import asyncpg
 import pytest
 import uvloop
+from waiting import eventually
 
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy, TlsCertificates
 from resilient_pool.testing._relay import _reset
@@ -74,12 +74,6 @@ async def ledger(postgres: EmbeddedPostgres):
             return [row["entry"] for row in await connection.fetch("SELECT entry FROM ledger ORDER BY entry")]
 
         yield entries
-
-
-async def eventually(condition: Callable[[], object], limit: float = 10.0) -> None:
-    async with asyncio.timeout(limit):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def gone(postgres: EmbeddedPostgres, pid: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-import uuid
 
 import asyncpg
 import pytest
@@ -93,16 +92,6 @@ async def pool(relay: Relay):
         host="127.0.0.1", port=relay.port, user="postgres", database="postgres", ssl=False, deadline=10.0
     ) as pool:
         yield pool
-
-
-@pytest.fixture
-async def table(postgres: EmbeddedPostgres):
-    name = f"t_{uuid.uuid4().hex}"
-    async with postgres.admin() as admin:
-        await admin.execute(f"CREATE TABLE {name} (id int)")
-    yield name
-    async with postgres.admin() as admin:
-        await admin.execute(f"DROP TABLE {name}")
 
 
 async def idle_connections(pool, number):

@@ -9,6 +9,7 @@ import os
 
 import asyncpg
 import pytest
+from waiting import eventually
 
 from resilient_pool import AcquireTimeoutError, ConfigurationError, Gap, GapReason, Notification, ResilientPool
 
@@ -37,12 +38,6 @@ async def taken(listener, count):
             item = await anext(listener)
             items.append(item.payload if isinstance(item, Notification) else item)
     return items
-
-
-async def eventually(condition):
-    async with asyncio.timeout(10):
-        while not await condition():
-            await asyncio.sleep(0.005)
 
 
 async def end_sessions(sender):

@@ -14,6 +14,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from waiting import eventually
 
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy, PausingServer, TlsCertificates
 
@@ -53,12 +54,6 @@ async def connect(postgres: EmbeddedPostgres):
     yield connect
     for connection in opened:
         connection.terminate()
-
-
-async def eventually(condition, limit: float = 10.0) -> None:
-    async with asyncio.timeout(limit):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def attempt_until_served(server: PausingServer, connect, pace: float = 0.05) -> Counter[str]:

@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 from test_other_servers import containing, lines
 from test_poolers import Proxy
+from waiting import eventually
 
 from resilient_pool import ResilientPool, profiles
 from resilient_pool.events import DiscardReason
@@ -31,12 +32,6 @@ def in_front_of(postgres: EmbeddedPostgres, *script: Refusal, **arguments: objec
     return ScriptedServer(*script, host=postgres.host, port=postgres.port, **arguments)
 
 
-async def until(condition) -> None:
-    async with asyncio.timeout(LIMIT):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 # Times
 
 
@@ -49,7 +44,7 @@ async def test_nothing_is_open_any_more_when_the_service_would_cut_it(postgres, 
             await asyncio.gather(*(pool.fetchval("SELECT pg_sleep(0.02)") for _ in range(3)))
             opened = pool.stats().opened
             await clock.run(EXPLAINED[name].idle_cut - 1)
-            await until(lambda: server.open_connections == 0)
+            await eventually(lambda: server.open_connections == 0)
             assert await pool.fetchval("SELECT 1") == 1
             stats = pool.stats()
             assert stats.discarded == {DiscardReason.IDLE: opened}

@@ -14,17 +14,6 @@ from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 
 @pytest.fixture
-async def table(postgres: EmbeddedPostgres):
-    """An empty table of one column."""
-    name = f"t_{uuid.uuid4().hex}"
-    async with postgres.admin() as admin:
-        await admin.execute(f"CREATE TABLE {name} (id int)")
-    yield name
-    async with postgres.admin() as admin:
-        await admin.execute(f"DROP TABLE {name}")
-
-
-@pytest.fixture
 async def reporter(postgres: EmbeddedPostgres):
     """A role whose transactions are read-only by default."""
     name = f"r_{uuid.uuid4().hex}"

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import io
 import time
-import uuid
 
 import asyncpg
 import pytest
@@ -14,23 +13,6 @@ import pytest
 from resilient_pool import OutcomeUnknownError, ResilientPool, RetryBudget
 from resilient_pool.events import PoolerDetected, RetryScheduled
 from resilient_pool.testing import EmbeddedPostgres, FaultProxy
-
-
-@pytest.fixture
-async def table(postgres: EmbeddedPostgres):
-    """An empty table of one column, without any constraint."""
-    name = f"t_{uuid.uuid4().hex}"
-    async with postgres.admin() as admin:
-        await admin.execute(f"CREATE TABLE {name} (id int)")
-    yield name
-    async with postgres.admin() as admin:
-        await admin.execute(f"DROP TABLE {name} CASCADE")
-
-
-@pytest.fixture
-def proxy(postgres: EmbeddedPostgres):
-    with FaultProxy(postgres.host, postgres.port) as proxy:
-        yield proxy
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from typing import ClassVar
 
 import asyncpg
@@ -17,17 +16,6 @@ from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 class ApplicationError(Exception):
     """Something of the application's own."""
-
-
-@pytest.fixture
-async def table(postgres: EmbeddedPostgres):
-    """An empty table of one column, without any constraint."""
-    name = f"t_{uuid.uuid4().hex}"
-    async with postgres.admin() as admin:
-        await admin.execute(f"CREATE TABLE {name} (id int)")
-    yield name
-    async with postgres.admin() as admin:
-        await admin.execute(f"DROP TABLE {name} CASCADE")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, NotSupportedError, SAWarn
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
+from waiting import eventually
 
 from resilient_pool import ResilientPool
 from resilient_pool.contrib.sqlalchemy import engine_on, pool_of
@@ -43,12 +44,6 @@ async def make_engine(dsn):
 @pytest.fixture
 async def engine(make_engine):
     return make_engine(pool_size=2, max_overflow=0)
-
-
-async def eventually(condition):
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def ask(engine, statement=PID):

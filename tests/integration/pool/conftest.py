@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 import asyncpg
 import pytest
 import uvloop
+from waiting import eventually
 
 from resilient_pool import ResilientPool
 
@@ -67,19 +68,10 @@ async def bystander(dsn: str) -> AsyncIterator[asyncpg.Connection]:
         await connection.close()
 
 
-@pytest.fixture
-async def eventually() -> Eventually:
+@pytest.fixture(name="eventually")
+def eventually_() -> Eventually:
     """Wait until a condition, plain or awaitable, holds; fail after ten seconds."""
-
-    async def holds(condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(10):
-            while True:
-                answer = condition()
-                if await answer if isinstance(answer, Awaitable) else answer:
-                    return
-                await asyncio.sleep(0.005)
-
-    return holds
+    return eventually
 
 
 @pytest.fixture
