@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import asyncpg
 
@@ -28,26 +28,6 @@ _TOLERATED_SKEW = 2.0
 _MARGIN = 5.0
 _CONNECT_TIMEOUT = 10.0
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
-
-_PAGES: Mapping[str, str] = MappingProxyType(
-    {
-        "dsn": "docs/reference/arguments.md",
-        "server": "docs/services.md",
-        "profile": "docs/services.md",
-        "server version": "docs/transactions.md",
-        "idle sessions": "docs/connections.md",
-        "pausing": "docs/serverless.md",
-        "connections": "docs/tuning.md",
-        "keepalive": "docs/connections.md",
-        "pooler": "docs/poolers.md",
-        "encryption": "docs/symptoms.md#certificate",
-        "durability": "docs/transactions.md",
-        "permissions": "docs/transactions.md",
-        "clock": "docs/transactions.md",
-        "role": "docs/symptoms.md#read-only",
-    }
-)
-"""What explains each check."""
 
 # One query each, since a server that only speaks PostgreSQL's protocol may refuse any of them.
 _QUESTIONS: Mapping[str, str] = MappingProxyType(
@@ -133,7 +113,7 @@ class Finding:
     @property
     def page(self) -> str:
         """The page of the documentation that explains it."""
-        return _PAGES[self.check]
+        return "docs/reference/arguments.md" if self.check == "dsn" else _CHECKS[self.check][1]
 
 
 async def examine(
@@ -215,36 +195,31 @@ def _refusals(dsn: SealedDsn) -> Iterator[Finding]:
 
 def diagnose(facts: Facts, config: PoolConfig) -> tuple[Finding, ...]:
     """Judge what is known of a server and of a pool's configuration, without asking the server."""
-    found = (
-        _profile(config),
-        _server(facts),
-        _version(facts),
-        _idle_sessions(facts, config),
-        _pausing(config),
-        _connections(facts, config),
-        _keepalive(config),
-        _pooler(facts, config),
-        _encryption(facts),
-        _durability(facts),
-        _permissions(facts),
-        _clock(facts),
-        _role_of_server(facts, config),
-    )
-    return tuple(finding for finding in found if finding is not None)
+    judged = ((check, judge(facts, config)) for check, (judge, _) in _CHECKS.items())
+    return tuple(Finding(check=check, **said._asdict()) for check, said in judged if said is not None)
 
 
-def _server(facts: Facts) -> Finding | None:
+class _Judgement(NamedTuple):
+    """What one check finds; see `Finding`."""
+
+    level: Level
+    text: str
+    change: str = ""
+    details: tuple[str, ...] = ()
+
+
+def _server(facts: Facts, _config: PoolConfig) -> _Judgement | None:
     if not facts.unsaid:
         return None
     text = f"it does not say what PostgreSQL says, or not to our role ({', '.join(facts.unsaid)}): nothing is found out about that"
-    return Finding(check="server", level="advice", text=text, change="a profile, if it is not PostgreSQL itself")
+    return _Judgement("advice", text, "a profile, if it is not PostgreSQL itself")
 
 
-def _profile(config: PoolConfig) -> Finding:
+def _profile(_facts: Facts, config: PoolConfig) -> _Judgement:
     """Name the profile that fits, and what it would change of what is known of the application's pool."""
-    check, name = "profile", profiles.fitting(config.host or (), config.port or ())
+    name = profiles.fitting(config.host or (), config.port or ())
     if name is None:
-        return Finding(check=check, level="ok", text="no profile of this package's is known to fit the host's name")
+        return _Judgement("ok", "no profile of this package's is known to fit the host's name")
     profile = profiles.EXPLAINED[name]
     fits = f"profiles.{name} fits ({profile.service})"
     differs = tuple(
@@ -253,10 +228,9 @@ def _profile(config: PoolConfig) -> Finding:
         if not _agrees(config, argument, choice.value)
     )
     if not differs:
-        return Finding(check=check, level="ok", text=f"{fits}, and changes nothing of what the DSN and the options say")
+        return _Judgement("ok", f"{fits}, and changes nothing of what the DSN and the options say")
     text = f"{fits}; beside what the DSN and the options say it has"
-    change = f"ResilientPool(dsn, **profiles.{name})"
-    return Finding(check=check, level="advice", text=text, details=differs, change=change)
+    return _Judgement("advice", text, f"ResilientPool(dsn, **profiles.{name})", differs)
 
 
 def _agrees(config: PoolConfig, argument: str, value: object) -> bool:
@@ -272,142 +246,146 @@ def _with(config: PoolConfig, name: str) -> str:
     return f"with the default {name} ({value:g})" if value == default else f"with {name}={value:g}"
 
 
-def _version(facts: Facts) -> Finding | None:
+def _version(facts: Facts, _config: PoolConfig) -> _Judgement | None:
     if facts.version is None:
         return None
-    check, major = "server version", facts.version // 10000
+    major = facts.version // 10000
     if major < _RESOLVES_COMMITS:
         text = f"PostgreSQL {major} cannot be asked what became of a COMMIT in the way that this package asks"
-        return Finding(check=check, level="problem", text=text, change="upgrade, or pass resolve_commit=False")
+        return _Judgement("problem", text, "upgrade, or pass resolve_commit=False")
     if not facts.resolves:
         text = f"it says that it is PostgreSQL {major}, but cannot be asked what became of a COMMIT: if lost, it is unknown"
         change = "let what must not be applied twice find out by itself whether it was: by a unique key, say"
-        return Finding(check=check, level="advice", text=text, change=change)
+        return _Judgement("advice", text, change)
     text = f"PostgreSQL {major}: a COMMIT whose answer was lost can be resolved, except after a crash or a failover"
     if major >= _OLDEST_TESTED:
-        return Finding(check=check, level="ok", text=f"{text}; a pool with commit_log= resolves it then too")
+        return _Judgement("ok", f"{text}; a pool with commit_log= resolves it then too")
     text += f"; this package is tested on {_OLDEST_TESTED} and newer"
-    return Finding(check=check, level="advice", text=text, change=f"upgrade to PostgreSQL {_OLDEST_TESTED} or newer")
+    return _Judgement("advice", text, f"upgrade to PostgreSQL {_OLDEST_TESTED} or newer")
 
 
-def _idle_sessions(facts: Facts, config: PoolConfig) -> Finding | None:
+def _idle_sessions(facts: Facts, config: PoolConfig) -> _Judgement | None:
     if "idle" in facts.unsaid:
         return None
-    check, lifetime = "idle sessions", config.max_inactive_connection_lifetime
     if not facts.idle:
-        return Finding(check=check, level="ok", text="the server ends no idle sessions by itself")
+        return _Judgement("ok", "the server ends no idle sessions by itself")
     known = f"the server ends sessions that are idle for {facts.idle:g} s (idle_session_timeout)"
+    lifetime = config.max_inactive_connection_lifetime
     if lifetime and lifetime < facts.idle:
-        text = f"{known}; the pool closes its own before, {_with(config, 'max_inactive_connection_lifetime')}"
-        return Finding(check=check, level="ok", text=text)
-    return Finding(
-        check=check,
-        level="advice",
-        text=f"{known}, before the pool closes them by itself; each costs a new connection at its next use",
-        change=f"max_inactive_connection_lifetime={max(facts.idle - _MARGIN, facts.idle / 2):g}",
-    )
+        setting = _with(config, "max_inactive_connection_lifetime")
+        return _Judgement("ok", f"{known}; the pool closes its own before, {setting}")
+    text = f"{known}, before the pool closes them by itself; each costs a new connection at its next use"
+    change = f"max_inactive_connection_lifetime={max(facts.idle - _MARGIN, facts.idle / 2):g}"
+    return _Judgement("advice", text, change)
 
 
-def _pausing(config: PoolConfig) -> Finding:
+def _pausing(_facts: Facts, config: PoolConfig) -> _Judgement:
     if config.min_size:
         text = f"min_size={config.min_size} keeps connections open, and a serverless database awake"
-        return Finding(check="pausing", level="advice", text=text, change="min_size=0, if the database should pause")
+        return _Judgement("advice", text, "min_size=0, if the database should pause")
     if not config.max_inactive_connection_lifetime:
         text = "max_inactive_connection_lifetime=0 keeps idle connections open, and a serverless database awake"
-        change = "max_inactive_connection_lifetime=50, if the database should pause"
-        return Finding(check="pausing", level="advice", text=text, change=change)
-    text = f"{_with(config, 'min_size')}, an idle pool keeps nothing open, so the database can pause"
-    return Finding(check="pausing", level="ok", text=text)
+        return _Judgement("advice", text, "max_inactive_connection_lifetime=50, if the database should pause")
+    return _Judgement("ok", f"{_with(config, 'min_size')}, an idle pool keeps nothing open, so the database can pause")
 
 
-def _connections(facts: Facts, config: PoolConfig) -> Finding | None:
+def _connections(facts: Facts, config: PoolConfig) -> _Judgement | None:
     if facts.connections is None or facts.pooler:  # a pooler's limit is its own
         return None
-    check, known = "connections", f"the server lets {facts.connections} clients in (max_connections, less its reserve)"
+    known = f"the server lets {facts.connections} clients in (max_connections, less its reserve)"
     processes = facts.connections // config.max_size
     if not processes:
         text = f"{known}: fewer than one pool may open, {_with(config, 'max_size')}"
-        return Finding(
-            check=check, level="advice", text=text, change=f"max_size={facts.connections} or less, or a pooler"
-        )
+        return _Judgement("advice", text, f"max_size={facts.connections} or less, or a pooler")
     plural = "" if processes == 1 else "es"
-    return Finding(
-        check=check, level="ok", text=f"{known}: enough for {processes} process{plural} {_with(config, 'max_size')}"
-    )
+    return _Judgement("ok", f"{known}: enough for {processes} process{plural} {_with(config, 'max_size')}")
 
 
-def _keepalive(config: PoolConfig) -> Finding:
+def _keepalive(_facts: Facts, config: PoolConfig) -> _Judgement:
     if config.tcp_keepalive and config.tcp_user_timeout is not None:
-        text = f"a server that vanishes is noticed within seconds, {_with(config, 'tcp_user_timeout')}"
-        return Finding(check="keepalive", level="ok", text=text)
-    text = "a server that vanishes without a word may hang a query for a quarter of an hour"
-    return Finding(check="keepalive", level="advice", text=text, change="tcp_keepalive=True, tcp_user_timeout=30")
-
-
-def _pooler(facts: Facts, config: PoolConfig) -> Finding:
-    if not facts.pooler:
-        return Finding(check="pooler", level="ok", text="no pooler stands in between; prepared statements are safe")
-    if config.statement_cache_size:
-        return Finding(
-            check="pooler",
-            level="problem",
-            text="a pooler stands in between, and named prepared statements can return another query's result there",
-            change="statement_cache_size=0, or leave it out",
+        return _Judgement(
+            "ok", f"a server that vanishes is noticed within seconds, {_with(config, 'tcp_user_timeout')}"
         )
-    text = "a pooler stands in between; the pool does without named prepared statements"
-    return Finding(check="pooler", level="ok", text=text)
+    text = "a server that vanishes without a word may hang a query for a quarter of an hour"
+    return _Judgement("advice", text, "tcp_keepalive=True, tcp_user_timeout=30")
 
 
-def _encryption(facts: Facts) -> Finding | None:
+def _pooler(facts: Facts, config: PoolConfig) -> _Judgement:
+    if not facts.pooler:
+        return _Judgement("ok", "no pooler stands in between; prepared statements are safe")
+    if not config.statement_cache_size:
+        return _Judgement("ok", "a pooler stands in between; the pool does without named prepared statements")
+    text = "a pooler stands in between, and named prepared statements can return another query's result there"
+    return _Judgement("problem", text, "statement_cache_size=0, or leave it out")
+
+
+def _encryption(facts: Facts, _config: PoolConfig) -> _Judgement | None:
     if facts.tls is None:
         return None
     if facts.tls:
-        return Finding(check="encryption", level="ok", text=f"the connection is encrypted ({facts.tls_version})")
+        return _Judgement("ok", f"the connection is encrypted ({facts.tls_version})")
     if facts.remote and not facts.pooler:
         text = "the connection comes over a network and is not encrypted"
-        return Finding(check="encryption", level="advice", text=text, change="sslmode=verify-full, or at least require")
-    text = "the server sees no encryption, on a connection from the same machine or a pooler's"
-    return Finding(check="encryption", level="ok", text=text)
+        return _Judgement("advice", text, "sslmode=verify-full, or at least require")
+    return _Judgement("ok", "the server sees no encryption, on a connection from the same machine or a pooler's")
 
 
-def _durability(facts: Facts) -> Finding | None:
+def _durability(facts: Facts, _config: PoolConfig) -> _Judgement | None:
     if facts.synchronous_commit is None:
         return None
     if facts.synchronous_commit != "off":
         text = f"synchronous_commit is {facts.synchronous_commit}: what was committed survives a crash of the server"
-        return Finding(check="durability", level="ok", text=text)
+        return _Judgement("ok", text)
     text = "synchronous_commit is off: a crash of the server loses what it has just said it committed"
-    return Finding(check="durability", level="advice", text=text, change="synchronous_commit=on")
+    return _Judgement("advice", text, "synchronous_commit=on")
 
 
-def _permissions(facts: Facts) -> Finding | None:
+def _permissions(facts: Facts, _config: PoolConfig) -> _Judgement | None:
     if facts.may_terminate is None:
         return None
     if facts.may_terminate:
-        return Finding(check="permissions", level="ok", text=f"{facts.role} may terminate other roles' sessions")
-    text = (
+        return _Judgement("ok", f"{facts.role} may terminate other roles' sessions")
+    return _Judgement(
+        "ok",
         f"{facts.role} may terminate its own sessions, but not other roles'; should it have to end what holds up a "
-        f"migration, that takes GRANT pg_signal_backend TO {facts.role}"
+        f"migration, that takes GRANT pg_signal_backend TO {facts.role}",
     )
-    return Finding(check="permissions", level="ok", text=text)
 
 
-def _clock(facts: Facts) -> Finding | None:
+def _clock(facts: Facts, _config: PoolConfig) -> _Judgement | None:
     if facts.skew is None:
         return None
     text = f"the server's clock and this machine's differ by {abs(facts.skew):.1f} s"
     if abs(facts.skew) <= _TOLERATED_SKEW:
-        return Finding(check="clock", level="ok", text=text)
+        return _Judgement("ok", text)
     change = "synchronise both with NTP; the pool does not mind, but passwords and tokens that expire do"
-    return Finding(check="clock", level="advice", text=text, change=change)
+    return _Judgement("advice", text, change)
 
 
-def _role_of_server(facts: Facts, config: PoolConfig) -> Finding | None:
+def _role_of_server(facts: Facts, config: PoolConfig) -> _Judgement | None:
     if facts.standby is None:
         return None
-    wanted = config.target_session_attrs
-    if facts.standby and wanted not in ("standby", "read-only", "prefer-standby"):
+    if facts.standby and config.target_session_attrs not in ("standby", "read-only", "prefer-standby"):
         text = "the server is a standby and accepts no writes"
-        return Finding(check="role", level="problem", text=text, change="another host, or target_session_attrs=primary")
-    kind: Sequence[str] = ("primary", "standby")
-    return Finding(check="role", level="ok", text=f"the server is a {kind[facts.standby]}")
+        return _Judgement("problem", text, "another host, or target_session_attrs=primary")
+    return _Judgement("ok", f"the server is a {'standby' if facts.standby else 'primary'}")
+
+
+_CHECKS: Mapping[str, tuple[Callable[[Facts, PoolConfig], _Judgement | None], str]] = MappingProxyType(
+    {
+        "profile": (_profile, "docs/services.md"),
+        "server": (_server, "docs/services.md"),
+        "server version": (_version, "docs/transactions.md"),
+        "idle sessions": (_idle_sessions, "docs/connections.md"),
+        "pausing": (_pausing, "docs/serverless.md"),
+        "connections": (_connections, "docs/tuning.md"),
+        "keepalive": (_keepalive, "docs/connections.md"),
+        "pooler": (_pooler, "docs/poolers.md"),
+        "encryption": (_encryption, "docs/symptoms.md#certificate"),
+        "durability": (_durability, "docs/transactions.md"),
+        "permissions": (_permissions, "docs/transactions.md"),
+        "clock": (_clock, "docs/transactions.md"),
+        "role": (_role_of_server, "docs/symptoms.md#read-only"),
+    }
+)
+"""By its name, what each check does, and which page explains it; in the order in which they are shown."""
