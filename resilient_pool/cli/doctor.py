@@ -126,13 +126,6 @@ async def examine(
 ) -> tuple[Finding, ...]:
     """Wait for a database, query it, and return findings on it and on the DSN.
 
-    Args:
-        dsn: Where it is, sealed.
-        deadline: How many seconds to wait for it.
-        backoff: When to try again meanwhile.
-        observers: Get the events of the waiting pool.
-        arguments: Other arguments of the application's pool to check.
-
     Raises:
         ConfigurationError: The DSN or an argument is wrong.
         Exception: The driver's own error, if the database was never available.

@@ -59,15 +59,7 @@ def option(
     factory: Callable[[], object] | None = None,
     shown: str | None = None,
 ) -> Any:
-    """Make a field of `PoolConfig`.
-
-    Args:
-        default: Its default, unless there is a `factory`.
-        kind: What its value may be.
-        meaning: What it bounds or chooses, for documentation.
-        factory: Makes the default.
-        shown: The default as documentation shows it. Default: its `repr`.
-    """
+    """Make a field of `PoolConfig`; `shown` is its default as documentation writes it, by default its `repr`."""
     metadata = {"kind": kind, "meaning": meaning, "default": shown}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)

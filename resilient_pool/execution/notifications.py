@@ -60,14 +60,7 @@ class Gap:
 
 
 class _OpenGap:
-    """A gap that is not given out yet, and may still grow.
-
-    Attributes:
-        reason: See `Gap`.
-        since: Since when, on the line of `Clock.now()`.
-        until: Until when; `None` for the moment at which it is given out.
-        missed: See `Gap`.
-    """
+    """A gap that is not given out yet, and may still grow; without `until` it lasts until it is given out."""
 
     __slots__ = ("missed", "reason", "since", "until")
 

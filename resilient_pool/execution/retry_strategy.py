@@ -261,12 +261,9 @@ class RetryStrategy:
         )
 
     async def wait_for_retry(self, execution: Execution[T], error: Exception, *, holds: bool = False) -> None:
-        """Wait as long as is to be waited before the next attempt, and begin it. Raises as `next_delay` does.
+        """Wait before the next attempt, and begin it; raises as `next_delay` does.
 
-        Args:
-            execution: What failed.
-            error: How it failed this time.
-            holds: Whether the connection of the attempt is still the caller's: see `judge`.
+        `holds` says that the connection of the failed attempt is still the caller's: see `judge`.
         """
         delay = await self.judge(execution, error) if holds else self.next_delay(execution, error)
         await self._clock.sleep(delay)

@@ -40,9 +40,7 @@ _AFTER_THE_END = 1.0
 def request_to_run(command: Sequence[str], dsn: Secret | None) -> Secret:
     """Return the request to the supervisor; no stack frame and no argument list shows its content.
 
-    Args:
-        command: The program and its arguments.
-        dsn: What `DATABASE_URL` says to it; `None` leaves that as it is in this process.
+    Without a `dsn`, `DATABASE_URL` stays as it is in this process.
     """
     variables = {} if dsn is None else {"DATABASE_URL": _as_latin1(dsn.reveal())}
     return Secret(json.dumps({"command": [_as_latin1(word) for word in command], "environment": variables}))
@@ -205,11 +203,7 @@ class OutputLines:
     """Makes lines of a command's output.
 
     A secret may be cut in two between two reads, but not between two lines, so that nothing is emitted before its line has
-    ended. A line of more than 65536 bytes is cut short.
-
-    Args:
-        secrets: What is known to be secret.
-        sink: Is given each line. It must not raise; see `never_failing`.
+    ended. A line of more than 65536 bytes is cut short. The sink must not raise: see `never_failing`.
 
     Attributes:
         scanner: What the lines say about connecting; it gets them as they were written.

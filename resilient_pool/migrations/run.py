@@ -191,12 +191,7 @@ class _ConnectFailed(Exception):  # noqa: N818 - it never leaves this module
 
 
 class _Task(Protocol):
-    """What is run.
-
-    Attributes:
-        name: Its name in events and errors.
-        may_be_repeated: Whether `attempt` may raise `_ConnectFailed`.
-    """
+    """What is run; only where it `may_be_repeated`, `attempt` raises `_ConnectFailed`."""
 
     name: str
     may_be_repeated: bool

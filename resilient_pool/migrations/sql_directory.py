@@ -69,15 +69,7 @@ _RUN_CODE = frozenset({"call", "do"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SqlFile:
-    """One file.
-
-    Attributes:
-        name: Its name in the directory.
-        sql: What it holds.
-        checksum: SHA-256 of that, with line ends as Unix writes them.
-        transactional: Whether it runs in a transaction.
-        statements: What was found in it.
-    """
+    """One file; its checksum is SHA-256 of the text, with line ends as Unix writes them."""
 
     name: str
     sql: str

@@ -64,12 +64,7 @@ class Connector:
         return len(self._target.host or ()) > 1 and self._target.target_session_attrs in (None, "any")
 
     def describe(self, error: Exception, *, waking: bool = False) -> Failure:
-        """Say what was seen of a connection that could not be opened.
-
-        Args:
-            error: What `open` has raised, or what one of several hosts has answered.
-            waking: Whether the server may be waking up.
-        """
+        """Say what was seen of a connection that could not be opened."""
         init_error, why = self._init_failure or (None, None)
         initializing = error is init_error
         if initializing:
@@ -396,12 +391,7 @@ def _is_mismatched(error: Exception) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Login:
-    """Whom to connect as.
-
-    Attributes:
-        user: The user's name; `None` for the driver's choice.
-        password: The password; `None` if there is none.
-    """
+    """Whom to connect as; what is `None` is left to the driver."""
 
     user: str | None
     password: Secret | None

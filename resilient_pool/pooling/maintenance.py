@@ -167,10 +167,6 @@ class Maintenance:
     ) -> asyncio.Task[None] | None:
         """Take back an entry whose session may have changed: reset it in the background, or give it up.
 
-        Args:
-            entry: The entry.
-            seconds: How long the reset may take; by default `reset_timeout`.
-
         Returns:
             The reset. No caller has to wait for it, and one that does must not cancel it. `None` if there is nothing to
             reset.

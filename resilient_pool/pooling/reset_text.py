@@ -38,10 +38,6 @@ def as_text(statements: Iterable[str]) -> str:
 async def execute_each(execute: Callable[[str], Awaitable[object]], statements: Iterable[str]) -> tuple[str, ...]:
     """Execute statements one by one, and return those that the server has, or what it has in their place.
 
-    Args:
-        execute: Sends one statement.
-        statements: Of `ROLES`, `POSTGRESQL`, or others, which the server must have.
-
     Raises:
         asyncpg.PostgresError: A statement failed that cannot be left out.
     """

@@ -82,12 +82,7 @@ class Sighting:
 
 
 class Where(NamedTuple):
-    """When a rule applies.
-
-    Attributes:
-        phases: In which phases.
-        lost: Whether the connection must, or must not, have ended with the error; `None` means either.
-    """
+    """When a rule applies: in which phases, and whether the connection must, or must not, have ended with the error."""
 
     phases: frozenset[Phase]
     lost: bool | None = None

@@ -36,12 +36,7 @@ class Backslash(Enum):
 
 
 class Token(NamedTuple):
-    """One token.
-
-    Attributes:
-        kind: What it is.
-        text: What it says; empty for literals, whose content never matters.
-    """
+    """One token. That of a literal has no text: its content never matters."""
 
     kind: Kind
     text: str

@@ -41,12 +41,7 @@ rm -rf "$2" || { sleep 1; rm -rf "$2"; }
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """The operating system's user that the server runs as.
-
-    Attributes:
-        uid: Its number, or None where the server runs as the current user.
-        gid: Its group's number, or None likewise.
-    """
+    """The operating system's user that the server runs as; without numbers, the current one."""
 
     uid: int | None = None
     gid: int | None = None

@@ -36,12 +36,7 @@ NO_TRANSACTION = b"I"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One whole message.
-
-    Attributes:
-        kind: Its type byte, or empty for the messages that begin a connection and have none.
-        data: All its bytes, header included.
-    """
+    """One whole message with its header; those that begin a connection have an empty kind."""
 
     kind: bytes
     data: bytes
