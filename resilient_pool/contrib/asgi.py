@@ -161,14 +161,12 @@ def header_budget(name: str = "x-request-timeout", *, unit: float = 1.0) -> Call
 _MAKE = "as in WebPool(lambda watch: ResilientPool(dsn, observers=[watch]))"
 
 
+@dataclass(slots=True, eq=False)
 class _Request:
     """What is known of the pool's part in one request."""
 
-    __slots__ = ("given_up", "uses")
-
-    def __init__(self) -> None:
-        self.uses = 0
-        self.given_up: RetryExhausted | None = None
+    uses: int = 0
+    given_up: RetryExhausted | None = None
 
 
 class WebPool(Instrument):

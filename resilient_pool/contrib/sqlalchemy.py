@@ -325,15 +325,13 @@ def _require_option_of_dsn(name: str, value: str) -> None:
 # The pool
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Home:
     """One event loop's pool."""
 
-    __slots__ = ("is_open", "opening", "pool")
-
-    def __init__(self, pool: ResilientPool[Any]) -> None:
-        self.pool = pool
-        self.opening = asyncio.Lock()
-        self.is_open = False
+    pool: ResilientPool[Any]
+    opening: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+    is_open: bool = False
 
 
 class LoopPools:

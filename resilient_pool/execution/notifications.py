@@ -59,16 +59,14 @@ class Gap:
     missed: int | None = None
 
 
+@dataclass(slots=True, eq=False)
 class _OpenGap:
     """A gap that is not given out yet, and may still grow; without `until` it lasts until it is given out."""
 
-    __slots__ = ("missed", "reason", "since", "until")
-
-    def __init__(self, reason: GapReason, since: float, until: float | None, missed: int | None) -> None:
-        self.reason = reason
-        self.since = since
-        self.until = until
-        self.missed = missed
+    reason: GapReason
+    since: float
+    until: float | None
+    missed: int | None
 
     def close(self, now: float) -> Gap:
         """Return what the application is given."""

@@ -112,6 +112,7 @@ class TransactionTraits(TypedDict, total=False):
     readonly: bool
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
 class AttemptState:
     """How far one attempt has come.
 
@@ -124,15 +125,12 @@ class AttemptState:
         known_outcome: What is known of its outcome from elsewhere; it overrules what an error alone says.
     """
 
-    __slots__ = ("driver", "known_outcome", "phase", "queries_before", "transaction_began", "xid")
-
-    def __init__(self) -> None:
-        self.phase = Phase.CONNECT
-        self.driver: DriverConnection | None = None
-        self.queries_before = 0
-        self.transaction_began: float | None = None
-        self.xid: int | None = None
-        self.known_outcome: Outcome | None = None
+    phase: Phase = Phase.CONNECT
+    driver: DriverConnection | None = None
+    queries_before: int = 0
+    transaction_began: float | None = None
+    xid: int | None = None
+    known_outcome: Outcome | None = None
 
     def execute_on(self, driver: DriverConnection, queries_before: int) -> None:
         """Note that the attempt executes on a connection."""

@@ -204,6 +204,7 @@ def _checked_names(names: Iterable[str]) -> frozenset[str]:
     return frozenset(given or ()) | frozenset(fold(name) for name in given or ())
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
 class _Level:
     """What is known at one depth of parentheses and brackets.
 
@@ -213,12 +214,9 @@ class _Level:
         first: Where the first token of this level is.
     """
 
-    __slots__ = ("clause", "first", "opener")
-
-    def __init__(self, *, opener: str, clause: str, first: int) -> None:
-        self.opener = opener
-        self.clause = clause
-        self.first = first
+    opener: str
+    clause: str
+    first: int
 
 
 class _Change:
