@@ -48,3 +48,13 @@ async def table(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
     yield name
     async with postgres.admin() as admin:
         await admin.execute(f"DROP TABLE {name} CASCADE")
+
+
+@pytest.fixture
+async def empty_database(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
+    """The name of a database of the test's own."""
+    name = f"d_{uuid.uuid4().hex}"
+    await postgres.create_database(name)
+    yield name
+    async with postgres.admin() as admin:
+        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")

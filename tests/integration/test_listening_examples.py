@@ -30,10 +30,9 @@ async def test_the_worker_does_each_job_once_through_a_restart():
     assert "200 of 200 jobs are done, 0 of them twice" in said.decode()
 
 
-async def test_the_guest_book_shows_new_entries_through_a_restart_of_its_database(postgres, tmp_path):
+async def test_the_guest_book_shows_new_entries_through_a_restart_of_its_database(postgres, empty_database, tmp_path):
     """An open page gets all entries in order, each once; a request that comes while the server restarts is served."""
-    await postgres.create_database("guests")
-    dsn = postgres.dsn(database="guests")
+    dsn = postgres.dsn(empty_database)
     async with asyncio.timeout(60), client_of_example("aiohttp_app.py", tmp_path / "log", dsn) as client:
         seen = asyncio.ensure_future(read_events(client, 20))
         for number in range(20):

@@ -27,20 +27,11 @@ async def test_the_litestar_example_keeps_a_guest_book(tmp_path):
         assert (await client.get("/ready")).json() == {"database": "up"}
 
 
-@pytest.fixture
-async def database(postgres):
-    """A database of the examples' own."""
-    await postgres.create_database("web_examples")
-    yield postgres.dsn("web_examples")
-    async with postgres.admin() as connection:
-        await connection.execute("DROP DATABASE web_examples WITH (FORCE)")
-
-
 @pytest.mark.parametrize("name", ["fastapi_app.py", "litestar_app.py"])
-async def test_an_example_answers_503_while_its_database_is_away(tmp_path, database, proxy, name):
+async def test_an_example_answers_503_while_its_database_is_away(tmp_path, postgres, empty_database, proxy, name):
     """Within the time that the request says it has."""
     path = {"fastapi_app.py": "/stock", "litestar_app.py": "/guests"}[name]
-    async with client_of_example(name, tmp_path / "log", proxy.dsn(database)) as client:
+    async with client_of_example(name, tmp_path / "log", proxy.dsn(postgres.dsn(empty_database))) as client:
         assert (await client.get(path)).status_code == 200
         proxy.refuse()
         proxy.rst()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 
 import asyncpg
 import pytest
@@ -49,15 +48,11 @@ class PiccoloOrder(Table, tablename="orders"):
 
 
 @pytest.fixture
-async def database(postgres):
+async def database(postgres, empty_database):
     """A database with an empty table."""
-    name = f"orm_{uuid.uuid4().hex}"
-    await postgres.create_database(name)
-    async with postgres.admin(name) as admin:
+    async with postgres.admin(empty_database) as admin:
         await admin.execute("CREATE TABLE orders (id serial PRIMARY KEY, name text NOT NULL)")
-    yield name
-    async with postgres.admin() as admin:
-        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    return empty_database
 
 
 def where(server, database):

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import uuid
 from pathlib import Path
-
-import pytest
 
 import resilient_pool
 from resilient_pool.testing import PausingServer
@@ -31,16 +28,6 @@ def downgrade():
 """
 
 
-@pytest.fixture
-async def database(postgres):
-    """An empty database."""
-    name = f"alembic_{uuid.uuid4().hex}"
-    await postgres.create_database(name)
-    yield name
-    async with postgres.admin() as admin:
-        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
 async def alembic(directory, *arguments):
     """What a command of Alembic's printed."""
     root = str(Path(resilient_pool.__file__).parents[1])
@@ -57,13 +44,13 @@ async def alembic(directory, *arguments):
     return output.decode() + errors.decode()
 
 
-async def test_alembics_async_template_works_with_the_url(postgres, database, tmp_path):
+async def test_alembics_async_template_works_with_the_url(postgres, empty_database, tmp_path):
     """Up, down and offline; the first command meets a database that is asleep, and each leaves no connection behind."""
     await alembic(tmp_path, "init", "--template", "async", "scripts")
     (tmp_path / "scripts" / "versions" / "first.py").write_text(REVISION)
     settings = (tmp_path / "alembic.ini").read_text()
     async with PausingServer(postgres.host, postgres.port, resume_seconds=1, away=("reset", "57P03")) as server:
-        url = f"postgresql+resilient://postgres@{server.host}:{server.port}/{database}?deadline=30"
+        url = f"postgresql+resilient://postgres@{server.host}:{server.port}/{empty_database}?deadline=30"
         (tmp_path / "alembic.ini").write_text(settings.replace("driver://user:pass@localhost/dbname", url))
         server.pause()
         async with asyncio.timeout(60):
@@ -71,10 +58,10 @@ async def test_alembics_async_template_works_with_the_url(postgres, database, tm
                 alembic(tmp_path, "upgrade", "head", "--sql"), alembic(tmp_path, "upgrade", "head")
             )
             assert "CREATE TABLE made" in offline
-            async with postgres.admin(database) as admin:
+            async with postgres.admin(empty_database) as admin:
                 assert await admin.fetchval("SELECT id FROM made") == 17
                 others = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND pid <> pg_backend_pid()"
-                while await admin.fetchval(others, database):
+                while await admin.fetchval(others, empty_database):
                     await asyncio.sleep(0.05)
                 await alembic(tmp_path, "downgrade", "base")
                 assert await admin.fetchval("SELECT to_regclass('made')") is None

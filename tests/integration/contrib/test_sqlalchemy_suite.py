@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import sys
-import uuid
 from pathlib import Path
 
 import pytest
@@ -59,15 +58,11 @@ from sqlalchemy.testing.suite.test_update_delete import *
 
 
 @pytest.fixture
-async def database(postgres):
+async def database(postgres, empty_database):
     """A database with the schemas that the suite asks for."""
-    name = f"suite_{uuid.uuid4().hex}"
-    await postgres.create_database(name)
-    async with postgres.admin(name) as admin:
+    async with postgres.admin(empty_database) as admin:
         await admin.execute("CREATE SCHEMA test_schema; CREATE SCHEMA test_schema_2")
-    yield postgres.dsn(name)
-    async with postgres.admin() as admin:
-        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    return postgres.dsn(empty_database)
 
 
 async def test_sqlalchemys_own_suite_for_dialects_passes(database, tmp_path):
