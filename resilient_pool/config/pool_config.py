@@ -68,12 +68,21 @@ class UnlessStated(str):
 
 
 class _Settings(Mapping[str, str]):
-    """Settings of the server's whose values, which may be secret, are not shown."""
+    """Settings of the server's whose values, which may be secret, are not shown.
+
+    Raises:
+        ConfigurationError: A name or a value is no `str`. The message has the name.
+    """
 
     __slots__ = ("_read",)
 
     def __init__(self, settings: Mapping[str, str]) -> None:
         held = dict(settings)
+        for name, value in held.items():
+            if not (isinstance(name, str) and isinstance(value, str)):
+                raise ConfigurationError(
+                    f"server_settings must be a dict of str to str, or None: {name!r} has {shown(value)}"
+                )
         self._read: Callable[[], dict[str, str]] = lambda: held
 
     def __getitem__(self, name: str) -> str:

@@ -125,7 +125,7 @@ REFUSED = [
     ("passfile", 5, "passfile must be a str or a path, not 5"),
     ("servicefile", 5, "servicefile must be a str or a path, not 5"),
     ("service", 5, "service must be a str, not 5"),
-    ("server_settings", {"a": 1}, "server_settings must be a dict of str to str, or None"),
+    ("server_settings", {"a": 1}, "server_settings must be a dict of str to str, or None: 'a' has 1"),
     ("server_settings", "a=1", "server_settings must be a dict of str to str, or None"),
     ("connect", "x", "connect must be callable: async function, not a str that may be secret"),
     ("setup", 5, "setup must be callable: async function, not 5"),
