@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeAlias, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, TypeVar, Unpack, cast
 
 import asyncpg
 from sqlalchemy import event, exc
@@ -1121,6 +1121,16 @@ class RetriedSession:
                 make_attempt=partial(_Unit, self._engine, self._make_session),
             )
         return SessionAttempt(cast("_Unit", await self._loop.next_attempt(self._head)))
+
+    if not TYPE_CHECKING:  # type checkers refuse it by themselves
+
+        def __aenter__(self) -> NoReturn:
+            raise TypeError(
+                "a unit of work is a loop of attempts: write `async for attempt in retry_session(engine):` and in it "
+                "`async with attempt as session:`"
+            )
+
+        __aexit__ = __aenter__
 
     @property
     def is_finished(self) -> bool:

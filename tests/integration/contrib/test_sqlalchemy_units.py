@@ -103,6 +103,13 @@ async def test_what_is_added_is_committed_at_the_end_of_the_block(engine):
     await leave_nothing(engine)
 
 
+async def test_a_unit_that_is_entered_says_how_the_loop_is_written(engine):
+    """As a transaction of the pool does."""
+    with pytest.raises(TypeError, match=r"write `async for attempt in retry_session\(engine\):`"):
+        async with retry_session(engine):
+            pass
+
+
 async def test_a_function_is_run_and_what_it_returned_is_returned(engine):
     """With its arguments; on an engine, on what makes sessions, and on a pool."""
 
