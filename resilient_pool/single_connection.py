@@ -84,11 +84,11 @@ class SingleConnection(ResilientConnection[RecordT]):
             keeps: Whether it leaves the session as it was, wherever it stops.
         """
         self._is_as_opened()
-        driver, kept = self._driver, self._keeps_session
+        driver, kept, was_lost = self._driver, self._keeps_session, self._is_lost
         try:
             return await work
         except Exception as error:
-            if self._is_lost:
+            if self._is_lost and not was_lost:  # else the error says so itself
                 error.add_note(f"resilient_pool: {_LOST}")
             raise
         finally:
