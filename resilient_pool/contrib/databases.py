@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import databases
 from databases.backends.postgres import PostgresBackend, PostgresConnection
-from databases.core import Transaction
+from databases.core import Connection, Transaction
 
 from resilient_pool.execution.connection import ResilientConnection
 from resilient_pool.pool import ResilientPool, create_pool
@@ -83,6 +83,13 @@ class _Transaction(Transaction):
                 await connection.__aexit__()
 
 
+class _Connection(Connection):
+    """The package's connection, with such transactions: its `iterate()` runs in one, too."""
+
+    def transaction(self, *, force_rollback: bool = False, **kwargs: Any) -> Transaction:
+        return _Transaction(lambda: self, force_rollback, **kwargs)
+
+
 class Database(databases.Database):
     """A database; PostgreSQL's are reached through a `ResilientPool`.
 
@@ -96,6 +103,12 @@ class Database(databases.Database):
         "postgresql": f"{__name__}:ResilientBackend",
         "postgres": f"{__name__}:ResilientBackend",
     }
+
+    def connection(self) -> Connection:
+        """Return this task's connection, as the package's own method does."""
+        if self._global_connection is None and self._connection is None:
+            self._connection = _Connection(self, self._backend)
+        return super().connection()
 
     def transaction(self, *, force_rollback: bool = False, **kwargs: Any) -> Transaction:
         """Make a transaction, as the package's own method does."""

@@ -863,9 +863,10 @@ class _Statement:
         """Fetch every row."""
         return await self._run("fetch", lambda statement: statement.fetch(*parameters))
 
-    async def cursor(self, *parameters: Any) -> Any:
+    async def cursor(self, *parameters: Any) -> _Cursor:
         """Open a cursor."""
-        return await self._run("cursor", lambda statement: statement.cursor(*parameters))
+        cursor = await self._run("cursor", lambda statement: statement.cursor(*parameters))
+        return _Cursor(self._adapted, cursor)
 
     def get_statusmsg(self) -> str:
         """Return what the server said that it did."""
@@ -882,6 +883,23 @@ class _Statement:
             return await execute(statement)
 
         return await adapting.run(self._adapted._connection, name, self._operation, execute_on)  # noqa: SLF001
+
+
+class _Cursor:
+    """A cursor on the server, whose errors SQLAlchemy sees as a statement's: its own dialect translates none of a cursor's."""
+
+    __slots__ = ("_adapted", "_cursor")
+
+    def __init__(self, adapted: AdaptedLease, cursor: Any) -> None:
+        self._adapted = adapted
+        self._cursor = cursor
+
+    async def fetch(self, count: int) -> list[Any]:
+        """Fetch the next rows."""
+        try:
+            return list(await self._cursor.fetch(count))
+        except Exception as error:  # noqa: BLE001 - it is raised again, as SQLAlchemy words it
+            self._adapted._handle_exception(error)  # noqa: SLF001
 
 
 # Units of work

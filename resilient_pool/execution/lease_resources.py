@@ -25,7 +25,8 @@ class LeaseTransaction(Transaction):
     """A transaction or savepoint that begins on the connection its lease has when it begins.
 
     Differs from asyncpg's in two things. An error that leaves the block is the one that the caller sees, also when the
-    connection was lost or released inside the block: there is nothing left to roll back on it then. And a ROLLBACK that is
+    connection was lost or released inside the block: there is nothing left to roll back on it then, and `rollback()` of a
+    transaction whose connection was lost does nothing. And a ROLLBACK that is
     not answered within a limit, or that waits as long for an earlier statement's cancellation, ends the connection.
     """
 
@@ -94,11 +95,15 @@ class LeaseTransaction(Transaction):
             await self._roll_back(super().__aexit__(extype, ex, tb), ex)
 
     async def rollback(self) -> None:
-        """Exit the transaction or savepoint block and roll back changes.
+        """Exit the transaction or savepoint block and roll back changes. With a connection that was lost, that has happened.
 
         Raises:
             TimeoutError: It was not answered within the pool's `reset_timeout`. The connection is closed.
         """
+        if self._state is TransactionState.STARTED and not self._managed and self._connection.is_closed():
+            # Raising would hide from `except: await transaction.rollback(); raise` what had been raised.
+            self._state = TransactionState.ROLLEDBACK
+            return
         await self._roll_back(super().rollback(), None)
 
     @property

@@ -7,6 +7,7 @@ import contextlib
 
 import asyncpg
 import pytest
+from cut import Cut
 from databases.backends.postgres import PostgresBackend
 from piccolo.columns import Serial, Text
 from piccolo.engine.postgres import PostgresEngine
@@ -239,6 +240,29 @@ async def test_tortoise_gives_a_connection_back_on_which_no_transaction_began(pr
         with pytest.raises(asyncio.CancelledError):
             await task
         assert await Order.all().count() == 0
+
+
+async def rows_of(connected):
+    return [row async for row in connected.iterate("SELECT 1")]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["as it begins", "as it ends"])
+async def test_databases_keeps_no_connection_of_an_iteration_that_was_cancelled_anywhere(postgres, database, late):
+    """The transaction that it has begun ends as any other does; the package's own class would keep it for ever."""
+    async with Database(postgres.dsn(database), max_size=1, deadline=10) as connected:
+        for at in range(30):
+            cut = Cut(rows_of(connected), at=at, late=late)
+            await asyncio.wait([asyncio.create_task(awaited(cut))])
+            async with asyncio.timeout(10):
+                assert await connected.fetch_val("SELECT 2") == 2
+            assert connected.pool.stats().in_use == 0
+            if not cut.happened:
+                break
+        assert at > 2
+
+
+async def awaited(work):
+    return await work
 
 
 @pytest.mark.parametrize("lost", ["BEGIN", "SELECT 1", "COMMIT"])

@@ -205,6 +205,22 @@ async def test_results_are_streamed_from_a_cursor_of_the_servers(engine):
     assert await ask(engine, text("SELECT count(*) FROM pg_cursors WHERE name <> ''")) == 0
 
 
+@pytest.mark.parametrize("trouble", ["refusal", "loss"])
+async def test_what_ends_a_stream_half_way_is_raised_as_sqlalchemy_words_it(make_engine, proxy, dsn, trouble):
+    """And not what the rollback of a lost connection said, or an error of the driver's own."""
+    engine = make_engine(proxy.dsn(dsn))
+    many = text("SELECT 1 / (200 - i) FROM generate_series(1, 1000) i")
+    with pytest.raises(DBAPIError) as caught:
+        async with engine.connect() as connection:
+            async for _ in await connection.stream(many):
+                if trouble == "loss" and proxy.connections:
+                    proxy.rst()
+    found = "division by zero" if trouble == "refusal" else "connection was closed"
+    assert (found in str(caught.value), caught.value.connection_invalidated) == (True, trouble == "loss")
+    assert pool_of(engine).stats().in_use == 0
+    assert await ask(engine, text("SELECT 1")) == 1
+
+
 async def test_json_passes_through_the_engines_own_functions(make_engine):
     """In both directions."""
     engine = make_engine(json_serializer=lambda value: f'["{value}"]', json_deserializer=lambda value: f"<{value}>")

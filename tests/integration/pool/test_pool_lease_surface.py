@@ -506,6 +506,22 @@ async def test_a_time_out_around_a_transaction_ends_it_when_nothing_is_answered(
         assert await pool.fetchval("SELECT 1") == 1
 
 
+@pytest.mark.parametrize("nested", [False, True])
+async def test_rolling_back_on_a_lost_connection_hides_nothing(make_pool, nested):
+    """What was raised before is what is seen: there is nothing left to roll back."""
+    async with make_pool(max_size=1) as pool, pool.acquire() as connection:
+        transactions = [connection.transaction() for _ in range(1 + nested)]
+        with pytest.raises(asyncpg.ConnectionDoesNotExistError):
+            try:
+                for transaction in transactions:
+                    await transaction.start()
+                await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+            except BaseException:
+                for transaction in reversed(transactions):
+                    await transaction.rollback()
+                raise
+
+
 @both_loops
 @pytest.mark.parametrize("way", ["time-out", "cancellation"])
 async def test_an_operation_after_a_cancelled_one_does_not_wait_for_ever(make_pool, proxy, dsn, way):
