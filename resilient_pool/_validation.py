@@ -38,6 +38,11 @@ def is_number_like(text: str) -> bool:
     return _NUMBER_LIKE.fullmatch(text) is not None
 
 
+def is_sendable(value: object) -> bool:
+    """Return whether a value is a text that reaches a server whole: a NUL ends it, and what follows is read as something else."""
+    return isinstance(value, str) and "\0" not in value and value.encode(errors="ignore").decode() == value
+
+
 def shown(value: object, shows: Callable[[str], bool] = is_number_like) -> str:
     """Return a wrong value as a message may show it: under a wrong name stands anything, a password too.
 

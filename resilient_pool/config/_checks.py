@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import asyncpg
 
-from resilient_pool._validation import is_number, is_number_like, shown
+from resilient_pool._validation import is_number, is_number_like, is_sendable, shown
 from resilient_pool.config.dsn import GSS_LIBRARIES, HIGHEST_PORT, SSL_MODES, TARGETS
 from resilient_pool.config.secrets import Secret
 from resilient_pool.errors import ConfigurationError
@@ -118,7 +118,7 @@ def _tuple_of(fits: Callable[[object], bool], unit: str, accepted: str, **more: 
 
 
 def _is_filled(value: object) -> bool:
-    return isinstance(value, str) and value != ""
+    return is_sendable(value) and value != ""
 
 
 def _is_port(value: object) -> bool:
@@ -126,7 +126,7 @@ def _is_port(value: object) -> bool:
 
 
 def _is_settings(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(word, str) for pair in value.items() for word in pair)
+    return isinstance(value, Mapping) and all(is_sendable(word) for pair in value.items() for word in pair)
 
 
 def _any_text(_: str) -> bool:
@@ -151,7 +151,11 @@ FUNCTION_NAMES = _tuple_of(_is_filled, "names", "a sequence of function names")
 GSS_LIBRARY = _one_of(GSS_LIBRARIES)
 HOOK = Kind(unit="async function", accepted="callable: async function", fits=callable, optional=True, quiet=True)
 HOSTS = _tuple_of(
-    _is_filled, "str or sequence of str", "a non-empty str or a sequence of them", optional=True, shows=_any_text
+    _is_filled,
+    "str or sequence of str",
+    "a non-empty str without NUL or surrogates or a sequence of them",
+    optional=True,
+    shows=_any_text,
 )
 MAX_SIZE = _number("connections", 1, whole=True)
 OBSERVERS = _tuple_of(callable, "callables", "a sequence of callables", quiet=True)
@@ -172,7 +176,9 @@ RECORD_CLASS = _subclass(asyncpg.Record)
 SECONDS = _number("seconds", 0)
 SECONDS_OR_NONE = _number("seconds", 0, above=True, optional=True)
 SESSION_RESET = _one_of(("auto", "background", "on_release", "off"), optional=False)
-SETTINGS = Kind(unit="dict of str", accepted="a dict of str to str, or None", fits=_is_settings)
+SETTINGS = Kind(
+    unit="dict of str", accepted="a dict of str to str without NUL or surrogates, or None", fits=_is_settings
+)
 STATEMENTS = _number("statements", 0, whole=True, optional=True)
 TABLE = Kind(
     unit="'schema.table'",
@@ -182,7 +188,7 @@ TABLE = Kind(
     shows=lambda text: re.fullmatch(r"[\w$\"]+\.[\w$\"]+", text) is not None,
 )
 TARGET = _one_of(TARGETS)
-TEXT = _instance(str, "str", "a str", optional=True, shows=_any_text)
+TEXT = Kind(unit="str", accepted="a str without NUL or surrogates", fits=is_sendable, optional=True, shows=_any_text)
 TLS = replace(
     _one_of(SSL_MODES),
     unit="sslmode, bool or SSLContext",

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 import asyncpg
 
-from resilient_pool._validation import Unusable, require_known, shown
+from resilient_pool._validation import Unusable, is_sendable, require_known, shown
 from resilient_pool.clock import Clock
 from resilient_pool.config import _checks as kinds
 from resilient_pool.config._checks import Kind, option
@@ -71,7 +71,7 @@ class _Settings(Mapping[str, str]):
     """Settings of the server's whose values, which may be secret, are not shown.
 
     Raises:
-        ConfigurationError: A name or a value is no `str`. The message has the name.
+        ConfigurationError: A name or a value is no `str`, or not one that arrives whole. The message has the name.
     """
 
     __slots__ = ("_read",)
@@ -79,9 +79,9 @@ class _Settings(Mapping[str, str]):
     def __init__(self, settings: Mapping[str, str]) -> None:
         held = dict(settings)
         for name, value in held.items():
-            if not (isinstance(name, str) and isinstance(value, str)):
+            if not (is_sendable(name) and is_sendable(value)):
                 raise ConfigurationError(
-                    f"server_settings must be a dict of str to str, or None: {name!r} has {shown(value)}"
+                    f"server_settings must be {kinds.SETTINGS.accepted}: {name!r} has {shown(value)}"
                 )
         self._read: Callable[[], dict[str, str]] = lambda: held
 

@@ -9,7 +9,7 @@ from typing import Self
 
 import asyncpg
 
-from resilient_pool._validation import require_count, require_number, require_seconds, shown
+from resilient_pool._validation import is_sendable, require_count, require_number, require_seconds, shown
 from resilient_pool.errors import AcquireTimeoutError, ConfigurationError
 from resilient_pool.events import DiscardReason
 from resilient_pool.execution.connection import LeaseManager
@@ -449,9 +449,7 @@ def _checked(channels: tuple[str, ...]) -> tuple[str, ...]:
     if not channels:
         raise ConfigurationError("listen() needs the name of a channel")
     for channel in channels:
-        # A lone surrogate has no bytes: it is replaced by nothing here, and refused.
-        encoded = channel.encode(errors="ignore") if isinstance(channel, str) else b""
-        if encoded.decode() != channel or "\0" in channel or not 1 <= len(encoded) <= _LONGEST_NAME:
+        if not is_sendable(channel) or not 1 <= len(channel.encode()) <= _LONGEST_NAME:
             raise ConfigurationError(
                 f"a channel must be a str of 1 to {_LONGEST_NAME} bytes without NUL, not {shown(channel, lambda _: True)}"
             )

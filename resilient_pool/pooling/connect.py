@@ -16,6 +16,7 @@ from typing import cast
 import anyio
 import asyncpg
 
+from resilient_pool._validation import is_sendable
 from resilient_pool.config.pool_config import PassedOn, PoolConfig
 from resilient_pool.config.secrets import Hidden, Secret
 from resilient_pool.errors import ConfigurationError
@@ -476,8 +477,10 @@ def _login(answer: Hidden[object]) -> Login:
     if not isinstance(answer.reveal(), tuple) or len(answer.reveal()) != 2:  # type: ignore[arg-type] # noqa: PLR2004
         raise ConfigurationError("credentials= must return a tuple of the user's name and the password")
     user, password = map(Hidden, answer.reveal())  # type: ignore[call-overload]
-    if not isinstance(user.reveal(), str):
-        raise ConfigurationError("credentials= must return a tuple of the user's name, a str, and the password")
+    if not is_sendable(user.reveal()):
+        raise ConfigurationError(
+            "credentials= must return a tuple of the user's name, a str without NUL or surrogates, and the password"
+        )
     return Login(user=user.reveal(), password=_password(password, "credentials"))
 
 

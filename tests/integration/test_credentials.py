@@ -152,7 +152,15 @@ async def test_a_function_that_never_answers_is_cut_by_the_connect_timeout(postg
 
 @pytest.mark.parametrize(
     "answer",
-    ["v-app-1:hunter2", ("v-app-1",), ("v-app-1", b"hunter2"), (b"v-app-1", "hunter2"), ("a", "hunter2", 1), 5],
+    [
+        "v-app-1:hunter2",
+        ("v-app-1",),
+        ("v", b"hunter2"),
+        (b"v", "hunter2"),
+        ("a", "hunter2", 1),
+        ("v\0role\0x", "hunter2"),
+        5,
+    ],
 )
 async def test_an_answer_of_another_shape_is_refused_without_being_shown(postgres, answer):
     """The message says what is expected."""
