@@ -52,6 +52,7 @@ cut_answer    likewise, with the first bytes of the answer arriving
 """
 _NAMES = tuple(line.split()[0] for line in _FAULTS.splitlines())
 _AT_A_REQUEST = frozenset({"lost_request", "lost_answer", "cut_answer"})
+_OPTIONS = ("at", "matching", "seconds")
 _FAULT = "database_fault"
 _MARKER = "database_faults"
 
@@ -205,6 +206,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker(_MARKER)
     if marker is None:
         return
+    unknown = [name for name in marker.kwargs if name not in _OPTIONS]
+    if unknown:
+        raise pytest.Collector.CollectError(f"database_faults takes {', '.join(_OPTIONS)}, not {', '.join(unknown)}")
     faults = list(_faults(*marker.args, **marker.kwargs))
     metafunc.parametrize(_FAULT, faults, ids=map(str, faults), indirect=True)
 
@@ -217,8 +221,12 @@ def _faults(
         raise pytest.Collector.CollectError(
             f"database_faults takes some of {', '.join(_NAMES)}, not {', '.join(map(repr, unknown)) or 'nothing'}"
         )
-    numbers = [at] if isinstance(at, int) else list(at)
-    if not numbers or min(numbers) < 1:
+    if not isinstance(matching, str):
+        raise pytest.Collector.CollectError(f"matching= must be a str, not {matching!r}")
+    if not isinstance(seconds, int | float) or not 0 <= seconds < threading.TIMEOUT_MAX:
+        raise pytest.Collector.CollectError(f"seconds= must be a number of seconds, at least 0, not {seconds!r}")
+    numbers = list(at) if isinstance(at, Iterable) else [at]
+    if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
         raise pytest.Collector.CollectError(
             f"at= must be the number of a request, counted from 1, or several, not {at!r}"
         )
@@ -315,6 +323,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Begin the fault between a test's fixtures and its body."""
     injection = getattr(item, "funcargs", {}).get(_FAULT)
     if not isinstance(injection, _Injection):
+        if item.get_closest_marker(_MARKER) is not None:
+            pytest.fail(
+                "database_faults does nothing for a method of unittest.TestCase: write a function", pytrace=False
+            )
         return (yield)
     try:
         injection.begin()

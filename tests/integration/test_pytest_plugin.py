@@ -86,7 +86,7 @@ def test_a_fault_that_did_not_happen_fails_the_test(pytester, run):
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(
         test_late="""
-        import pytest
+        import pytest, unittest
 
         @pytest.mark.database_faults("lost_answer", at=9)
         async def test_two_requests(shop):
@@ -95,6 +95,11 @@ def test_a_fault_that_did_not_happen_fails_the_test(pytester, run):
         @pytest.mark.database_faults("lost_answer", at=9)
         async def test_that_fails_itself(shop):
             assert 1 == 2
+
+        @pytest.mark.database_faults("restart")
+        class TestOfAnotherKind(unittest.TestCase):
+            def test_that_takes_no_fixture(self):
+                pass
         """,
         test_unknown="""
         import pytest
@@ -110,14 +115,30 @@ def test_a_fault_that_did_not_happen_fails_the_test(pytester, run):
         def test_one():
             pass
         """,
+        **{
+            f"test_wrong_{number}": f"""
+            import pytest
+
+            @pytest.mark.database_faults("restart", {argument})
+            def test_one():
+                pass
+            """
+            for number, argument in enumerate(("at='2'", "seconds='1'", "seconds=-1", "matching=b'x'", "second=1"))
+        },
     )
-    result = run("--continue-on-collection-errors", failed=2, errors=2)
+    result = run("--continue-on-collection-errors", failed=3, errors=7)
     result.stdout.fnmatch_lines_random(
         [
             "*lost_answer@9 did not happen: the test's body made ? such requests*",
             "*assert 1 == 2*",
             "*database_faults takes some of none, stale, *not 'restat'*",
-            "*at= must be the number of a request*",
+            "*at= must be the number of a request*not ()*",
+            "*database_faults does nothing for a method of unittest.TestCase*",
+            "*at= must be the number of a request*not '2'*",
+            "*seconds= must be a number of seconds, at least 0, not '1'*",
+            "*seconds= must be a number of seconds, at least 0, not -1*",
+            "*matching= must be a str, not b'x'*",
+            "*database_faults takes at, matching, seconds, not second*",
         ]
     )
     result.stdout.no_fnmatch_line("*contrib/pytest.py*")
