@@ -132,7 +132,7 @@ class ScriptedClock:
         ]
 
     def _end_after(self, seconds: float) -> float:
-        if seconds < 0:
+        if not seconds >= 0:  # nor by what is no number
             raise ValueError(f"time cannot advance by {seconds} seconds")
         return self._monotonic + seconds
 

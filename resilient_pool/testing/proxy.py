@@ -23,15 +23,25 @@ from __future__ import annotations
 import abc
 import asyncio
 from collections.abc import Callable
-from typing import Literal, TypedDict, TypeVar, Unpack
+from typing import Literal, TypedDict, TypeVar, Unpack, get_args
 
-from resilient_pool._validation import constructor_names_nearest, require_known
+from resilient_pool._validation import (
+    constructor_names_nearest,
+    is_sendable,
+    require_count,
+    require_known,
+    require_number,
+    shown,
+)
+from resilient_pool.errors import ConfigurationError
 from resilient_pool.testing._protocol import Matcher, fatal_error, matcher
 from resilient_pool.testing._relay import AcceptMode, ArmedFault, Ending, ProxyState, Relay, State, Stream, Traffic
 from resilient_pool.testing._threaded_server import LoopbackService
 from resilient_pool.testing.tls import TlsCertificates
 
 Result = TypeVar("Result")
+
+_SQLSTATE = 5
 
 
 class FaultOptions(TypedDict, total=False):
@@ -75,6 +85,7 @@ class _Faults(abc.ABC):
 
     def delay(self, seconds: float) -> None:
         """Hold everything back that long, in either direction, a connection's own delay on top of its proxy's; 0 ends it."""
+        require_number("seconds", seconds, unit="a number of seconds", least=0)
         self._traffic.delay = seconds
 
     def blackhole(self) -> None:
@@ -120,6 +131,7 @@ class _Faults(abc.ABC):
             then: As there.
             **options: Likewise.
         """
+        require_number("after_bytes", after_bytes, unit="a number of bytes", least=0)
         self._arm(then, options, after_bytes=after_bytes)
 
     def lose_next_request(self, then: Ending = "fin", **options: Unpack[FaultOptions]) -> None:
@@ -137,14 +149,25 @@ class _Faults(abc.ABC):
 
     def _arm(self, then: Ending, options: FaultOptions, *, after_bytes: int = 0, reaches_server: bool = True) -> None:
         require_known(options, FaultOptions.__annotations__)
+        _require_word("then", then, get_args(Ending))
+        require_count("times", options.get("times", 1), unit="a number of requests")
+        matching = options.get("matching")
+        if not (matching is None or callable(matching) or isinstance(matching, str | bytes)):
+            raise ConfigurationError(f"matching must be a str, bytes or a function, not {shown(matching)}")
         fault = ArmedFault(
-            matches=matcher(options.get("matching")),
+            matches=matcher(matching),
             reaches_server=reaches_server,
             after_bytes=after_bytes,
             then=then,
             server_sees_close=self._closing(options.get("server_sees_close")),
         )
         self._act(lambda: self._traffic.armed.extend([fault] * options.get("times", 1)))
+
+
+def _require_word(name: str, value: object, words: tuple[str, ...]) -> None:
+    # A fault of another name would happen in no way, and the test pass.
+    if value not in words:
+        raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, words))}, not {value!r}")
 
 
 @constructor_names_nearest
@@ -243,10 +266,15 @@ class FaultProxy(LoopbackService[Relay], _Faults):
 
     def reject(self, then: Literal["fin", "rst"] = "rst") -> None:
         """Accept new connections only to close them at once; unlike refused ones they are counted."""
+        _require_word("then", then, ("fin", "rst"))
         self._meet(AcceptMode.RST if then == "rst" else AcceptMode.FIN)
 
     def answer_with_error(self, sqlstate: str = "57P03", text: str = "the database system is starting up") -> None:
         """Turn new connections away with a FATAL error in answer to their startup message."""
+        if not (is_sendable(sqlstate) and len(sqlstate) == _SQLSTATE and is_sendable(text)):
+            raise ConfigurationError(
+                f"sqlstate must have {_SQLSTATE} characters, and text no NUL, not {sqlstate!r} and {text!r}"
+            )
         self._traffic.error = fatal_error(sqlstate, text)
         self._meet(AcceptMode.ERROR)
 

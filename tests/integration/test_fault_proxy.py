@@ -471,3 +471,26 @@ def test_a_connection_whose_server_is_gone_can_be_reset(postgres):
 
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:  # as the proxy's own
         runner.run(reset())
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "named"),
+    [
+        ("delay", {"seconds": -1}, "seconds must be a number of seconds"),
+        ("delay", {"seconds": float("nan")}, "seconds must be a number of seconds"),
+        ("delay", {"seconds": "1"}, "seconds must be a number of seconds"),
+        ("swallow_next_answer", {"then": "close"}, "then must be one of 'fin', 'rst', 'hang', not 'close'"),
+        ("lose_next_request", {"then": None}, "then must be one of"),
+        ("swallow_next_answer", {"times": 0}, "times must be a number of requests"),
+        ("swallow_next_answer", {"matching": 5}, "matching must be a str, bytes or a function, not 5"),
+        ("cut_next_answer", {"after_bytes": -1}, "after_bytes must be a number of bytes"),
+        ("reject", {"then": "hang"}, "then must be one of 'fin', 'rst', not 'hang'"),
+        ("answer_with_error", {"sqlstate": "57"}, "sqlstate must have 5 characters"),
+        ("answer_with_error", {"text": "a\0b"}, "text no NUL"),
+    ],
+)
+def test_a_fault_that_cannot_happen_is_refused(proxy, method, arguments, named):
+    """Or the test that asks for it would pass without it."""
+    with pytest.raises(ValueError, match=named):
+        getattr(proxy, method)(**arguments)
+    assert proxy.armed == 0
