@@ -223,8 +223,9 @@ class _Change:
     """Sees whether a text is one INSERT, UPDATE, DELETE or MERGE that calls nothing but what is known."""
 
     def __init__(self, pure: frozenset[str]) -> None:
-        self._allowed = _KNOWN_FUNCTIONS | _EFFECTS_OUTSIDE_THE_SESSION | pure
+        self._pure = pure
         self._last: Token | None = None
+        self._qualifier = ""
         self._is_target = self._is_over = False
         self.is_plain = False
 
@@ -238,11 +239,24 @@ class _Change:
         refused = token.kind is Kind.DOUBT or self._is_over or (is_name and token.text in _EFFECTS_IN_THE_SESSION)
         self._is_over = token == (Kind.SIGN, ";")
         if token == (Kind.SIGN, "(") and last.kind in {Kind.WORD, Kind.QUOTED} and not self._is_target:
-            # A list of columns follows the table's name after INTO.
-            construct = last.kind is Kind.WORD and last.text in _BEFORE_A_PARENTHESIS
-            refused = refused or not (construct or last.text in self._allowed)
-        self._is_target = last == (Kind.WORD, "into") or (self._is_target and (is_name or token.text == "."))
+            refused = refused or not self._is_known(last)
+        # A list of columns follows the table's name, or its alias, after INTO. What else follows belongs to neither.
+        goes_on = token.text == "." or token == (Kind.WORD, "as") or last.text == "." or last == (Kind.WORD, "as")
+        self._is_target = last == (Kind.WORD, "into") or (self._is_target and goes_on)
+        if token.text == ".":
+            self._qualifier = last.text
+        elif last.text != ".":
+            self._qualifier = ""
         self.is_plain = self.is_plain and not refused
+
+    def _is_known(self, called: Token) -> bool:
+        schema, name = self._qualifier, called.text
+        if schema and (f"{schema}.{name}" in self._pure or name in self._pure):
+            return True
+        known = name in _KNOWN_FUNCTIONS or name in _EFFECTS_OUTSIDE_THE_SESSION
+        if schema:
+            return known and schema == "pg_catalog"
+        return known or name in self._pure or (called.kind is Kind.WORD and name in _BEFORE_A_PARENTHESIS)
 
 
 class _Text:

@@ -85,6 +85,10 @@ async def call_something_unknown(connection):
     await connection.execute("INSERT INTO kept_sessions VALUES (hides_a_lock())")
 
 
+async def select_from_something_unknown(connection):
+    await connection.execute("INSERT INTO kept_sessions SELECT hides_a_lock()")
+
+
 async def send_a_script(connection):
     await connection.execute("SELECT 1; SET work_mem = '4MB'")
 
@@ -167,6 +171,7 @@ OTHERS = [
     call_set_config,
     lock,
     call_something_unknown,
+    select_from_something_unknown,
     send_a_script,
     make_a_temporary_table,
     prepare,

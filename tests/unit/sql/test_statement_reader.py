@@ -229,6 +229,14 @@ def test_the_words_of_the_grammar_are_apart():
         ("INSERT INTO t SELECT pg_advisory_lock FROM generate_series(1, 3) g", False),
         ("INSERT INTO t VALUES (mine(1))", False),
         ('UPDATE t SET a = "mine"(1)', False),
+        ("INSERT INTO t AS x (a) VALUES (pg_catalog.now())", True),
+        ("INSERT INTO t OVERRIDING USER VALUE SELECT lower(x) FROM u", True),
+        ("INSERT INTO t SELECT mine(1)", False),
+        ('INSERT INTO s."T" AS x SELECT DISTINCT mine(1)', False),
+        ("INSERT INTO t AS x OVERRIDING USER VALUE SELECT mine(1)", False),
+        ("MERGE INTO t USING mine(1) AS m ON true WHEN MATCHED THEN DO NOTHING", False),
+        ("INSERT INTO t VALUES (theirs.now())", False),
+        ("UPDATE t SET a = theirs.nextval('s')", False),
         ("DELETE FROM t USING theirs.mine(1)", False),
         ("UPDATE t SET a = treat(b AS mine)", False),
         ("INSERT INTO t VALUES (1); SET work_mem = '4MB'", False),
@@ -242,6 +250,12 @@ def test_the_words_of_the_grammar_are_apart():
 def test_a_text_that_leaves_the_session_as_it_was(sql, keeps):
     """Single changes of tables do, as long as all they visibly call is known; then no reset is sent after them."""
     assert StatementReader().keeps_session[sql] is keeps
+
+
+@pytest.mark.parametrize("sql", ["INSERT INTO t SELECT theirs.now(1)", "UPDATE t SET a = theirs.mine(b), c = plain(d)"])
+def test_a_declared_function_leaves_the_session_as_it_was_in_a_change_too(sql):
+    """It is known by the names under which it was declared."""
+    assert StatementReader(["theirs.now", "theirs.mine", "plain"]).keeps_session[sql] is True
 
 
 @pytest.mark.parametrize("sql", ["SELECT nextval('s')", "SELECT pg_notify('c', 'x')", "SELECT txid_current()"])
