@@ -38,6 +38,8 @@ T = TypeVar("T")
 _TURNS = 32
 # How long an operation that was cancelled may take to end.
 _CUT = 0.5
+# What Linux takes: milliseconds in a C int, and seconds. One that it refuses would leave the options after it unset.
+_LONGEST_USER_TIMEOUT, _LONGEST_PROBE = 2**31 - 1, 32_767
 # So much later than the driver's own time limit an operation is ended that does not end by itself.
 _LATER = 0.1
 # macOS and Windows know no POLLRDHUP; there an orderly close shows as readable, and is found by letting the loop read.
@@ -711,12 +713,12 @@ class DriverConnection:
 
 def _socket_options(*, keepalive: bool, user_timeout: float | None) -> Iterator[tuple[tuple[int, int], int]]:
     # Names that the operating system does not have are left out.
-    def tcp(name: str, value: float) -> Iterator[tuple[tuple[int, int], int]]:
+    def tcp(name: str, value: float, most: int = _LONGEST_PROBE) -> Iterator[tuple[tuple[int, int], int]]:
         if hasattr(socket, name):
-            yield (socket.IPPROTO_TCP, getattr(socket, name)), max(1, int(value))
+            yield (socket.IPPROTO_TCP, getattr(socket, name)), max(1, int(min(value, most)))
 
     if user_timeout is not None:
-        yield from tcp("TCP_USER_TIMEOUT", user_timeout * 1000)
+        yield from tcp("TCP_USER_TIMEOUT", user_timeout * 1000, _LONGEST_USER_TIMEOUT)
     if keepalive:
         whole = 30.0 if user_timeout is None else user_timeout
         yield (socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1

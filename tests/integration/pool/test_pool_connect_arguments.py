@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 
 import asyncpg
@@ -418,3 +419,15 @@ def test_several_ports_without_hosts_are_refused():
         ConfigurationError, match="port must be one number, or one for each of the 1 hosts, not 2 numbers"
     ):
         ResilientPool(port=[5432, 5433])
+
+
+@both_loops
+async def test_a_silence_longer_than_the_kernel_counts_is_as_long_as_it_can(make_pool):
+    """No connection fails for that, and the options that come after it are set too."""
+    async with make_pool(ssl=False, tcp_user_timeout=1e308) as pool, pool.acquire() as connection:
+        sock = connection._con._transport.get_extra_info("socket")
+        found = [
+            sock.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPCNT)
+        ]
+        assert found == [2**31 - 1, 32_767, 3]
