@@ -267,7 +267,7 @@ class Queries(ABC, Generic[RecordT]):
         fail_fast: bool | None = None,
         **options: Unpack[CopyOptions],
     ) -> str:
-        """Copy a table to a path, a file or a coroutine function. Only a path is written anew when the copy is cut."""
+        """Copy a table to a path, a file or a coroutine function. Only the file of a path is written anew when the copy is cut."""
         if options or timeout is not None:
             require_call(Queries.copy_from_table, timeout, options, CopyOptions.__annotations__)
         return await self._run(
@@ -282,7 +282,7 @@ class Queries(ABC, Generic[RecordT]):
                 timeout=timeout,
                 **options,
             ),
-            replayable=_is_path(output),
+            replayable=_is_file(output),
         )
 
     async def copy_from_query(
@@ -296,7 +296,7 @@ class Queries(ABC, Generic[RecordT]):
         fail_fast: bool | None = None,
         **options: Unpack[CopyOptions],
     ) -> str:
-        """Copy a query's rows to a path, a file or a coroutine function. Only a path is written anew when it is cut."""
+        """Copy a query's rows to a path, a file or a coroutine function. Only the file of a path is written anew when it is cut."""
         if options or timeout is not None:
             require_call(Queries.copy_from_query, timeout, options, CopyOptions.__annotations__)
         return await self._run(
@@ -306,7 +306,7 @@ class Queries(ABC, Generic[RecordT]):
             lambda connection: connection.copy_from_query(
                 query, *args, output=cast("Any", output), timeout=timeout, **options
             ),
-            replayable=_is_path(output),
+            replayable=_is_file(output),
         )
 
     async def copy_to_table(
@@ -322,7 +322,7 @@ class Queries(ABC, Generic[RecordT]):
         fail_fast: bool | None = None,
         **options: Unpack[CopyInOptions],
     ) -> str:
-        """Copy a path, a file or an asynchronous iterator into a table. Only a path is read twice."""
+        """Copy a path, a file or an asynchronous iterator into a table. Only the file of a path is read twice, and no pipe."""
         if options or timeout is not None:
             require_call(Queries.copy_to_table, timeout, options, CopyInOptions.__annotations__)
         return await self._run(
@@ -341,7 +341,7 @@ class Queries(ABC, Generic[RecordT]):
                 ),
                 timeout,
             ),
-            replayable=_is_path(source),
+            replayable=_is_file(source),
         )
 
     async def copy_records_to_table(
@@ -373,8 +373,12 @@ class Queries(ABC, Generic[RecordT]):
         )
 
 
-def _is_path(place: object) -> bool:
-    return isinstance(place, str | os.PathLike)
+def _is_file(place: object) -> bool:
+    """Whether it is the path of a file that is the same, or is written anew, each time: a pipe or a terminal is not."""
+    # What the file system refuses to say raises nothing here, as it does with pathlib: the driver meets it, too.
+    if not isinstance(place, str | os.PathLike):
+        return False
+    return os.path.isfile(place) or not os.path.exists(place)  # noqa: PTH110, PTH113
 
 
 def _reading(table: str, schema: str | None) -> str:

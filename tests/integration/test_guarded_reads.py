@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import runpy
 from pathlib import Path
 
@@ -305,6 +306,21 @@ async def test_a_copy_out_of_a_query_is_guarded_too(database, pool, tmp_path):
         with pytest.raises(OutcomeUnknownError):
             await pool.copy_from_query(sql, output=path)
     assert await database.observer.fetchval("SELECT count(*) FROM journal") == 1
+
+
+async def test_a_copy_into_a_pipe_is_not_begun_anew(database, pool, tmp_path):
+    """What has gone into it cannot be taken back: its reader would have the first rows twice."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        await pool.fetch("SELECT 1")
+        database.proxy.cut_next_answer(24, matching=b"steady")
+        with pytest.raises(OutcomeUnknownError):
+            await pool.copy_from_query("SELECT steady(n) FROM generate_series(1, 9) AS n", output=path)
+        assert b"2\n3\n".startswith(os.read(pipe, 100))
+    finally:
+        os.close(pipe)
 
 
 @pytest.mark.parametrize("database", ["postgres"], indirect=True)
