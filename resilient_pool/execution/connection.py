@@ -470,11 +470,17 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
             await self._leases.set_up(self, execution.operation.deadline)
             if self._attached is not None:
                 await self._attached.attach_to(driver)
+            if self._state is _RELEASED:
+                # It may be another caller's by now.
+                raise asyncpg.InterfaceError(
+                    "the connection was released while it was being set up: it has been released back to the pool; "
+                    "leave it to the pool in setup="
+                )
             ready = True
         finally:
             if self._state is _SETTING_UP:
                 self._state = before
-            if not ready:
+            if not ready and self._state is not _RELEASED:
                 driver.invalidated = True
                 driver.detach_proxy(self)
 

@@ -296,3 +296,35 @@ async def test_setup_may_use_a_transaction(make_pool):
         async with pool.acquire() as connection:
             assert not connection.is_in_transaction()
         assert await pool.fetchval("SELECT 1") == 1
+
+
+async def call_once(pool):
+    await pool.execute("SELECT 1 FOR UPDATE")
+
+
+async def lease(pool):
+    async with pool.acquire():
+        pytest.fail("it was leased")
+
+
+async def call_in_a_transaction(pool):
+    await pool.run_in_transaction(lambda _: pytest.fail("it has begun"))
+
+
+@pytest.mark.parametrize("use", [call_once, lease, call_in_a_transaction], ids=lambda use: use.__name__)
+async def test_a_setup_that_releases_its_connection_is_refused(make_pool, use):
+    """Nothing more is sent on it: another caller may have it by then, and keeps it."""
+    calls = 0
+
+    async def setup(connection):
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            await pool.release(connection)
+
+    async with make_pool(max_size=1, deadline=10, setup=setup) as pool:
+        with pytest.raises(asyncpg.InterfaceError, match="released while it was being set up"):
+            await use(pool)
+        assert calls == 1
+        assert await pool.fetchval("SELECT 1") == 1
+        assert pool.stats().opened == 1
