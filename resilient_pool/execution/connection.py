@@ -1051,10 +1051,18 @@ class LeaseManager:
         """End a lease and return its entry; `None` if that came back before. `release` is still to be called."""
         return lease._end_lease()  # noqa: SLF001
 
-    def release(self, lease: ResilientConnection[Any], seconds: float | None = None) -> asyncio.Task[None] | None:
-        """End a lease; unless its session is as it was, the connection is reset in the background: that can be waited for."""
+    def release(
+        self, lease: ResilientConnection[Any], seconds: float | None = None, *, keeps: bool = True
+    ) -> asyncio.Task[None] | None:
+        """End a lease; unless its session is as it was, the connection is reset in the background: that can be waited for.
+
+        Args:
+            lease: The lease.
+            seconds: How long the reset may take; by default the pool's `reset_timeout`.
+            keeps: Whether the lease knows of all that was done on its connection.
+        """
         entry = lease._end_lease()  # noqa: SLF001
-        reset, keeps = None, lease._left_session_alone  # noqa: SLF001
+        reset, keeps = None, keeps and lease._left_session_alone  # noqa: SLF001
         try:
             lease._detach_driver()  # noqa: SLF001
         finally:

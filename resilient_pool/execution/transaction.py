@@ -252,7 +252,8 @@ class Attempt(Generic[RecordT]):
             begun = True
         finally:
             if not begun:
-                self._shared.leases.release(lease)
+                # Past the lease: what the pool asks by itself, cut off between two messages, is still open on the server.
+                self._shared.leases.release(lease, keeps=False)
         return lease
 
     async def _prepare(self, lease: ResilientConnection[RecordT]) -> None:

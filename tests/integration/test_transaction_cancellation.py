@@ -309,13 +309,22 @@ async def cut_once(work, *, at: int, late: bool) -> tuple[Cut, BaseException | N
     return cut, ended
 
 
+async def nothing_in_use(pool: ResilientPool) -> None:
+    while pool.stats().in_use or pool.stats().resetting:
+        await asyncio.sleep(0)
+
+
 async def settled_rows(scene: Scene, number: int, *, orphaned: bool) -> int:
     """Check that the pool is whole and its one session idle, and count the rows with a number."""
     await asyncio.to_thread(scene.proxy.restore)
     async with asyncio.timeout(5):
+        # Before the next use: that would end what was left in the middle of a message.
+        await nothing_in_use(scene.pool)
+        kept = {link.pid for link in scene.pool._maintenance.connections()}
+        while any(state != "idle" for pid, state in (await scene.sessions()).items() if pid in kept):
+            await asyncio.sleep(0.002)
         assert await scene.pool.fetchval("SELECT 1") == 1
-        while scene.pool.stats().in_use or scene.pool.stats().resetting:
-            await asyncio.sleep(0)
+        await nothing_in_use(scene.pool)
         slots = scene.pool._resources
         (link,) = scene.pool._maintenance.connections()
         assert (slots.size, slots.idle, slots.waiting) == (1, 1, 0)
