@@ -787,6 +787,7 @@ def _cached_statement(connection: Any, query: str, timeout: float | None, record
 
     It is where the connection, and each of its methods on the way, is asyncpg's own of a known version, nothing else is under
     way, and no time limit and no logger of queries is to be heeded. What replaces methods of the protocol is met on both ways.
+    The first method on the way is the caller's to compare.
     """
     kind = _Connection
     if (
@@ -797,15 +798,12 @@ def _cached_statement(connection: Any, query: str, timeout: float | None, record
         or connection._query_loggers  # noqa: SLF001
         or connection._stmt_exclusive_section._acquired  # noqa: SLF001
         or connection._config.command_timeout is not None  # noqa: SLF001
-        or kind.fetch is not _FETCH
-        or kind.fetchrow is not _FETCHROW
-        or kind.fetchval is not _FETCHVAL
-        or kind.execute is not _EXECUTE
         or kind._execute is not _INNER_EXECUTE  # noqa: SLF001
         or kind._Connection__execute is not _INNERMOST_EXECUTE  # noqa: SLF001
         or kind._do_execute is not _DO_EXECUTE  # noqa: SLF001
         or kind._get_statement is not _GET_STATEMENT  # noqa: SLF001
-        or connection.is_closed()
+        or connection._aborted  # noqa: SLF001 - and what follows: what `is_closed` asks, in one step less
+        or not connection._protocol.is_connected()  # noqa: SLF001
     ):
         return None
     return connection._stmt_cache.get((query, connection._protocol.get_record_class(), False))  # noqa: SLF001
@@ -848,7 +846,7 @@ def fetch(
     connection: AnyConnection, query: str, args: tuple[Any, ...], timeout: float | None, record_class: Any
 ) -> Awaitable[list[Any]]:
     """Do what `connection.fetch` does."""
-    statement = _cached_statement(connection, query, timeout, record_class)
+    statement = _cached_statement(connection, query, timeout, record_class) if _Connection.fetch is _FETCH else None
     if statement is None:
         return connection.fetch(query, *args, timeout=timeout, record_class=record_class)
     return _execute_cached(connection, statement, query, args, 0, return_extra=False)
@@ -858,7 +856,9 @@ async def fetchrow(
     connection: AnyConnection, query: str, args: tuple[Any, ...], timeout: float | None, record_class: Any
 ) -> Any:
     """Do what `connection.fetchrow` does."""
-    statement = _cached_statement(connection, query, timeout, record_class)
+    statement = (
+        _cached_statement(connection, query, timeout, record_class) if _Connection.fetchrow is _FETCHROW else None
+    )
     if statement is None:
         return await connection.fetchrow(query, *args, timeout=timeout, record_class=record_class)
     rows = await _execute_cached(connection, statement, query, args, 1, return_extra=False)
@@ -869,7 +869,7 @@ async def fetchval(
     connection: AnyConnection, query: str, args: tuple[Any, ...], timeout: float | None, column: int
 ) -> Any:
     """Do what `connection.fetchval` does."""
-    statement = _cached_statement(connection, query, timeout, None)
+    statement = _cached_statement(connection, query, timeout, None) if _Connection.fetchval is _FETCHVAL else None
     if statement is None:
         return await connection.fetchval(query, *args, column=column, timeout=timeout)
     rows = await _execute_cached(connection, statement, query, args, 1, return_extra=False)
@@ -878,7 +878,8 @@ async def fetchval(
 
 async def execute(connection: AnyConnection, query: str, args: tuple[Any, ...], timeout: float | None) -> str:
     """Do what `connection.execute` does."""
-    statement = _cached_statement(connection, query, timeout, None) if args else None
+    is_short = args and _Connection.execute is _EXECUTE
+    statement = _cached_statement(connection, query, timeout, None) if is_short else None
     if statement is None:
         return await connection.execute(query, *args, timeout=timeout)
     _, status, _ = await _execute_cached(connection, statement, query, args, 0, return_extra=True)
