@@ -75,8 +75,9 @@ class SystemClock:
         boot, wall = time.clock_gettime(_BOOT_TIME), time.time()
         by_boot, by_wall = boot - self._boot, wall - self._wall
         self._boot, self._wall = boot, wall
-        self._now += max(by_boot, by_wall)
-        return self._now
+        # A call of max() would take longer than all else here but the clocks.
+        self._now = now = self._now + (by_wall if by_wall > by_boot else by_boot)  # noqa: FURB136
+        return now
 
     monotonic = staticmethod(time.monotonic)  # itself, and not a call of it: the pool reads it twice in each call
 
@@ -133,9 +134,8 @@ class TimeoutQueue(Generic[K]):
         # Until when, and since when.
         self.waiting: OrderedDict[K, tuple[float, float]] = OrderedDict()
 
-    def begin(self, thing: K, seconds: float | None) -> None:
-        """Let something wait for that many seconds, or for ever."""
-        now = self._clock.monotonic()
+    def begin(self, thing: K, seconds: float | None, now: float) -> None:
+        """Let something wait from `now` on for that many seconds, or for ever."""
         due = inf if seconds is None else now + seconds
         self.waiting[thing] = (due, now)
         if due < self._sweep_at:

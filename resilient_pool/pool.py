@@ -164,7 +164,7 @@ class ResilientPool(Queries[RecordT]):
     ) -> T:
         if options and self._takes_exactly_once(options, sql):
             return await self._run_exactly_once(options, execute, arguments)
-        started = self._monotonic()
+        started = now = self._monotonic()
         self._retry_budget.calls += 1
         # What has not failed, and needs no setup, need not be remembered.
         execution: Execution[T] | None = None
@@ -180,7 +180,7 @@ class ResilientPool(Queries[RecordT]):
                     # A pool that was closed since must not hide what became of an earlier attempt: that is judged, too.
                     if self._state is not _OPEN or get_running_loop() is not self._loop:
                         self._require_open()
-                    entry = self._acquirer.try_acquire()
+                    entry = self._acquirer.try_acquire(now)
                     if entry is None:
                         ends, fails_fast = self._retry_strategy.limits(started, options)
                         entry = await self._acquirer.acquire(ends, fail_fast=fails_fast)
@@ -218,6 +218,7 @@ class ResilientPool(Queries[RecordT]):
                 return result
             await self._clock.sleep(delay)
             execution.begin_attempt()
+            now = self._monotonic()
 
     def _takes_exactly_once(self, options: CallOptions, sql: str | None) -> bool:
         """Check the options of a call, and say whether it is to be a transaction of its own."""

@@ -925,29 +925,24 @@ class LeaseManager:
             execution = self.retry_strategy.new_execution("acquire", options=options, started=started)
         while True:
             try:
-                entry = self.acquirer.try_acquire() if execution is None else None
-                if entry is not None:
-                    return self.new_lease(entry, entry.resource)
-                return await self.lease_for(execution, self.retry_strategy.limits(started, options))
+                if execution is not None:
+                    return await self.lease_for(execution)
+                entry = self.acquirer.try_acquire(started)
+                if entry is None:
+                    ends, fails_fast = self.retry_strategy.limits(started, options)
+                    entry = await self.acquirer.acquire(ends, fail_fast=fails_fast)
+                return self.new_lease(entry, entry.resource)
             except Exception as error:  # noqa: BLE001 - every error is classified, none is swallowed
                 failure = error
             execution = execution or self.retry_strategy.new_execution("acquire", options=options, started=started)
             await self.retry_strategy.wait_for_retry(execution, failure)
 
-    async def lease_for(
-        self, execution: Execution[Any] | None, limits: tuple[float | None, bool]
-    ) -> ResilientConnection[Any]:
-        """Lease a connection for one attempt of an operation, set up for the application. If that fails it is closed.
-
-        Args:
-            execution: The operation; `None` for a first attempt where nothing is set up.
-            limits: Until when to wait, and whether to fail fast.
-        """
-        entry = self.acquirer.try_acquire()
+    async def lease_for(self, execution: Execution[Any]) -> ResilientConnection[Any]:
+        """Lease a connection for one attempt of an operation, set up for the application. If that fails it is closed."""
+        entry = self.acquirer.try_acquire(self._monotonic())
         if entry is None:
-            entry = await self.acquirer.acquire(limits[0], fail_fast=limits[1])
-        if execution is None:
-            return self.new_lease(entry, entry.resource)
+            asked = execution.operation
+            entry = await self.acquirer.acquire(asked.deadline, fail_fast=asked.fail_fast)
         lease = self.new_lease(entry)
         leased = False
         try:
@@ -979,7 +974,7 @@ class LeaseManager:
             return False
         # What was looked at when it was leased, a moment ago, is not looked at again.
         is_known = now - entry.taken_at_monotonic < _A_MOMENT and driver.is_usable
-        return is_known or self.acquirer.is_ready(entry)
+        return is_known or self.acquirer.is_ready(entry, now)
 
     async def set_up(self, lease: ResilientConnection[Any], deadline: float | None) -> None:
         """Let the application prepare a connection until `deadline`."""

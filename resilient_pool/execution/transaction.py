@@ -242,8 +242,7 @@ class Attempt(Generic[RecordT]):
         return self._lease
 
     async def _begin(self) -> ResilientConnection[RecordT]:
-        asked = self._execution.operation
-        lease = await self._shared.leases.lease_for(self._execution, (asked.deadline, asked.fail_fast))
+        lease = await self._shared.leases.lease_for(self._execution)
         begun = False
         try:
             await self._prepare(lease)

@@ -60,20 +60,24 @@ class Acquirer:
         self._events = context.events
         self._has_observers = bool(context.events)
 
-    def try_acquire(self) -> PoolEntry[DriverConnection] | None:
-        """Take the entry that was used last, if it is idle and its connection can be used as it is."""
+    def try_acquire(self, now: float) -> PoolEntry[DriverConnection] | None:
+        """Take the entry that was used last, if it is idle and its connection can be used as it is.
+
+        Args:
+            now: The time, on the line of `Clock.monotonic()`.
+        """
         if not self._idle or self._maintenance.returning == 1:
             return None
         entry = self._idle[-1]
-        if not self.is_ready(entry):
+        if not self.is_ready(entry, now):
             return None
         self._counters.acquired += 1
         return self._idle.pop()
 
-    def is_ready(self, entry: PoolEntry[DriverConnection]) -> bool:
+    def is_ready(self, entry: PoolEntry[DriverConnection], now_monotonic: float) -> bool:
         """Whether an entry's connection can be used as it is. What it is asked from now on is asked at this time."""
         entry.taken_at = now = self._now()
-        entry.taken_at_monotonic = self._monotonic()
+        entry.taken_at_monotonic = now_monotonic
         driver = entry.resource
         return (
             driver is not None
@@ -99,11 +103,10 @@ class Acquirer:
             return
         if uses != entry.uses:
             entry.uses, entry.asked_at = uses, entry.taken_at
+        if resources.waiters and resources.hand_over(entry):
+            return
         entry.idle_since = entry.taken_at + self._monotonic() - entry.taken_at_monotonic
-        if resources.waiters:
-            resources.put(entry)
-        else:
-            self._idle.append(entry)
+        self._idle.append(entry)
 
     async def acquire(
         self, deadline: float | None, *, fail_fast: bool = False, is_begun: bool = False
@@ -124,17 +127,13 @@ class Acquirer:
             await self._let_a_lone_reset_end(deadline)
         while True:
             entry: Any = self._at_hand()
+            now = self._monotonic()
             if entry is None:
-                if not is_begun and self._resources.waiting >= self._max_waiting:
+                if not is_begun and len(self._resources.waiters) >= self._max_waiting:
                     raise self._overload()
                 is_begun = True  # who has waited is not sent away
-                reason, started, end, failure = (
-                    self._begin_wait(deadline, fail_fast),
-                    self._monotonic(),
-                    _CANCELLED,
-                    None,
-                )
-                ticket = self._resources.enqueue(None if deadline is None else deadline - started, fail_fast=fail_fast)
+                reason, end, failure = self._begin_wait(deadline, fail_fast), _CANCELLED, None
+                ticket = self._resources.enqueue(None if deadline is None else deadline - now, now, fail_fast=fail_fast)
                 try:
                     entry = await ticket
                     end = _SERVED
@@ -143,11 +142,11 @@ class Acquirer:
                 finally:
                     if entry is None:
                         self._resources.give_up(ticket)
-                    self._end_wait(started, reason, end)
+                    now = self._end_wait(now, reason, end)
                     self._circuit_breaker.stop_prober_if_unused()
                 if failure is not None:
                     raise failure
-            if not self.is_ready(entry):
+            if not self.is_ready(entry, now):
                 self._maintenance.close_if_idle_too_long(entry)
                 if not await self.ensure_healthy(entry, deadline):
                     continue
@@ -190,10 +189,11 @@ class Acquirer:
         """Let a connection be opened if that is needed, and say why the caller has to wait. Raises if it need not wait."""
         if self._maintenance.closing:
             self._maintenance.require_open()
-        refusal = self._circuit_breaker.refusal(deadline, fail_fast=fail_fast)
-        self._circuit_breaker.ensure_prober()
-        if refusal is not None:
-            raise refusal
+        if not self._circuit_breaker.is_settled:
+            refusal = self._circuit_breaker.refusal(deadline, fail_fast=fail_fast)
+            self._circuit_breaker.ensure_prober()
+            if refusal is not None:
+                raise refusal
         return _BUSY if not self._has_observers or self._resources.has_resources else _CONNECTING
 
     def _end_and_failure(self, error: Exception) -> tuple[WaitEnd, Exception]:
@@ -202,11 +202,12 @@ class Acquirer:
         self._counters.wait_timeouts += 1
         return WaitEnd.TIMEOUT, self._circuit_breaker.error_for_timeout(error)
 
-    def _end_wait(self, started: float, reason: WaitReason, end: WaitEnd) -> None:
+    def _end_wait(self, started: float, reason: WaitReason, end: WaitEnd) -> float:
+        """Count a wait that ends now, and return the time."""
         now = self._monotonic()
         self._counters.count_wait(now - started)
         if not self._has_observers:
-            return
+            return now
         outage = self._circuit_breaker.outage_since(started)
         self._events.emit(
             CallerWaited(
@@ -218,6 +219,7 @@ class Acquirer:
                 attempts=0 if outage is None else outage.attempts,
             )
         )
+        return now
 
     async def keep_or_acquire(
         self, entry: PoolEntry[DriverConnection] | None, deadline: float | None, *, fail_fast: bool = False

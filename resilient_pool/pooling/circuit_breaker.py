@@ -101,6 +101,17 @@ class CircuitBreaker:
         """Let no caller open a connection until the prober has opened one."""
         self._resources.set_connect_limit(0)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether no caller is refused, and the prober is not needed: as nearly always."""
+        return (
+            self._outage is None
+            and self._capped is None
+            and self._blocked_until == -math.inf
+            and self._resources.connect_limit > 0
+            and self._resources.size >= self._config.min_size
+        )
+
     def half_open_if_unconnected(self) -> None:
         """Do that if no connection is left."""
         if self._resources.connect_limit and not self._resources.has_resources:
@@ -168,8 +179,6 @@ class CircuitBreaker:
 
     def refusal(self, deadline: float | None, *, fail_fast: bool) -> Exception | None:
         """Return an error for a caller for whom waiting has no sense, or `None`."""
-        if self._outage is None and self._blocked_until == -math.inf:
-            return None  # as nearly always
         now = self._clock.monotonic()
         if fail_fast and self._outage is not None:
             return self._outage.error_for_caller(now)

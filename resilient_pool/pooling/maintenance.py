@@ -188,7 +188,7 @@ class Maintenance:
         self._resets[entry] = task
         self._background.add(task)
         if watched:
-            self._watched.begin(task, limit)
+            self._watched.begin(task, limit, self._clock.monotonic())
         return task
 
     async def _reset(self, entry: PoolEntry[DriverConnection], seconds: float, *, watched: bool) -> None:

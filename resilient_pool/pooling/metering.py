@@ -70,9 +70,9 @@ class MeteredAcquirer(Acquirer):
         self._begin_use(entry)
         return entry
 
-    def try_acquire(self) -> PoolEntry[DriverConnection] | None:
+    def try_acquire(self, now: float) -> PoolEntry[DriverConnection] | None:
         """Take the entry that was used last if it is ready, and begin its use."""
-        entry = super().try_acquire()
+        entry = super().try_acquire(now)
         if entry is not None:
             self._begin_use(entry)
         return entry

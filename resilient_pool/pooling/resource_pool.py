@@ -223,12 +223,13 @@ class ResourcePool(Generic[R]):
             self.put(entry)
         return entry is not None
 
-    def enqueue(self, seconds: float | None, *, fail_fast: bool = False) -> asyncio.Future[PoolEntry[R]]:
+    def enqueue(self, seconds: float | None, now: float, *, fail_fast: bool = False) -> asyncio.Future[PoolEntry[R]]:
         """Begin to wait for an entry, behind all callers that wait already.
 
         Args:
             seconds: For how long at most; `None` for ever. The end may be noticed late, by a fiftieth of that time and
                 never by more than 0.05 s.
+            now: The time, on the line of `Clock.monotonic()`.
             fail_fast: Whether `fail_fast_waiters` ends it.
 
         Returns:
@@ -236,7 +237,7 @@ class ResourcePool(Generic[R]):
             It raises `AcquireTimeoutError` if no entry became free in time.
         """
         ticket: asyncio.Future[PoolEntry[R]] = asyncio.get_running_loop().create_future()
-        self._limits.begin(ticket, seconds)
+        self._limits.begin(ticket, seconds, now)
         if fail_fast:
             self._fail_fast.add(ticket)
             ticket.add_done_callback(self._fail_fast.discard)
@@ -260,15 +261,21 @@ class ResourcePool(Generic[R]):
 
     def put(self, entry: PoolEntry[R]) -> None:
         """Give an entry back: to the first waiter, else to the idle stack. An empty entry that no caller may fill is gone."""
-        while self.waiters and (entry.resource is not None or self.may_open):
-            ticket, _ = self.waiters.popitem(last=False)
-            if not ticket.done():
-                ticket.set_result(entry)
-                return
+        if self.waiters and (entry.resource is not None or self.may_open) and self.hand_over(entry):
+            return
         if entry.resource is None:
             self._forget(entry)
         else:
             self.idle_entries.append(entry)
+
+    def hand_over(self, entry: PoolEntry[R]) -> bool:
+        """Give an entry to the first waiter that has not been cancelled, and say whether there was one."""
+        while self.waiters:
+            ticket, _ = self.waiters.popitem(last=False)
+            if not ticket.done():
+                ticket.set_result(entry)
+                return True
+        return False
 
     def withdraw(self, condition: Callable[[PoolEntry[R]], bool], *, keep: int = 0) -> list[PoolEntry[R]]:
         """Take all idle resources that meet a condition, the longest unused first, while more than `keep` resources remain."""

@@ -26,7 +26,7 @@ def filled(resources: ResourcePool[str], name: str, idle_since: float = 0.0) -> 
 
 async def queued(resources, seconds, *, fail_fast=False):
     """What a caller does who finds no entry."""
-    ticket, entry = resources.enqueue(seconds, fail_fast=fail_fast), None
+    ticket, entry = resources.enqueue(seconds, resources._limits._clock.monotonic(), fail_fast=fail_fast), None
     try:
         entry = await ticket
     finally:
