@@ -367,17 +367,20 @@ class ResilientPool(Queries[RecordT]):
             raise asyncpg.InterfaceError(
                 f"ResilientPool.release() received invalid connection: {connection!r} is not a member of this pool"
             )
-        await self._release(connection, timeout)
+        reset = self._give_back(connection, timeout)
+        if reset is not None:
+            await _success_of(reset)
 
-    async def _release(self, connection: ResilientConnection[RecordT], timeout: float | None) -> None:
+    def _give_back(
+        self, connection: ResilientConnection[RecordT], timeout: float | None = None
+    ) -> asyncio.Task[None] | None:
+        """End a lease, and return its reset if that is to be waited for."""
         if connection.is_released:
-            return
+            return None
         if get_running_loop() is not self._loop:
             self._require_loop()
         reset = self._leases.release(connection, timeout)
-        error = await _end_of(reset) if self._waits_for_reset else None
-        if error is not None:
-            raise error
+        return reset if self._waits_for_reset else None
 
     # Notifications
 
@@ -644,6 +647,12 @@ async def _end_of(reset: asyncio.Task[None] | None) -> BaseException | None:
     return None if reset.cancelled() else reset.exception()
 
 
+async def _success_of(reset: asyncio.Task[None]) -> None:
+    error = await _end_of(reset)
+    if error is not None:
+        raise error
+
+
 def _running_loop() -> asyncio.AbstractEventLoop:
     try:
         return asyncio.get_running_loop()
@@ -686,8 +695,9 @@ class Acquisition(Generic[RecordT]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None:
-            await self._pool._release(connection, None)  # noqa: SLF001
+        reset = None if connection is None else self._pool._give_back(connection)  # noqa: SLF001
+        if reset is not None:
+            await _success_of(reset)
 
 
 class Invocation:
