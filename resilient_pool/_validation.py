@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -63,7 +62,9 @@ def shown(value: object, shows: Callable[[str], bool] = is_number_like) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a question that names the known name most like `name`, or nothing if none is."""
-    found = difflib.get_close_matches(name.lower(), list(known), n=1)
+    from difflib import get_close_matches  # noqa: PLC0415 - only what is refused needs it
+
+    found = get_close_matches(name.lower(), list(known), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import re
@@ -15,14 +14,14 @@ from typing import Any, cast
 
 import asyncpg
 
-from resilient_pool._validation import is_number, is_number_like, is_sendable, shown
+from resilient_pool._validation import is_number, is_number_like, is_sendable, nearest, shown
 from resilient_pool.config.dsn import GSS_LIBRARIES, HIGHEST_PORT, SSL_MODES, TARGETS
 from resilient_pool.config.secrets import Secret
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.retry.backoff import BackoffPolicy
 from resilient_pool.retry.decision import RetryBudget
 
-_TABLE = re.compile(r"[a-z_][a-z0-9_]{0,62}\.[a-z_][a-z0-9_]{0,62}")
+_TABLE = r"[a-z_][a-z0-9_]{0,62}\.[a-z_][a-z0-9_]{0,62}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +84,7 @@ def _one_of(words: tuple[str, ...], *, optional: bool = True) -> Kind:
         accepted=f"one of {', '.join(map(repr, words))}",
         fits=lambda value: isinstance(value, str) and value in words,
         optional=optional,
-        shows=lambda text: bool(difflib.get_close_matches(text.lower(), words, n=1)),
+        shows=lambda text: bool(nearest(text, words)),
     )
 
 
@@ -183,7 +182,7 @@ STATEMENTS = _number("statements", 0, whole=True, optional=True)
 TABLE = Kind(
     unit="'schema.table'",
     accepted="'schema.table', both of small letters, digits and _, or None",
-    fits=lambda value: isinstance(value, str) and _TABLE.fullmatch(value) is not None,
+    fits=lambda value: isinstance(value, str) and re.fullmatch(_TABLE, value) is not None,
     optional=True,
     shows=lambda text: re.fullmatch(r"[\w$\"]+\.[\w$\"]+", text) is not None,
 )

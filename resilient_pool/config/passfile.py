@@ -12,8 +12,8 @@ from pathlib import Path
 from resilient_pool.config.dsn import home_file
 from resilient_pool.config.secrets import Secret
 
-_ENTRY = re.compile(r"((?:[^\\:]|\\.)*):" * 4 + r"(.*)", re.DOTALL)
-_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_ENTRY = r"(?s)" + r"((?:[^\\:]|\\.)*):" * 4 + r"(.*)"
+_ESCAPE = r"(?s)\\(.)"
 
 
 class PasswordFile:
@@ -83,10 +83,10 @@ def _is_private(path: Path) -> bool:
 
 def _entry(line: str) -> tuple[Sequence[str], Secret] | None:
     """Split a line into four fields, still escaped, and the password; a line with too few fields is none."""
-    match = _ENTRY.fullmatch(line)
+    match = re.fullmatch(_ENTRY, line)
     return None if match is None else (match.groups()[:-1], Secret(_unescaped(match.groups()[-1])))
 
 
 def _unescaped(text: str) -> str:
     """Take each backslash away that stands before another character."""
-    return _ESCAPE.sub(r"\1", text)
+    return re.sub(_ESCAPE, r"\1", text)

@@ -26,10 +26,11 @@ _WORD = re.compile(r"\S+")
 
 _KEY = r"(?:password|passwd|pwd|passphrase)"
 _QUOTED = r"'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\""
+# Compiled by `re` when something is scrubbed for the first time, as all that only errors need: an import need not take as long.
 _PAIRS = (
-    re.compile(rf"(?P<kept>{_KEY}\s*=\s*)(?:{_QUOTED}|\S+)", re.IGNORECASE),
-    re.compile(rf"(?P<kept>{_KEY}['\"]\s*:\s*)(?:{_QUOTED}|\S+)", re.IGNORECASE),
-    re.compile(rf"(?P<kept>\bpassword\s+)(?:{_QUOTED})", re.IGNORECASE),
+    rf"(?P<kept>{_KEY}\s*=\s*)(?:{_QUOTED}|\S+)",
+    rf"(?P<kept>{_KEY}['\"]\s*:\s*)(?:{_QUOTED}|\S+)",
+    rf"(?P<kept>\bpassword\s+)(?:{_QUOTED})",
 )
 
 
@@ -117,7 +118,7 @@ def scrub(text: str, secrets: Iterable[Secret] = ()) -> str:
     if "@" in text:
         text = _WORD.sub(_without_userinfo, text)
     for pair in _PAIRS:
-        text = pair.sub(_masked, text)
+        text = re.sub(pair, _masked, text, flags=re.IGNORECASE)
     return text
 
 

@@ -734,8 +734,8 @@ def _quoted(name: str) -> str:
 
 # Where asyncpg 0.30 to 0.32 looks before it writes: `_check_state` and `_check_open`, `_ensure_connected`, and `_set_state` for
 # a state in which an operation begins. The other states are entered by an answer.
-_CLOSED = re.compile(r"connection is closed$")
-_NOT_BEGUN = re.compile(r"^(not connected$|cannot switch to state (1[1-8]|21); )")
+_CLOSED = r"connection is closed$"
+_NOT_BEGUN = r"^(not connected$|cannot switch to state (1[1-8]|21); )"
 
 
 def _let_go(protocol: Any, statements: Any, loop: asyncio.AbstractEventLoop, _connection: object) -> None:
@@ -998,9 +998,9 @@ def nothing_sent(error: BaseException, driver: DriverConnection) -> bool:
         driver: The connection that it was to run on.
     """
     if type(error) is asyncpg.InterfaceError:
-        refused = driver.connection.is_closed() and _CLOSED.search(str(error)) is not None
+        refused = driver.connection.is_closed() and re.search(_CLOSED, str(error)) is not None
     else:
-        refused = type(error) is asyncpg.InternalClientError and _NOT_BEGUN.search(str(error)) is not None
+        refused = type(error) is asyncpg.InternalClientError and re.search(_NOT_BEGUN, str(error)) is not None
     return refused and _comes_from_the_driver(error)
 
 

@@ -760,8 +760,7 @@ def _fell_silent(failure: Failure) -> bool:
 
 # What servers and poolers say of a user name or a password that they refuse, where the code alone does not. Not of a
 # host, a role or a database that is missing (`no pg_hba.conf entry`), nor of having been asked too often.
-_REFUSED_CREDENTIALS = re.compile(
-    r"""^(
+_REFUSED_CREDENTIALS = r"""(?xi)^(
         (?!.*\bcompeting\ requests)[^:"]*\bauthentication\ failed\b  # PostgreSQL, RDS, Cloud SQL, PgBouncer, Neon
       | auth(?:entication)?\ failed$  # PgBouncer before 1.9
       | (?:odyssey:\ \S+\ )?incorrect\ password
@@ -770,9 +769,7 @@ _REFUSED_CREDENTIALS = re.compile(
       | unable\ to\ accept\ connection,\ access\ denied  # Aurora DSQL
       | The\ access\ token\ has\ expired  # Azure
       | (?:Failed\ to\ identify\ your\ database:\ )?Your\ Postgres\ credentials\ are\ incorrect  # Prisma
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
+    )"""
 # 08006 is Aurora DSQL's, XX000 Neon's and Supavisor's, 58000 PgDog's; some send none at all.
 _CODES_OF_REFUSALS = frozenset({"28000", "08P01", "08006", "XX000", "58000", ""})
 
@@ -789,18 +786,17 @@ def refuses_credentials(error: BaseException) -> bool:
         return False
     if _sqlstate_of(refusal) == "28P01" or getattr(refusal, "server_source_function", None) == "auth_failed":
         return True
-    return _sqlstate_of(refusal) in _CODES_OF_REFUSALS and _REFUSED_CREDENTIALS.search(_text_of(refusal)) is not None
+    return (
+        _sqlstate_of(refusal) in _CODES_OF_REFUSALS and re.search(_REFUSED_CREDENTIALS, _text_of(refusal)) is not None
+    )
 
 
 # What they say of a user who is no more, or not any longer one.
-_REFUSED_USER = re.compile(
-    r"""^(
+_REFUSED_USER = r"""(?xi)^(
         role\ ".*"\ (does\ not\ exist|is\ not\ permitted\ to\ log\ in)$
       | no\ such\ user\b  # PgBouncer
       | .*\bTenant\ or\ user\ not\ found  # Supavisor
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
+    )"""
 
 
 def refuses_user(error: BaseException) -> bool:
@@ -810,7 +806,7 @@ def refuses_user(error: BaseException) -> bool:
         return False
     if getattr(refusal, "server_source_function", None) == "InitializeSessionUserId":
         return True
-    return _REFUSED_USER.search(_text_of(refusal)) is not None
+    return re.search(_REFUSED_USER, _text_of(refusal)) is not None
 
 
 def reports_closed_connection(error: BaseException) -> bool:
