@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 import pytest
 
@@ -34,7 +33,7 @@ def test_every_counter_arrives_in_the_snapshot_under_its_own_name():
     """No total is mixed up with another one, and none is forgotten."""
     counters = Counters()
     names = [
-        field.name for field in dataclasses.fields(Counters) if not isinstance(getattr(counters, field.name), Counter)
+        field.name for field in dataclasses.fields(Counters) if isinstance(getattr(counters, field.name), int | float)
     ]
     for number, name in enumerate(names, start=1):
         setattr(counters, name, number)
