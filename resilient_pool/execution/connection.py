@@ -149,9 +149,10 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         """Whether the lease has ended: by release, by `close()` or `terminate()`, or with its connection."""
         return self._state is _RELEASED or self._state is _CLOSED
 
-    # What an application's own connection class adds
+    # What the driver's connection has beside, and what an application's own class adds
 
-    def __getattr__(self, name: str) -> Any:
+    def _attribute(self, name: str) -> Any:
+        """Return an attribute of the connection that a lease does not have. It is the `__getattr__` of leases of other classes."""
         if name.startswith("__") or name in ResilientConnection.__slots__:
             raise AttributeError(name)
         if self._driver is not None:
@@ -787,6 +788,26 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         return settings
 
 
+class _Forwarded:
+    """An attribute of asyncpg's connection that a lease does not have.
+
+    With `__getattr__` in its place, each attribute of the lease itself would take much longer to read.
+    """
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, lease: ResilientConnection[Any] | None, owner: object) -> Any:
+        return self if lease is None else lease._attribute(self._name)  # noqa: SLF001
+
+
+for _name in dir(asyncpg.Connection):
+    if not _name.startswith("__") and not hasattr(ResilientConnection, _name):
+        setattr(ResilientConnection, _name, _Forwarded(_name))
+
+
 def _check(options: CallOptions) -> None:
     if options.pop("exactly_once", False):  # type: ignore[typeddict-item]
         raise asyncpg.InterfaceError(
@@ -878,8 +899,12 @@ class LeaseManager:
         lease_type: type[ResilientConnection[Any]] = ResilientConnection,
     ) -> None:
         config = context.config
-        self._lease_class = lease_class(lease_type, config.connection_class)
-        self._pooled_lease_class = lease_class(_of_shared_sessions(lease_type), config.connection_class)
+        # What the application's own function opens may be of any class.
+        is_known = config.connect is None and config.connection_class is asyncpg.Connection
+        self._lease_class, self._pooled_lease_class = (
+            base if is_known else lease_class(base, config.connection_class)
+            for base in (lease_type, _of_shared_sessions(lease_type))
+        )
         self.connector = retry_strategy.connector
         self._config = config
         self.acquirer = acquirer

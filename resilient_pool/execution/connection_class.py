@@ -36,15 +36,14 @@ _CODECS = frozenset({"set_type_codec", "set_builtin_type_codec", "reset_type_cod
 
 
 def lease_class(base: type[L], connection_class: type[asyncpg.Connection[Any]]) -> type[L]:
-    """Return the class of leases of that class: `base`, or a subclass that takes what the overridden methods take."""
+    """Return a subclass of `base` that has what the class adds, and takes what its overridden methods take."""
     overridden = {
         name: make(name, getattr(connection_class, name))
         for name, make in _FORWARDED.items()
         if getattr(connection_class, name) is not getattr(asyncpg.Connection, name)
     }
-    if not overridden:
-        return base
-    members = {"__slots__": (), **overridden}
+    found: Any = base
+    members = {"__slots__": (), "__getattr__": found._attribute, **overridden}  # noqa: SLF001
     made = types.new_class(base.__name__, (base,), exec_body=lambda body: body.update(members))
     return cast("type[L]", made)
 

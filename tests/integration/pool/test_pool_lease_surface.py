@@ -9,6 +9,7 @@ import time
 import asyncpg
 import pytest
 from asyncpg.transaction import Transaction
+from waiting import eventually
 
 from resilient_pool.execution.connection import ResilientConnection
 
@@ -637,3 +638,26 @@ async def test_setup_that_loses_its_connection_is_repeated(make_pool, bystander)
         async with pool.acquire() as connection:
             assert await connection.fetchval("SELECT 1") == 1
         assert pool.get_size() == 1
+
+
+async def test_what_only_the_drivers_connection_has_is_found_on_a_lease(make_pool):
+    """Its private attributes, too; and as they may be used for anything, the session is reset."""
+    async with make_pool(max_size=1) as pool:
+        async with pool.acquire() as connection:
+            inner = connection._driver.connection
+            for name in set(dir(asyncpg.Connection)) - set(dir(ResilientConnection)) - {"__del__"}:
+                getattr(connection, name)
+            assert connection._protocol is inner._protocol
+            assert connection._top_xact is None
+            assert await connection._execute("SELECT 1", (), 0, None)
+            with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+                _ = connection.nothing
+        await eventually(lambda: pool.stats().resets == 1)
+        with pytest.raises(AttributeError, match=r"_protocol.*released"):
+            _ = connection._protocol
+
+
+async def test_an_attribute_of_a_lease_is_read_without_a_detour(make_pool):
+    """`__getattr__` makes all attributes of a class slow to read, so only leases of an application's own class have it."""
+    async with make_pool() as pool, pool.acquire() as connection:
+        assert not hasattr(type(connection), "__getattr__")
