@@ -38,7 +38,7 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from resilient_pool._validation import nearest, require_known, require_number
+from resilient_pool._validation import is_number, nearest, require_known, require_number, shown
 from resilient_pool.config.dsn import arguments_of_dsn
 from resilient_pool.config.pool_config import ARGUMENTS
 from resilient_pool.config.secrets import Secret
@@ -179,9 +179,25 @@ class _Recipe:
 
     def pool(self, **sizes: object) -> ResilientPool[Any]:
         """Make a pool, not yet opened."""
+        _require_statement_options(**self.statements)
         for name in sizes.keys() & self.arguments.keys():
             raise ConfigurationError(f"{name} is given twice: leave it out, or {_SAME[name]}")
         return ResilientPool(**{**self.arguments, **sizes})
+
+
+def _require_statement_options(
+    prepared_statement_cache_size: object = 0, prepared_statement_name_func: object = None
+) -> None:
+    # SQLAlchemy takes every value, and empties a cache of less than none for ever.
+    if not (prepared_statement_cache_size is None or is_number(prepared_statement_cache_size, least=0, whole=True)):
+        raise ConfigurationError(
+            "prepared_statement_cache_size must be a whole number of statements, at least 0, not "
+            + shown(prepared_statement_cache_size)
+        )
+    if not (prepared_statement_name_func is None or callable(prepared_statement_name_func)):
+        raise ConfigurationError(
+            f"prepared_statement_name_func must be a function, not {shown(prepared_statement_name_func)}"
+        )
 
 
 _CONNECTS_ITSELF = (
@@ -203,6 +219,7 @@ class ResilientDBAPI(AsyncAdapt_asyncpg_dbapi):
         return await_only(self._connect_alone(recipe))
 
     async def _connect_alone(self, recipe: _Recipe) -> AdaptedLease:
+        _require_statement_options(**recipe.statements)
         try:
             connection = await connect(**recipe.arguments)
         except Exception as error:  # noqa: BLE001 - it is raised again, as SQLAlchemy words it

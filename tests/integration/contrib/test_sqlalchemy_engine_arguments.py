@@ -72,6 +72,10 @@ async def test_arguments_of_sqlalchemys_pool_are_mapped(options, expected):
         ("max_size=1&max_size=2", "the URL's option 'max_size' is given twice"),
         ("observers=x", "the URL's option 'observers' takes no text"),
         ("prepared_statement_cache_size=x", "'prepared_statement_cache_size' must be a number of statements, not 'x'"),
+        (
+            "prepared_statement_cache_size=-1",
+            "prepared_statement_cache_size must be a whole number of statements, at least 0",
+        ),
         ("prepared_statement_name_func=x", "the URL's option 'prepared_statement_name_func' takes no text"),
         ("max_size=0", "max_size must be a whole number of connections"),
         ("password=geheim", "the URL's option 'password' would be shown"),
@@ -95,6 +99,11 @@ def test_a_wrong_option_of_the_url_is_refused_by_name(options, message):
             {"connect_args": {"deadline": 3}, "pool_timeout": 3},
             "deadline is given twice: leave it out, or pool_timeout=",
         ),
+        (
+            {"connect_args": {"prepared_statement_cache_size": "9"}},
+            "prepared_statement_cache_size must be a whole number",
+        ),
+        ({"connect_args": {"prepared_statement_name_func": "x"}}, "prepared_statement_name_func must be a function"),
         ({"pool_size": 0}, "pool_size must be a number of connections"),
         ({"max_overflow": -1}, "max_overflow must be a number of connections"),
         ({"pool_timeout": -1}, "pool_timeout must be a number of seconds"),
@@ -112,6 +121,13 @@ def test_a_misspelt_argument_is_a_type_error():
     """As of any function."""
     with pytest.raises(UnknownArgumentError):
         create_async_engine(URL, connect_args={"max_sise": 3})
+
+
+async def test_a_cache_of_less_than_no_statements_is_refused_without_a_pool_too():
+    """SQLAlchemy's cache of that size would turn for ever when it is first used, and the event loop with it."""
+    engine = create_async_engine(f"{URL}?prepared_statement_cache_size=-1", poolclass=NullPool)
+    with pytest.raises(ConfigurationError, match="prepared_statement_cache_size must be a whole number"):
+        await engine.connect()
 
 
 async def test_nothing_shows_the_password():
