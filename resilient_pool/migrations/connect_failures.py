@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 
+from resilient_pool.retry.classifier import causes
 from resilient_pool.retry.verdict import Classifier, Failure, Fault, Phase
 
 _UNAVAILABLE = (
@@ -157,14 +158,10 @@ def failed_to_connect(error: Exception, classifier: Classifier) -> str | None:
     the server is away or has no room; and another driver's error whose text matches one of the patterns. It must be the
     error itself or its explicit cause: an error that was being handled when another one was raised says nothing.
     """
-    link: BaseException | None = error
-    seen: set[int] = set()
-    while isinstance(link, Exception) and id(link) not in seen:
-        seen.add(id(link))
-        if _raised_in(link.__traceback__, "asyncpg.connect_utils"):
+    for link in causes(error):
+        if isinstance(link, Exception) and _raised_in(link.__traceback__, "asyncpg.connect_utils"):
             verdict = classifier.classify(Failure(error=link, phase=Phase.CONNECT, sent=False))
             return _name(link) if verdict.fault in (Fault.UNREACHABLE, Fault.OVERLOADED) else None
-        link = link.__cause__
     said = f"{type(error).__module__}.{type(error).__qualname__}: {error}"
     return _name(error) if could_not_connect(said.splitlines()) is not None else None
 

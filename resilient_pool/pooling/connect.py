@@ -237,10 +237,7 @@ class Connector:
 
     def _may_try_next_host(self, error: Exception) -> bool:
         """Whether another host may let us in: after what the network says, and what waiting cures."""
-        return isinstance(error, OSError) or self._fault(error) is Fault.UNREACHABLE
-
-    def _fault(self, error: Exception) -> Fault:
-        return self._context.classify(self.describe(error)).fault
+        return isinstance(error, OSError) or self._context.classify(self.describe(error)).fault is Fault.UNREACHABLE
 
     def _most_informative(self, errors: Mapping[Candidate, Exception]) -> Exception:
         """Choose from how each host failed: what waiting cures, since that host may be back, and the soonest of that."""

@@ -693,8 +693,8 @@ def _see(failure: Failure, error: BaseException) -> Sighting:
     last_word, sqlstate, severity = error, _sqlstate_of(error), _severity_of(error)
     lost = _is_loss(error, sqlstate, severity)
     if isinstance(error, driver.ConnectionDoesNotExistError):
-        causes = (cause for cause in _causes(error) if cause is not error)
-        last_word = next((cause for cause in causes if isinstance(cause, driver.PostgresError)), error)
+        behind = (cause for cause in causes(error) if cause is not error)
+        last_word = next((cause for cause in behind if isinstance(cause, driver.PostgresError)), error)
         sqlstate, severity = _sqlstate_of(last_word), _severity_of(last_word)
     return Sighting(
         failure=failure, error=last_word, lost=lost, sqlstate=sqlstate, severity=severity, text=_text_of(last_word)
@@ -718,7 +718,7 @@ def _wrapped(error: BaseException, unwrap: Unwrap | None) -> Iterator[BaseExcept
         queue.extend((None if unwrap is None else unwrap(inner), inner.__cause__, getattr(inner, "orig", None)))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error and what explicitly caused it, nearest first, each once."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
