@@ -300,10 +300,14 @@ async def test_a_write_that_is_not_over_yet_counts_as_well(dsn, visits):
     """It goes on while its request, which wanted another connection at the same time, is answered."""
     database = web_pool(dsn, arguments={"max_size": 1})
     sent, writes = [], []
+    await visits.execute("SELECT pg_advisory_lock(714)")
+    write = "INSERT INTO visits SELECT 1 FROM pg_advisory_xact_lock(714)"
 
     async def application(scope, receive, send):
-        writes.append(asyncio.ensure_future(database.pool.execute("INSERT INTO visits SELECT 1 FROM pg_sleep(0.2)")))
-        await asyncio.sleep(0)
+        writes.append(asyncio.ensure_future(database.pool.execute(write)))
+        async with asyncio.timeout(10):
+            while not await visits.fetchval("SELECT count(*) FROM pg_locks WHERE objid = 714 AND NOT granted"):
+                await asyncio.sleep(0.005)
         await database.pool.fetch("SELECT 1", deadline=0.05)
 
     async def send(message):
@@ -312,6 +316,7 @@ async def test_a_write_that_is_not_over_yet_counts_as_well(dsn, visits):
     async with database.lifespan(Starlette()):
         scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
         await database.middleware(application)(scope, None, send)
+        await visits.execute("SELECT pg_advisory_unlock(714)")
         await asyncio.gather(*writes)
     assert (sent[0]["status"], b"retry-after" in dict(sent[0]["headers"])) == (503, False)
     assert await visits.fetchval("SELECT count(*) FROM visits") == 1
