@@ -168,9 +168,10 @@ async def test_a_dead_network_is_noticed_in_bounded_time(postgres, proxy, sender
 
 async def test_a_session_that_does_not_listen_any_more_is_noticed(dsn, sender):
     """As when something in between resets it, or gives the client another one."""
-    async with ResilientPool(dsn) as pool, pool.listen("work", ping_after=0.1) as listener:
-        await pool.fetchval("SELECT 1")  # an idle connection, which is listened on at once
+    # Late enough that no ping is under way when the session is used behind the listener's back.
+    async with ResilientPool(dsn) as pool, pool.listen("work", ping_after=1.0) as listener:
         await listening_connection(pool).execute("UNLISTEN *")
+        await pool.fetchval("SELECT 1")  # an idle connection, which is listened on at once
         (gap,) = await taken(listener, 1)
         assert gap.reason is GapReason.SESSION_CHANGED
         await notify(sender, "after")
@@ -338,6 +339,12 @@ async def test_what_waiting_does_not_cure_ends_the_loop_with_its_error(dsn, send
             pool.listen("work") as listener,
         ):
             await notify(sender, "before")
+
+            async def has_come():
+                (subscription,) = pool._listeners.subscriptions
+                return bool(subscription._queue)
+
+            await eventually(has_come)
             await sender.execute("ALTER ROLE listens NOLOGIN")
             await end_sessions(sender)
             assert await taken(listener, 1) == ["before"]
