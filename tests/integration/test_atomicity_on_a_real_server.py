@@ -125,7 +125,7 @@ async def test_what_the_server_takes_in_a_transaction_block_is_atomic(connection
 async def test_an_index_built_concurrently_that_failed_half_way_is_not_reported_as_built(postgres, connection, leased):
     """A deadlock leaves an invalid index behind, and IF NOT EXISTS would pass over it."""
     sql = "CREATE INDEX CONCURRENTLY IF NOT EXISTS half ON t (b)"
-    settings = {"deadlock_timeout": "100ms"}
+    settings = {"deadlock_timeout": "1s"}  # looked at once, when the other one must be waiting already
     await connection.execute("SET deadlock_timeout = '1h'")
     await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
     await connection.execute("SELECT FROM t LIMIT 1")

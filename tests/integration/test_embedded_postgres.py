@@ -108,7 +108,7 @@ async def test_a_killed_backend_is_a_crash_for_every_session(server):
     victim, bystander = [await asyncpg.connect(server.dsn()) for _ in range(2)]
     server.kill_backend(victim.get_server_pid())
     await eventually(lambda: victim.is_closed() and bystander.is_closed())
-    await eventually(lambda: "database system is ready to accept connections" in server.log.rpartition("reinit")[2])
+    await eventually(lambda: "database system is ready to accept connections" in server.log.partition("reinit")[2])
     connection = await asyncpg.connect(server.dsn())
     await connection.close()
 

@@ -672,7 +672,7 @@ async def test_the_doctor_names_the_setting_to_change(postgres):
         standby = await run("doctor", "--json", dsn=dsn)
     assert {finding["check"]: finding["level"] for finding in json.loads(standby[1])["findings"]} == {
         **dict.fromkeys(("server version", "pausing", "keepalive", "pooler", "encryption", "durability"), "ok"),
-        **dict.fromkeys(("permissions", "clock", "role", "profile"), "ok"),
+        **dict.fromkeys(("permissions", "clock", "role", "profile", "connections"), "ok"),
         "idle sessions": "advice",
     }
 

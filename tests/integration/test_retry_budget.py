@@ -7,6 +7,7 @@ import uuid
 
 import asyncpg
 import pytest
+from waiting import eventually
 
 from resilient_pool import OutcomeUnknownError, ResilientPool, RetryBudget
 
@@ -71,7 +72,11 @@ async def test_a_blow_that_takes_all_connections_costs_nothing(postgres, proxy, 
         proxy.dsn(postgres.dsn()), max_size=SIZE, retry_budget=RetryBudget(ratio=0, reserve=0)
     ) as pool:
         statement = f"SELECT nextval('{counter}') FROM pg_sleep(0.1)"
-        await asyncio.gather(*(pool.fetchval(statement) for _ in range(SIZE)))
+        leases = [await pool.acquire() for _ in range(SIZE)]
+        for lease in leases:
+            await lease.fetchval(f"SELECT nextval('{counter}')")
+            await pool.release(lease)
+        await eventually(lambda: pool.get_idle_size() == SIZE)
         proxy.swallow_next_answer("rst", matching=counter.encode(), times=SIZE)
         await asyncio.gather(*(pool.fetchval(statement, idempotent=True) for _ in range(SIZE)))
     assert await executed(postgres, counter) == 3 * SIZE

@@ -397,9 +397,10 @@ async def test_no_call_fails_at_a_pooler_that_has_room_for_two(postgres):
         message="(EMAXCONNSESSION) max clients reached in session mode - max clients are limited to pool_size: 2",
         beyond=2,
     )
+    slow = "SELECT $1::int FROM pg_sleep(0.02)"  # or two connections may do it all before a third is thought of
     with ScriptedServer(full, host=postgres.host, port=postgres.port) as server:
         async with ResilientPool(server.dsn(postgres.dsn()), max_size=10) as pool:
-            answers = await asyncio.gather(*(pool.fetchval("SELECT $1::int", number) for number in range(100)))
+            answers = await asyncio.gather(*(pool.fetchval(slow, number) for number in range(100)))
         assert answers == list(range(100))
         assert set(server.sent) == {full}
 
