@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import asyncpg
 import pytest
@@ -277,7 +278,9 @@ async def test_what_was_made_on_a_lease_is_of_no_use_after_it(make_pool, use, en
         await (pool.release(connection) if end == "released" else connection.close())
         async with pool.acquire() as other, other.transaction():
             await other.execute("CREATE TEMPORARY TABLE mine (x int) ON COMMIT DROP")
-            with pytest.raises(asyncpg.InterfaceError):
+            # A session that has ended needs no rollback, which must not hide the error that it follows.
+            harmless = end == "closed" and use.endswith("rollback")
+            with contextlib.nullcontext() if harmless else pytest.raises(asyncpg.InterfaceError):
                 await made[use]()
             assert await other.fetchval("SELECT count(*) FROM mine") == 0
             assert other.is_in_transaction()
