@@ -592,6 +592,7 @@ class ResilientPool(Queries[RecordT]):
         sealed, settled = seal(dsn, connect_kwargs, passes_on=self._config.connect is not None)
         del dsn, connect_kwargs
         self._connector.redirect(self._config.redirected(sealed, settled))
+        self._retry_strategy.read_check.forget()
         if self._state is not _State.NEW:
             self._circuit_breaker.restart()
 

@@ -440,7 +440,7 @@ class DriverConnection:
         try:
             await self.connection.close(timeout=seconds)
         except Exception:  # noqa: BLE001 - asyncpg has closed the connection already
-            self.connection.terminate()
+            self.terminate()
 
     def terminate(self) -> None:
         """Hang up at once, unless that was done already. It needs no event loop."""

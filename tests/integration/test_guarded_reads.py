@@ -175,6 +175,18 @@ async def test_the_server_is_asked_once_for_each_text(database):
     assert link.queries - asked == first
 
 
+async def test_what_was_remembered_of_the_catalog_is_forgotten_with_the_server_it_was_asked_of(database, pool):
+    """The function of that name in another database may be another one."""
+    sql = "SELECT steady(1)"
+    await lose(database, sql)
+    assert await pool.fetchval(sql) is not None
+    await database.observer.execute("ALTER FUNCTION steady VOLATILE")
+    pool.set_connect_args(database.dsn, ssl=False)
+    await lose(database, sql)
+    with pytest.raises(OutcomeUnknownError):
+        await pool.fetchval(sql)
+
+
 async def test_what_was_remembered_of_the_catalog_is_asked_again_soon(database):
     """A migration may change what a view does without the pool's knowledge."""
     now = 0.0
