@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeAlias
 
+import asyncpg
 from asyncpg.cursor import Cursor, CursorFactory, CursorIterator
 from asyncpg.transaction import Transaction, TransactionState
 
@@ -73,18 +74,22 @@ class LeaseTransaction(Transaction):
         self._connection = connection
         self._con_release_ctr = connection._pool_release_ctr  # noqa: SLF001
         self._state = TransactionState.NEW  # an attempt before may have failed
-        begun = False
         try:
             await super().start()
-            begun = True
-        finally:
-            # The driver would take what follows for a savepoint.
-            if not begun and (connection.is_closed() or not connection.is_in_transaction()):
-                self._forget_on(connection)
+        except BaseException as error:
+            if connection._top_xact is self:  # noqa: SLF001
+                if not self._is_over:
+                    # It may have been begun all the same, and what follows on this lease is not to be part of it.
+                    await self._roll_back(self._undo_start(connection), error)
+                # The driver would take the next one for a savepoint.
+                connection._top_xact = None  # noqa: SLF001
+            raise
 
-    def _forget_on(self, connection: Any) -> None:
-        if connection._top_xact is self:  # noqa: SLF001
-            connection._top_xact = None  # noqa: SLF001
+    async def _undo_start(self, connection: Any) -> None:
+        if connection._protocol._is_cancelling():  # noqa: SLF001
+            await connection._protocol._wait_for_cancellation()  # noqa: SLF001
+        if not self._is_over and connection.is_in_transaction():
+            await asyncpg.Connection.execute(connection, "ROLLBACK")
 
     async def __aexit__(self, extype: object, ex: object, tb: object) -> None:
         if not isinstance(ex, BaseException):

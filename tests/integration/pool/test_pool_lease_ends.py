@@ -394,3 +394,27 @@ async def test_a_listener_that_borrows_again_hears_everything_through_five_resta
         assert heard == list(range(6))
         task.cancel()
         pool.terminate()
+
+
+@both_loops
+async def test_what_follows_a_cancelled_beginning_on_a_lease_is_not_part_of_its_transaction(make_pool, table):
+    """The server may have begun it all the same: a row that is acknowledged afterwards would go with it at the release."""
+    heard = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
+    cancelled = 0
+    async with make_pool(max_size=1) as pool:
+        for turns in range(80):
+            async with pool.acquire() as connection:
+                await connection.execute("SELECT 1")
+                beginning = asyncio.ensure_future(connection.transaction().__aenter__())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if not beginning.done():
+                    beginning.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await beginning
+                    cancelled += 1
+                    assert not connection.is_in_transaction()
+                    await connection.execute(f"INSERT INTO {table} VALUES ($1)", turns)
+        assert await pool.fetchval(f"SELECT count(*) FROM {table}") == cancelled > 2
+    assert heard == []
