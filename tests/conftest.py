@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -31,6 +32,9 @@ def is_here(program: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As a shell starts what runs in the background; programs that tests start would inherit it, and not end at Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "needs(program): start a program of one of Debian's packages")
     config.stash[LEFT_OUT] = Counter()
     missing = {package for program, package in packages().items() if not is_here(program)}
