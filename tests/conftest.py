@@ -32,9 +32,10 @@ def is_here(program: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # As a shell starts what runs in the background; programs that tests start would inherit it, and not end at Ctrl-C.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell lets what runs in the background ignore the first, `nohup` the second. Programs that tests start would inherit it.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     config.addinivalue_line("markers", "needs(program): start a program of one of Debian's packages")
     config.stash[LEFT_OUT] = Counter()
     missing = {package for program, package in packages().items() if not is_here(program)}
