@@ -55,7 +55,7 @@ class ResumeResult:
 
     Attributes:
         failed: How many callers got an error.
-        last: Seconds from the resume to the last caller's end.
+        last: Seconds from the resume to the last caller's end; 0 if all had ended before.
         attempts: How many connections were attempted during the outage.
         bunched: The most of these within a tenth of a second, once the first second was over.
         later: How often after it.
@@ -98,6 +98,9 @@ async def run_case(postgres: EmbeddedPostgres, case: ResumeCase) -> ResumeResult
             crowds = [await stack.enter_async_context(process()) for _ in range(case.processes)]
             await asyncio.gather(*(crowd.prepare(order) for crowd in crowds))
             reports = await asyncio.gather(*(crowd.ask() for crowd in crowds))
+        async with asyncio.timeout(case.resume + 5.0):  # all callers may have failed before it
+            while all(entry.event != "resumed" for entry in server.log):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
         return _result(server, reports)
 
 
@@ -106,7 +109,7 @@ def _result(server: PausingServer, reports: Sequence[dict[str, float]]) -> Resum
     later = [attempt for attempt in server.attempts if attempt.phase == "awake"]
     return ResumeResult(
         failed=sum(int(report["failed"]) for report in reports),
-        last=max(report["last"] for report in reports) - resumed,
+        last=max(0.0, *(report["last"] - resumed for report in reports)),
         attempts=len(server.outage_attempts),
         bunched=_max_within_100_ms([attempt.at for attempt in server.outage_attempts]),
         later=len(later),
