@@ -46,8 +46,8 @@ _LATER = 0.1
 _RDHUP: int = getattr(select, "POLLRDHUP", 0)
 _DEAD = _RDHUP | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
 _WATCHED = getattr(select, "POLLIN", 0) | _RDHUP
-# From asyncpg 0.32 on, waiting for a pending cancellation takes a time limit.
-_WAITS_WITHIN_A_LIMIT = tuple(map(int, asyncpg.__version__.split(".")[:2])) >= (0, 32)
+# A server takes no notice of a request to cancel that overtakes its statement. So long after it is sent again.
+_CANCEL_AGAIN = 0.5
 
 _ROLES = "SELECT session_user::text, current_user::text"
 
@@ -329,9 +329,23 @@ class DriverConnection:
         """Wait until the server has confirmed a cancellation; hang up if that takes longer than `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                await self.protocol._wait_for_cancellation()  # noqa: SLF001
+                await self._wait_for_cancellation()
         except TimeoutError:
             self.terminate()
+
+    async def _wait_for_cancellation(self) -> None:
+        connection: Any = self.connection
+        confirmed = asyncio.ensure_future(self.protocol._wait_for_cancellation())  # noqa: SLF001
+        try:
+            while not (await asyncio.wait([confirmed], timeout=_CANCEL_AGAIN))[0]:
+                # It is waited for: a request that is still under way when the statement ends would cancel the next one.
+                sent = asyncio.get_running_loop().create_future()
+                connection._cancel_current_command(sent)  # noqa: SLF001
+                with contextlib.suppress(OSError):
+                    await sent
+            await confirmed
+        finally:
+            confirmed.cancel()
 
     async def restore(
         self, reset: Callable[[AnyConnection], Awaitable[None]] | None, seconds: float, *, watched: bool
@@ -359,7 +373,7 @@ class DriverConnection:
             return
         with anyio.fail_after(seconds):
             if protocol._is_cancelling():  # noqa: SLF001
-                await protocol._wait_for_cancellation(*((seconds,) if _WAITS_WITHIN_A_LIMIT else ()))  # noqa: SLF001
+                await self._wait_for_cancellation()
             if reset is None and type(connection).reset is not asyncpg.Connection.reset:
                 await connection.reset(timeout=seconds)
                 return

@@ -10,6 +10,7 @@ import uuid
 import asyncpg
 import pytest
 from cut import Cut
+from waiting import eventually
 
 from resilient_pool import BackoffPolicy, OutcomeUnknownError, ResilientPool
 from resilient_pool.testing import EmbeddedPostgres
@@ -191,3 +192,27 @@ async def test_a_connect_that_is_cancelled_leaves_no_exception_that_was_never_re
 
 async def wait_for(work):
     return await work
+
+
+@pytest.mark.parametrize("leased", [False, True], ids=["call", "lease"])
+async def test_a_request_to_cancel_that_overtakes_its_statement_is_sent_again(postgres, proxy, leased):
+    """The server takes no notice of the first one: the statement would run to its end, and cost the pool its connection."""
+    asleep = f"SELECT pg_sleep($1) /* {uuid.uuid4().hex} */"
+    running = "SELECT count(*) FROM pg_stat_activity WHERE query = $1 AND state = 'active'"
+    async with postgres.admin() as admin, ResilientPool(proxy.dsn(postgres.dsn()), ssl=False, max_size=1) as pool:
+        async with pool.acquire() as lease:
+            pid = lease.get_server_pid()
+            await lease.fetchval(asleep, 0)
+            proxy.connection(pid).delay(0.2)
+            if not leased:
+                await pool.release(lease)
+            calling = asyncio.ensure_future((lease if leased else pool).fetchval(asleep, 60))
+            await asyncio.sleep(0.02)
+            calling.cancel()
+            await eventually(lambda: admin.fetchval(running, asleep))
+            proxy.connection(pid).restore()
+            if leased:
+                assert await lease.fetchval("SELECT pg_backend_pid()") == pid
+            await eventually(lambda: pool.get_idle_size() == (not leased))
+            assert not await admin.fetchval(running, asleep)
+        assert await pool.fetchval("SELECT pg_backend_pid()") == pid
