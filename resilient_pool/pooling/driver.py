@@ -338,6 +338,8 @@ class DriverConnection:
         confirmed = asyncio.ensure_future(self.protocol._wait_for_cancellation())  # noqa: SLF001
         try:
             while not (await asyncio.wait([confirmed], timeout=_CANCEL_AGAIN))[0]:
+                if connection.is_closed():  # before asyncpg 0.32 a lost connection confirms nothing
+                    return
                 # It is waited for: a request that is still under way when the statement ends would cancel the next one.
                 sent = asyncio.get_running_loop().create_future()
                 connection._cancel_current_command(sent)  # noqa: SLF001
