@@ -33,6 +33,7 @@ DEVELOP := $(VENV)/.develop
 DEMO := $(if $(wildcard $(DEVELOP)),$(DEVELOP),$(VENV)/.demo)
 
 SITE := $(VENV)/.site
+PEERS := $(VENV)/.peers
 
 .PHONY: help demo test pythons sqlalchemy chaos soak peers check audit bench profile format tables charts docs dist clean
 
@@ -44,7 +45,7 @@ help:
 	@echo "make sqlalchemy  the tests with SQLAlchemy on SQLAlchemy 2.0"
 	@echo "make chaos  reads, writes and transactions under faults, for two minutes (CHAOS_SECONDS=120, CHAOS_SEED=1)"
 	@echo "make soak   the same and more for half an hour, and what the process holds (SOAK_SECONDS=1800, SOAK_SEED=1)"
-	@echo "make peers  asyncpg's own tests of its pool, and those of databases, against this one"
+	@echo "make peers  asyncpg's own tests of its pool, and those of databases and PgQueuer, against this one"
 	@echo "make check  formatting, lint, types, import contracts"
 	@echo "make audit  whether a pinned version has a known vulnerability; asks a service on the network"
 	@echo "make bench  what a call costs and what a recovery takes, beside other pools"
@@ -83,19 +84,20 @@ soak: $(VENV)/.wheel
 		RESILIENT_POOL_SOAK_REPORT=benchmarks/results/soak.md \
 		$(BIN)/pytest --capture=no -o faulthandler_timeout=0 tests/chaos/test_soak.py
 
-# asyncpg's own tests of its pool, and those of databases, against ours. Nothing of them is kept here.
-peers: $(VENV)/.wheel $(VENV)/peers/asyncpg $(VENV)/peers/databases
+# asyncpg's own tests of its pool, and those of databases and PgQueuer, against ours. Nothing of them is kept here.
+peers: $(VENV)/.wheel $(VENV)/peers/asyncpg $(VENV)/peers/databases $(VENV)/peers/pgqueuer
 	$(BIN)/python -P tests/peers/run_asyncpg_pool.py $(VENV)/peers/asyncpg
 	$(BIN)/python -P tests/peers/run_databases.py $(VENV)/peers/databases
+	$(BIN)/python -P tests/peers/run_pgqueuer.py $(VENV)/peers/pgqueuer
 
 # The tests of a source distribution, without its sources. To read its metadata pip prepares a build, with pinned tools as well:
 # one pip heeds the first of the two variables there, a newer one the second.
-$(VENV)/peers/%: constraints.txt | $(BIN)/python
+$(VENV)/peers/%: constraints.txt | $(PEERS)
 	@rm -rf $@ $@.partial && mkdir -p $@ $@.partial
 	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 		$(BIN)/python -m pip download --quiet --no-deps --no-binary $* --dest $@.partial $*
 	@tar -xzf $@.partial/$*-*.tar.gz -C $@.partial
-	@mv $@.partial/$*-*/tests $@/ && rm -rf $@.partial
+	@mv $@.partial/$*-*/test* $@/ && rm -rf $@.partial
 
 check: $(DEVELOP)
 	$(BIN)/ruff format --check .
@@ -154,8 +156,10 @@ $(VENV)/.demo $(DEVELOP): pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation '.[$(if $(filter %.demo,$@),demo,dev)]'
 	@touch $@
 
-$(SITE): $(DEVELOP)
-	@$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation '.[docs,release]'
+$(SITE): EXTRAS := docs,release
+$(PEERS): EXTRAS := peers
+$(SITE) $(PEERS): $(DEVELOP)
+	@$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/.wheel: $(DEVELOP) README.md LICENSE $(shell find resilient_pool -type f -not -name '*.pyc')
