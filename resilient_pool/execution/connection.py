@@ -23,6 +23,7 @@ from resilient_pool.execution.lease_resources import LeaseCursors, LeaseTransact
 from resilient_pool.execution.query_methods import CallOptions, OtherRecord, Queries
 from resilient_pool.execution.retry_strategy import Asked, Execution, RetryStrategy, do_nothing
 from resilient_pool.pooling.acquire import Acquirer
+from resilient_pool.pooling.callbacks import answer_of
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import (
     AnyConnection,
@@ -1007,7 +1008,7 @@ class LeaseManager:
             return
         left = None if deadline is None else max(deadline - self._clock.monotonic(), 0.0)
         with anyio.move_on_after(left) as scope:
-            await self._config.setup(lease)
+            await answer_of(self._config.setup(lease), "setup")
         if scope.cancelled_caught:
             raise AcquireTimeoutError(
                 f"setup= did not end within the {left:.3g} s that were left of the time to acquire a connection; "

@@ -21,6 +21,7 @@ from resilient_pool.config.pool_config import PassedOn, PoolConfig
 from resilient_pool.config.secrets import Hidden, Secret
 from resilient_pool.errors import ConfigurationError
 from resilient_pool.events import PoolerDetected
+from resilient_pool.pooling.callbacks import answer_of
 from resilient_pool.pooling.context import PoolContext
 from resilient_pool.pooling.driver import (
     AnyConnection,
@@ -167,7 +168,7 @@ class Connector:
     async def _call(self, target: PoolConfig, passed: PassedOn) -> AnyConnection:
         """Let the application's `connect=` function connect."""
         connect = cast("Callable[..., Awaitable[object]]", target.connect)
-        connection = await connect(passed.dsn, **passed.arguments, **self._classes())
+        connection = await answer_of(connect(passed.dsn, **passed.arguments, **self._classes()), "connect")
         if not isinstance(connection, self._config.connection_class):
             raise asyncpg.InterfaceError(
                 f"connect= returned a {type(connection).__name__}, not an instance of connection_class="
@@ -273,7 +274,7 @@ class Connector:
             driver.disable_statement_cache()
         if self._config.init is not None:
             try:
-                await self._config.init(driver.connection)
+                await answer_of(self._config.init(driver.connection), "init")
             except Exception as error:
                 why = None
                 if isinstance(error, asyncpg.ReadOnlySQLTransactionError):

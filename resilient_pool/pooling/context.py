@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 _LOGGER = logging.getLogger("resilient_pool")
 _DEFAULT = PostgresClassifier()
+# What breaks an observer, and not its caller. A call that cannot wait cannot be cancelled either: the second is of a task it looked at.
+_FAILURES = (Exception, asyncio.CancelledError)
 
 
 class Dispatcher:
@@ -57,7 +59,7 @@ class Dispatcher:
                     self._report(
                         position, event.name, TypeError("an observer must not return a coroutine: it is not awaited")
                     )
-            except Exception as error:  # noqa: BLE001 - an observer's failure is not the caller's
+            except _FAILURES as error:
                 self._report(position, event.name, error)
 
     def emit_use_begin(self) -> None:
@@ -65,7 +67,7 @@ class Dispatcher:
         for instrument in self.instruments:
             try:
                 instrument.use_begins()
-            except Exception as error:  # noqa: BLE001 - an observer's failure is not the caller's
+            except _FAILURES as error:
                 self._report(self._observers.index(instrument), "the beginning of a use", error)
 
     def emit_use(self, seconds: float) -> None:
@@ -73,10 +75,10 @@ class Dispatcher:
         for instrument in self.instruments:
             try:
                 instrument.used(seconds)
-            except Exception as error:  # noqa: BLE001 - an observer's failure is not the caller's
+            except _FAILURES as error:
                 self._report(self._observers.index(instrument), "the end of a use", error)
 
-    def _report(self, position: int, name: str, error: Exception) -> None:
+    def _report(self, position: int, name: str, error: BaseException) -> None:
         # Once: an observer that always fails would otherwise write as much as the pool does.
         if position in self._reported:
             return

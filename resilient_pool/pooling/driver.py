@@ -24,6 +24,7 @@ import asyncpg
 from asyncpg.connection import _ConnectionProxy
 
 from resilient_pool.pooling import reset_text
+from resilient_pool.pooling.callbacks import answer_of
 from resilient_pool.retry.classifier import reports_closed_connection
 from resilient_pool.retry.commit_status import Capabilities
 
@@ -382,7 +383,7 @@ class DriverConnection:
             await connection._reset()  # noqa: SLF001
             await self._send_reset(only_roles=reset is not None)
             if reset is not None:
-                await reset(connection)
+                await answer_of(reset(connection), "reset")
 
     def _reset_query(self) -> str:
         query: str = self.connection.get_reset_query()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 
@@ -27,10 +28,15 @@ def test_every_observer_sees_every_event_in_order():
     assert [OPENED, DISCARDED] == first == second
 
 
-def test_a_failing_observer_keeps_no_event_from_the_others():
+def look_at_a_cancelled_task(event):
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("broken", [failing, look_at_a_cancelled_task])
+def test_a_failing_observer_keeps_no_event_from_the_others(broken):
     """The observer behind a failing one still sees the event, and the caller of `emit` notices nothing."""
     heard = []
-    Dispatcher([failing, heard.append]).emit(OPENED)
+    Dispatcher([broken, heard.append]).emit(OPENED)
     assert heard == [OPENED]
 
 
