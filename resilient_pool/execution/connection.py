@@ -732,11 +732,11 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         if timeout is None:
             await self._close(self._say_goodbye)
         else:
-            await self._close(lambda connection: connection.close(timeout=timeout))
+            await self._close(lambda _: self._current_driver.close(timeout))
 
-    async def _say_goodbye(self, connection: AnyConnection) -> None:
-        with contextlib.suppress(TimeoutError):  # the driver has cut it off
-            await connection.close(timeout=self._leases.reset_timeout)
+    async def _say_goodbye(self, _connection: AnyConnection) -> None:
+        with contextlib.suppress(TimeoutError):  # it was cut off
+            await self._current_driver.close(self._leases.reset_timeout)
 
     async def _close(self, execute: Callable[[AnyConnection], Awaitable[None]]) -> None:
         connection = self._peek("close")

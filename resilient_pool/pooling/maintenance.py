@@ -462,6 +462,8 @@ class Maintenance:
 
     def _closed(self, driver: DriverConnection, task: asyncio.Task[object]) -> None:
         self._forget(task)
+        if not task.cancelled():
+            task.exception()  # it is closed all the same
         driver.terminate()
 
     def _cut_short(self, task: asyncio.Task[object]) -> None:
