@@ -61,12 +61,13 @@ demo: $(DEMO)
 # current directory out of the path. While you edit, `.venv/bin/python -m pytest tests/unit` tests the sources instead.
 test: $(VENV)/.wheel $(ASYNCPG_BEFORE:%=$(VENV)/asyncpg-%)
 	@for version in $(ASYNCPG_BEFORE); do \
-		echo "the classification tests on asyncpg $$version"; \
+		echo "the tests of verdicts and cancellation on asyncpg $$version"; \
 		PYTHONPATH=$(VENV)/asyncpg-$$version $(BIN)/python -P -c \
 			"import asyncpg; assert asyncpg.__version__ == '$$version', asyncpg.__file__" && \
 		PYTHONPATH=$(VENV)/asyncpg-$$version $(BIN)/pytest --quiet $(NO_HANGING) \
 			tests/unit/retry tests/integration/test_classifier_on_a_real_server.py \
-			tests/integration/test_scripted_server.py tests/integration/test_services.py || exit 1; \
+			tests/integration/test_scripted_server.py tests/integration/test_services.py \
+			tests/integration/test_cancellation.py || exit 1; \
 	done
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(NO_HANGING)
 
