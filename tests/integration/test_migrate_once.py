@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
+import threading
 import uuid
 from collections.abc import AsyncIterator
 
@@ -253,12 +253,12 @@ async def test_without_evidence_nothing_is_run_again(postgres, dsn):
 async def test_a_cancelled_function_keeps_the_lock_until_its_thread_has_ended(dsn, caplog):
     """It cannot be ended, so the next migration waits for it; a second cancellation changes nothing."""
     log: list[str] = []
-    begun = asyncio.Event()
+    begun, may_end = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
     def slow() -> None:
         loop.call_soon_threadsafe(begun.set)
-        time.sleep(1.0)
+        assert may_end.wait(20)
         log.append("first ends")
 
     async def second() -> None:
@@ -270,27 +270,32 @@ async def test_a_cancelled_function_keeps_the_lock_until_its_thread_has_ended(ds
     first.cancel()
     await until(lambda: caplog.text)
     first.cancel()
+    await asyncio.sleep(0)
+    assert not first.done()
+    may_end.set()
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert log == ["first ends"]
+    assert log[:1] == ["first ends"]
     await next_one
     assert log == ["first ends", "second runs"]
     assert "a function in a thread cannot be ended: it is waited for" in caplog.text
 
 
-async def test_a_cancelled_function_that_fails_in_its_thread_says_so(dsn):
+async def test_a_cancelled_function_that_fails_in_its_thread_says_so(dsn, caplog):
     """The cancellation reaches the caller; what became of the function is a note on it."""
-    begun = asyncio.Event()
+    begun, may_end = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
     def fail() -> None:
         loop.call_soon_threadsafe(begun.set)
-        time.sleep(0.2)
+        assert may_end.wait(20)
         raise ValueError
 
     running = asyncio.ensure_future(run_migration(fail, dsn=dsn))
     await asyncio.wait_for(begun.wait(), 20)
     running.cancel()
+    await until(lambda: caplog.text)
+    may_end.set()
     with pytest.raises(asyncio.CancelledError) as caught:
         await running
     assert "ran to its end in its thread, and ended with ValueError" in "".join(caught.value.__notes__)

@@ -180,7 +180,7 @@ async def idle(pool, cut):
 
 
 async def executing(pool, cut):
-    running = asyncio.ensure_future(pool.fetchval("SELECT pg_sleep(0.5)"))
+    running = asyncio.ensure_future(pool.fetchval("SELECT pg_sleep(60)"))
     await asyncio.sleep(0.2)
     cut()
     await running

@@ -122,7 +122,7 @@ async def test_one_unanswered_ping_condemns_every_connection_idle_as_long(postgr
     """Four silent connections cost one ping's time limit, not four."""
     with FaultProxy(postgres.host, postgres.port) as proxy:
         dsn = f"postgresql://postgres@{proxy.host}:{proxy.port}/postgres"
-        async with ResilientPool(dsn, ping_after=0.05, ping_timeout=0.5) as pool:
+        async with ResilientPool(dsn, ping_after=0.05, ping_timeout=1.0) as pool:
             leases = [await pool.acquire() for _ in range(4)]
             for lease in leases:
                 await pool.release(lease)
@@ -132,7 +132,7 @@ async def test_one_unanswered_ping_condemns_every_connection_idle_as_long(postgr
             proxy.forget()
             started = time.monotonic()
             assert await asyncio.gather(*(pool.fetchval("SELECT 1") for _ in range(4))) == [1] * 4
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < 3.0
             assert pool.stats().pings_failed <= 4
 
 
