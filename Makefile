@@ -16,6 +16,9 @@ TEST_PROCESSES ?= 2
 SOAK_SECONDS ?= 1800
 SOAK_SEED ?= 1
 
+# Before 0.32 the driver itself complains to the event loop of a connect that is cancelled while it waits for TLS.
+COMPLAINT := tests/integration/test_cancellation.py::test_a_connect_that_is_cancelled_leaves_no_exception_that_was_never_retrieved
+
 # A test that hangs shows where, and ends the run.
 NO_HANGING := -o faulthandler_timeout=180 -o faulthandler_exit_on_timeout=true
 
@@ -67,7 +70,7 @@ test: $(VENV)/.wheel $(ASYNCPG_BEFORE:%=$(VENV)/asyncpg-%)
 		PYTHONPATH=$(VENV)/asyncpg-$$version $(BIN)/pytest --quiet $(NO_HANGING) \
 			tests/unit/retry tests/integration/test_classifier_on_a_real_server.py \
 			tests/integration/test_scripted_server.py tests/integration/test_services.py \
-			tests/integration/test_cancellation.py || exit 1; \
+			tests/integration/test_cancellation.py --deselect $(COMPLAINT) || exit 1; \
 	done
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(NO_HANGING)
 
