@@ -67,13 +67,14 @@ async def test_a_small_server_that_just_woke_is_not_overrun(postgres, capacity):
 async def test_the_gate_tells_what_it_does(postgres):
     """It closes once, opens once, and is seen in the statistics."""
     events = []
-    with asleep(postgres, away="57P03", resume_seconds=0.6) as server:
+    with asleep(postgres, away="57P03", resume_seconds=60.0) as server:
         server.pause()
         async with ResilientPool(server.dsn(postgres.dsn()), ssl=False, observers=[events.append]) as pool:
             call = asyncio.create_task(pool.fetchval("SELECT 1"))
             await server.until("resuming", 5)
             while not pool.stats().circuit_open:
                 await asyncio.sleep(0.01)
+            server.resume()
             assert await call == 1
             stats = pool.stats()
     assert (stats.circuit_open, stats.exhausted) == (False, 0)

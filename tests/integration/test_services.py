@@ -392,7 +392,7 @@ async def test_a_blocked_client_that_cannot_wait_is_told_when_to_come_again(fail
         assert all("another attempt makes sense 30 s after" in "".join(error.__notes__) for error in errors)
     else:
         assert {type(error) for error in errors} == {AcquireTimeoutError}
-        assert all(29 < error.retry_after <= 30 and str(error.__cause__) == case.text for error in errors)
+        assert all(25 < error.retry_after <= 30 and str(error.__cause__) == case.text for error in errors)
 
 
 class OfTheApplication(OSError):

@@ -81,7 +81,7 @@ def test_the_first_fetch_and_the_first_insert_after_a_freeze_succeed(
                 await writer.execute("CREATE TABLE IF NOT EXISTS frozen (id int)")
                 await writer.execute("TRUNCATE frozen")
                 await reader.fetch("SELECT 1")
-                while writer.get_idle_size() + reader.get_idle_size() < 2:
+                while writer.stats().resetting or reader.stats().resetting:
                     await asyncio.sleep(0)
                 in_a_thread(lambda: kill(postgres, proxy))
                 freeze(1.1 if kill is forget else 0.6)

@@ -322,7 +322,7 @@ async def test_tokens_come_from_a_listener_to_do_connect(make_engine, postgres):
 
 async def test_a_checkout_that_waits_too_long_is_sqlalchemys_timeout(make_engine):
     """As with its own pool; and the one that was held is none the worse."""
-    engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.2)
+    engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=1.0)
     async with engine.connect() as connection:
         with pytest.raises(PoolTimeoutError):
             await engine.connect()
@@ -400,7 +400,7 @@ async def test_disposing_closes_what_is_idle_and_leaves_what_is_in_use(engine):
     async with engine.connect() as connection:
         pid = (await connection.execute(PID)).scalar()
         pool = pool_of(engine)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(10):
             await engine.dispose()
         assert (await connection.execute(PID)).scalar() == pid
         assert await ask(engine) != pid
