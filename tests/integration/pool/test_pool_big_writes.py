@@ -71,9 +71,12 @@ def path(tmp_path_factory):
 async def stuck(work, pool, proxy, eventually) -> asyncio.Task[None]:
     """Begin to send, until nothing gets through and the driver waits until it may write again."""
     before = proxy.bytes_to_server
+    # Slowly, so that it is far from its end; and the kernel's buffers stay small, which grow for a fast reader.
+    proxy.delay(0.01)
     task = asyncio.ensure_future(work)
     await eventually(lambda: proxy.bytes_to_server > before + 1_000_000)
     await asyncio.to_thread(proxy.blackhole)
+    proxy.delay(0)
     seen = [0]
 
     def is_full() -> bool:
