@@ -168,9 +168,9 @@ async def test_a_slow_commit(postgres, proxy, table):
 async def test_a_commit_that_waits_for_a_standby(server, released):
     """Only the standby, or the one who rules it, may call it durable."""
     with FaultProxy(server.host, server.port) as proxy:
-        async with opened(server, proxy, deadline=2.0) as pool:
+        async with opened(server, proxy, deadline=20.0 if released else 2.0) as pool:
             await server.apply_settings({"synchronous_standby_names": "nobody"})
-            running = asyncio.create_task(pool.run_in_transaction(insert, "t", deadline=2.0))
+            running = asyncio.create_task(pool.run_in_transaction(insert, "t"))
             async with server.admin() as admin:
                 await admin.execute("SET synchronous_commit = local")
                 await eventually(

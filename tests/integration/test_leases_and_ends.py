@@ -79,12 +79,16 @@ async def test_a_lease_released_during_setup_runs_nothing_on_what_it_gave_back(p
 
 async def test_two_operations_at_once_on_a_fresh_lease_are_refused_and_harm_neither_it_nor_the_pool(postgres):
     """The first goes on undisturbed, though its connection is idle for long enough to be asked."""
-    async with ResilientPool(postgres.dsn(), max_size=2, ping_after=0.05) as pool:
+    async with ResilientPool(postgres.dsn(), max_size=2, ping_after=0.05) as pool, postgres.admin() as admin:
+        await admin.execute("SELECT pg_advisory_lock(716)")
         async with pool.acquire() as lease:
-            running = asyncio.create_task(lease.fetchval("SELECT pg_backend_pid() FROM pg_sleep(0.3)"))
+            running = asyncio.create_task(
+                lease.fetchval("SELECT pg_backend_pid() FROM (SELECT pg_advisory_lock_shared(716)) AS waited")
+            )
             await asyncio.sleep(0.15)
             with pytest.raises(asyncpg.InterfaceError, match="another operation"):
                 await lease.fetchval("SELECT 1")
+            await admin.execute("SELECT pg_advisory_unlock(716)")
             assert await running == lease.get_server_pid()
         assert pool.stats().pings_failed == 0
         assert pool._resources.size == 1

@@ -88,10 +88,12 @@ async def test_init_runs_once_per_connection_and_before_setup(make_pool):
         assert connection.get_server_pid() in initialized
 
     async with make_pool(min_size=2, max_size=5, init=init, setup=setup) as pool:
+        together = asyncio.Barrier(5)
 
         async def use():
             async with pool.acquire() as connection:
-                await connection.execute("SELECT pg_sleep(0.01)")
+                await together.wait()
+                await connection.execute("SELECT 1")
 
         await asyncio.gather(*(use() for _ in range(20)))
         assert len(initialized) == pool.get_size() == 5

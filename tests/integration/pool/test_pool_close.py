@@ -187,7 +187,10 @@ async def test_closing_ends_every_session(make_pool, sessions_named, eventually)
     """After `close()` the server holds no session of the pool, idle ones and used ones alike."""
     name = "closing ends"
     async with make_pool(min_size=3, max_size=5, server_settings={"application_name": name}) as pool:
-        await asyncio.gather(*(pool.fetchval("SELECT 1 FROM pg_sleep(0.02)") for _ in range(10)))
+        leases = [await pool.acquire() for _ in range(5)]
+        await asyncio.gather(*(lease.fetchval("SELECT 1") for lease in leases[:4]))
+        for lease in leases:
+            await pool.release(lease)
         assert await sessions_named(name) == 5
 
     async def none_left():
@@ -295,11 +298,12 @@ async def test_a_lease_may_end_after_its_pool_was_cut_short(make_pool):
 
 
 @both_loops
-async def test_terminating_ends_running_queries(make_pool, sessions_named, eventually):
+async def test_terminating_ends_running_queries(make_pool, bystander, sessions_named, eventually):
     """`terminate()` does not wait: who waits for an answer, and who waits in line, gets an error soon."""
     name = "terminating"
     pool = await make_pool(init_size=1, max_size=1, server_settings={"application_name": name})
-    running = asyncio.create_task(pool.fetchval("SELECT 1 FROM pg_sleep(1)"))
+    await bystander.execute("SELECT pg_advisory_lock(717)")
+    running = asyncio.create_task(pool.fetchval("SELECT pg_advisory_lock(717)"))
     await asyncio.sleep(0.05)
     waiting = asyncio.create_task(pool.fetchval("SELECT 1"))
     await asyncio.sleep(0)
@@ -307,6 +311,7 @@ async def test_terminating_ends_running_queries(make_pool, sessions_named, event
     async with asyncio.timeout(5):
         outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
     assert all(isinstance(outcome, Exception) for outcome in outcomes)
+    await bystander.execute("SELECT pg_advisory_unlock(717)")  # its session on the server notices its end then
 
     async def none_left():
         return await sessions_named(name) == 0
