@@ -333,7 +333,14 @@ def _impatient():
 
 async def test_readiness_is_answered_from_what_the_pool_knows(dsn, proxy):
     """It connects to nothing: not before the first request, not while the server is away."""
-    database = web_pool(proxy.dsn(dsn), waking_seconds=0.5)
+    database = web_pool(proxy.dsn(dsn))
+
+    async def until(state, client):
+        async with asyncio.timeout(10):
+            while (answer := await client.get("/ready")).json() != {"database": state}:
+                await asyncio.sleep(0.01)
+        return answer
+
     async with serving("starlette", database) as client:
         answer = await client.get("/ready")
         assert (answer.status_code, answer.json(), proxy.attempts) == (200, {"database": "idle"}, 0)
@@ -342,18 +349,13 @@ async def test_readiness_is_answered_from_what_the_pool_knows(dsn, proxy):
         proxy.refuse()
         proxy.rst()
         request = asyncio.ensure_future(client.get("/read", headers={"X-Request-Timeout": "1.5"}))
-        async with asyncio.timeout(3):
-            while (await client.get("/ready")).json() != {"database": "waking"}:
-                await asyncio.sleep(0.01)
-            while (answer := await client.get("/ready")).json() == {"database": "waking"}:
-                await asyncio.sleep(0.01)
-        assert (answer.status_code, answer.json(), answer.headers["retry-after"]) == (503, {"database": "away"}, "2")
+        assert (await until("waking", client)).status_code == 200
+        database._waking_seconds = 0.1
+        answer = await until("away", client)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
         await request
         # No caller waits, so it is not known any more: a request has to find out.
-        async with asyncio.timeout(3):
-            while (answer := await client.get("/ready")).json() == {"database": "away"}:
-                await asyncio.sleep(0.01)
-        assert (answer.status_code, answer.json()) == (200, {"database": "idle"})
+        assert (await until("idle", client)).status_code == 200
 
 
 async def test_readiness_does_not_wake_a_sleeping_database(postgres):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 from migration_tools import run
@@ -161,7 +162,7 @@ def test_a_try_that_there_is_no_time_for_is_not_announced(typed):
     status, printed = typed("wait --timeout 0.3", PGHOST="127.0.0.1", PGPORT="1")
     assert status == 3
     assert "next try" not in printed
-    assert "attempt 1, waited 0.0 s, no time for another within 0.3 s" in printed
+    assert re.search(r"attempt 1, waited 0\.\d s, no time for another within 0\.3 s", printed)
 
 
 @pytest.mark.parametrize(

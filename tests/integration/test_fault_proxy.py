@@ -6,6 +6,7 @@ import asyncio
 import gc
 import io
 import socket
+import statistics
 import struct
 import time
 
@@ -110,11 +111,13 @@ async def test_what_is_not_disturbed_passes_whole(connect, proxy, tls):
 
 
 async def test_small_answers_are_not_kept_waiting(connect):
-    """A hundred round trips take far less than a hundred delayed acknowledgements of 40 ms."""
-    connection = await connect()
-    async with asyncio.timeout(2):
-        for _ in range(100):
-            await connection.fetchval("SELECT 1")
+    """Of a hundred round trips most take far less than one delayed acknowledgement of 40 ms."""
+    connection, seconds = await connect(), []
+    for _ in range(100):
+        began = time.monotonic()
+        await connection.fetchval("SELECT 1")
+        seconds.append(time.monotonic() - began)
+    assert statistics.median(seconds) < 0.02
 
 
 async def test_these_tests_run_on_the_loop_they_are_named_after(event_loop_policy):
@@ -336,7 +339,7 @@ async def test_a_delay_is_felt_both_ways(connect, proxy):
     proxy.delay(0.1)
     began = time.monotonic()
     await connection.execute("SELECT 1")
-    assert 0.2 <= time.monotonic() - began < 2.0
+    assert 0.2 <= time.monotonic() - began < 5.0
     proxy.delay(0)
     proxy.connection(connection.get_server_pid()).delay(0.05)
     began = time.monotonic()
@@ -393,9 +396,9 @@ async def test_new_connections_can_be_led_elsewhere(connect, proxy, postgres16):
     assert await before.fetchval("SELECT 1") == 1
 
 
-async def test_a_server_that_is_down_behind_the_proxy_is_a_reset(connect, proxy, unused_tcp_port):
+async def test_a_server_that_is_down_behind_the_proxy_is_a_reset(connect, proxy):
     """The proxy cannot refuse what it accepted, so it resets."""
-    proxy.retarget("127.0.0.1", unused_tcp_port)
+    proxy.retarget("127.0.0.1", 1)
     with pytest.raises(LOST):
         await connect()
     assert (proxy.attempts, proxy.accepted) == (1, 0)

@@ -9,6 +9,7 @@ import time
 
 import asyncpg
 import pytest
+from waiting import eventually
 
 from resilient_pool import ResilientPool
 from resilient_pool.pooling.hosts import HEAD_START
@@ -57,7 +58,7 @@ async def test_a_silent_first_host_takes_its_share_of_the_time_and_no_more(postg
             assert visits(listener) == 1
             began = time.monotonic()
             leases = await asyncio.gather(*(pool.acquire() for _ in range(3)))
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 1.8
             assert visits(listener) == 0
             for lease in leases:
                 await pool.release(lease)
@@ -127,7 +128,7 @@ async def test_a_silent_first_address_of_a_name_does_not_hide_the_second(postgre
             began = time.monotonic()
             async with pool.acquire(), pool.acquire() as second:
                 assert await second.fetchval("SELECT 43") == 43
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 1.8
             assert visits(listener) == 0
         assert asked == ["db.test"] * 2
 
@@ -170,7 +171,7 @@ async def test_a_name_that_cannot_be_resolved_does_not_hide_the_next_host(postgr
         async with ResilientPool(**arguments(postgres, hosts, ports)) as pool:
             began = time.monotonic()
             assert await pool.fetchval("SELECT 42") == 42
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < HEAD_START
 
 
 async def test_what_the_server_refuses_for_good_is_not_asked_of_the_next_host(postgres):
@@ -278,5 +279,4 @@ async def test_a_cancelled_attempt_leaves_nothing_open(postgres):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.8):
                     await pool.fetchval("SELECT 42")
-        await asyncio.sleep(0.05)
-        assert asyncio.all_tasks() == before
+        await eventually(lambda: asyncio.all_tasks() == before)

@@ -6,6 +6,7 @@ import asyncio
 
 import asyncpg
 import pytest
+from jumping_clock import JumpingClock
 
 both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
@@ -58,10 +59,11 @@ async def nothing(_connection):
     "use", [nothing, fetch, write, act_outside_of_the_session, open_and_commit, roll_back, look_around]
 )
 @both_loops
-async def test_no_reset_follows_a_lease_that_left_its_session_alone(make_pool, use):
+async def test_no_reset_follows_a_lease_that_left_its_session_alone(make_pool, eventually, use):
     """Its connection is free again at once, and no task is made for it."""
     pool = await make_pool()
     await pool.execute(NUMBERS)
+    await eventually(lambda: pool.get_idle_size() == 1)
     for _ in range(3):
         async with pool.acquire() as connection:
             await use(connection)
@@ -259,10 +261,12 @@ async def test_a_transaction_that_is_about_to_end_when_its_lease_is_released_mee
 
 async def test_a_lease_that_lasted_long_is_asked_in_its_reset(make_pool):
     """What was answered before it proves nothing now; the reset does, and no caller waits for that."""
-    pool = await make_pool(ping_after=0.5)
+    clock = JumpingClock()
+    pool = await make_pool(ping_after=20.0, clock=clock)
     await pool.fetchval("SELECT 1")
     async with pool.acquire() as connection:
-        await connection.fetchval("SELECT pg_sleep(0.6)")
+        await connection.fetchval("SELECT 1")
+        clock.passed += 25.0
     assert pool.stats().resetting == 1
     assert await pool.fetchval("SELECT 1") == 1
     assert (pool.stats().resets, pool.stats().pings) == (1, 0)
@@ -316,10 +320,11 @@ async def test_where_calls_are_not_reset_a_lease_is_if_it_may_have_changed_its_s
 
 @pytest.mark.parametrize("options", [{}, {"readonly": True}, {"resolve_commit": False}, {"isolation": "serializable"}])
 @both_loops
-async def test_no_reset_follows_a_transaction_that_left_its_session_alone(make_pool, options):
+async def test_no_reset_follows_a_transaction_that_left_its_session_alone(make_pool, eventually, options):
     """It committed, or was rolled back for a reason of the application's."""
     pool = await make_pool()
     await pool.execute(NUMBERS)
+    await eventually(lambda: pool.get_idle_size() == 1)
     for _ in range(2):
         async for attempt in pool.transaction(**options):
             async with attempt as connection:

@@ -8,9 +8,9 @@ import time
 
 import asyncpg
 import pytest
+from jumping_clock import JumpingClock
 
-from resilient_pool import AcquireTimeoutError, PostgresClassifier
-from resilient_pool.clock import SystemClock
+from resilient_pool import AcquireTimeoutError, BackoffPolicy, PostgresClassifier
 from resilient_pool.events import DiscardReason
 from resilient_pool.pooling.driver import DriverConnection
 from resilient_pool.pooling.resource_pool import ResourcePool
@@ -53,7 +53,6 @@ async def test_a_connection_handed_to_a_cancelled_caller_is_not_forgotten_by_the
         second.cancel()
 
     task = asyncio.create_task(first())
-    await eventually(lambda: pool.stats().in_use == 1)
     second = asyncio.create_task(pool.fetchval("SELECT 2"))
     await asyncio.wait([task, second])
     assert second.cancelled()
@@ -65,37 +64,29 @@ async def test_a_connection_handed_to_a_cancelled_caller_is_not_forgotten_by_the
 @both_loops
 async def test_after_a_lease_was_closed_by_its_user_the_next_comes_at_once(make_pool, ending):
     """The server has done nothing wrong, so it is not kept at a distance; and the event says who closed it."""
-    pool = await make_pool(max_size=1)
+    distant = BackoffPolicy(base=20.0, max_attempts=None)
+    pool = await make_pool(max_size=1, reconnect=distant)
     began = time.monotonic()
     for _ in range(5):
         async with pool.acquire() as connection:
             await connection.fetchval("SELECT 1")
             await getattr(connection, ending)() if ending == "close" else connection.terminate()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 10
     assert dict(pool.stats().discarded) == {DiscardReason.CLOSED: 5}
-
-
-class LateReader(SystemClock):
-    """A clock that a test moves on, as it does for a process that was frozen."""
-
-    frozen = 0.0
-
-    def now(self):
-        return super().now() + self.frozen
 
 
 @pytest.mark.parametrize("sql", ["SELECT 1", "SET work_mem = '4MB'"])
 async def test_an_answer_that_was_read_late_vouches_for_nothing(make_pool, eventually, sql):
     """Frozen while a statement or a reset was in flight: the answer was there already, the connection may be gone since."""
-    clock = LateReader()
-    pool = await make_pool(max_size=1, clock=clock)
+    clock = JumpingClock()
+    pool = await make_pool(max_size=1, clock=clock, ping_after=20.0)
     await pool.fetchval("SELECT 1")
     call = asyncio.create_task(pool.execute(sql))
     if sql == "SELECT 1":
         await asyncio.sleep(0)
     else:
         await call
-    clock.frozen = 5.0
+    clock.frozen = 40.0
     await call
     await eventually(lambda: pool.get_idle_size() == 1)
     await pool.fetchval("SELECT 1")
@@ -111,16 +102,18 @@ class WithoutReset(asyncpg.Connection):
 
 async def test_a_lease_on_which_nothing_was_asked_does_not_make_its_connection_look_fresh(make_pool, eventually):
     """Acquired and released over and over, without a reset that would ask something: its last answer gets older."""
-    clock = LateReader()
-    pool = await make_pool(max_size=1, clock=clock, connection_class=WithoutReset)
+    clock = JumpingClock()
+    pool = await make_pool(
+        max_size=1, clock=clock, connection_class=WithoutReset, ping_after=100.0, max_inactive_connection_lifetime=0
+    )
     await pool.fetchval("SELECT 1")
     for pings in (0, 0, 1):
-        clock.frozen += 0.4
+        clock.frozen += 40.0
         async with pool.acquire():
             pass
         await eventually(lambda: pool.get_idle_size() == 1)
         assert pool.stats().pings == pings
-    clock.frozen += 0.8
+    clock.frozen += 80.0
     async with pool.acquire() as connection:
         assert await connection.fetchval("SELECT 1") == 1
     assert pool.stats().pings == 1
@@ -128,7 +121,7 @@ async def test_a_lease_on_which_nothing_was_asked_does_not_make_its_connection_l
 
 async def test_a_call_whose_ping_is_not_answered_ends_with_its_own_deadline(dsn, proxy, make_pool):
     """And its error says what was waited for."""
-    clock = LateReader()
+    clock = JumpingClock()
     pool = await make_pool(proxy.dsn(dsn), ssl=False, clock=clock, ping_timeout=5.0)
     for use in (lambda: pool.fetchval("SELECT 1", deadline=0.2), lambda: _lease(pool, 0.2)):
         await pool.fetchval("SELECT 1")
@@ -137,7 +130,7 @@ async def test_a_call_whose_ping_is_not_answered_ends_with_its_own_deadline(dsn,
         began = time.monotonic()
         with pytest.raises(AcquireTimeoutError, match=r"was pinged, and did not answer within the 0\.2 s"):
             await use()
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 4
         assert pool.stats().discarded[DiscardReason.PING_FAILED] == pool.stats().pings_failed
 
 
