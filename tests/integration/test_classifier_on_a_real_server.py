@@ -360,7 +360,7 @@ async def test_a_row_that_cannot_be_read_any_more_was_written_all_the_same(conne
 async def test_a_servers_own_time_limits_are_the_applications_to_see(connect, table):
     """statement_timeout and lock_timeout are somebody's intention, and leave the session usable."""
     holder, connection = await connect(), await connect()
-    await connection.execute("SET statement_timeout = '50ms'")
+    await connection.execute("SET statement_timeout = '300ms'")
     slow = await failure_of(connection.execute("SELECT pg_sleep(60)"))
     assert verdict(slow) == "PERMANENT ROLLED_BACK KEEP"
     await connection.execute("SET statement_timeout = 0; SET lock_timeout = '50ms'")

@@ -170,6 +170,7 @@ async def test_a_commit_that_waits_for_a_standby(server, released):
     with FaultProxy(server.host, server.port) as proxy:
         async with opened(server, proxy, deadline=20.0 if released else 2.0) as pool:
             await server.apply_settings({"synchronous_standby_names": "nobody"})
+            await until_commits_wait(server)
             running = asyncio.create_task(pool.run_in_transaction(insert, "t"))
             async with server.admin() as admin:
                 await admin.execute("SET synchronous_commit = local")
@@ -188,6 +189,14 @@ async def test_a_commit_that_waits_for_a_standby(server, released):
                 assert caught.value.xid is not None
                 await server.apply_settings({"synchronous_standby_names": ""})
         assert await count(server) == 1
+
+
+async def until_commits_wait(server):
+    """Commit until one waits: sessions wait as soon as the checkpointer, too, has read that there is a standby."""
+    async with server.admin() as admin:
+        with contextlib.suppress(TimeoutError):
+            while True:
+                await admin.execute("SELECT pg_logical_emit_message(true, 'a', 'b')", timeout=0.3)
 
 
 @LOGS

@@ -154,7 +154,7 @@ async def test_a_server_that_is_away_is_waited_for(postgres, proxy, sender):
 
 async def test_a_dead_network_is_noticed_in_bounded_time(postgres, proxy, sender):
     """Without a word from either side: the session is asked after `ping_after`, and given `ping_timeout` to answer."""
-    async with ResilientPool(proxy.dsn(postgres.dsn()), ping_timeout=0.2) as pool:
+    async with ResilientPool(proxy.dsn(postgres.dsn()), ping_timeout=1.0) as pool:
         async with pool.listen("work", ping_after=0.2) as listener:
             await asyncio.sleep(0.5)  # a living one is asked, and answers
             assert pool.stats().pings >= 1
@@ -163,7 +163,7 @@ async def test_a_dead_network_is_noticed_in_bounded_time(postgres, proxy, sender
             started = asyncio.get_running_loop().time()
             (gap,) = await taken(listener, 1)
             assert gap.reason is GapReason.NO_ANSWER
-            assert asyncio.get_running_loop().time() - started < 2
+            assert asyncio.get_running_loop().time() - started < 5
             await notify(sender, "after")
             assert await taken(listener, 1) == ["after"]
 

@@ -365,7 +365,7 @@ async def test_an_isolation_that_a_callback_set_counts(scene, callback):
 
 async def test_a_server_that_cannot_be_asked_in_time_is_asked_again_later(scene):
     """A statement time-out says nothing about what the server knows."""
-    async with opened(scene, server_settings={"statement_timeout": "200ms"}) as pool:
+    async with opened(scene, server_settings={"statement_timeout": "500ms"}) as pool:
         await pool.expire_connections()
         async with scene.server.admin(DATABASE) as blocker:
             await blocker.execute("BEGIN; LOCK TABLE pg_catalog.pg_proc IN ACCESS EXCLUSIVE MODE")
