@@ -180,11 +180,11 @@ def test_several_secrets_are_taken_out_of_one_text():
 def test_a_long_word_takes_no_longer_than_a_long_text():
     """Commands write keys and images in base64; the time for them must not grow with the square of their length."""
     word = "x" * 60_000
-    started = time.perf_counter()
+    started = time.process_time()
     assert scrub(word) == word
     assert scrub(f"{word}_password=secret") == f"{word}_password=****"
     assert scrub(f"{word}://me:secret@host") == f"{word}://me:****@host"
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(
