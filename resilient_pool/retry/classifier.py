@@ -532,6 +532,7 @@ RULES: tuple[Rule, ...] = (
     # Opening a connection.
     _connecting(PERMANENT, OSError, "an error of the network's in the application's own `init`", when=_inits_own),
     _connecting(UNREACHABLE, "57P01 57P02 57P03", "starting up, shutting down, in recovery, no hot standby", when=_own),
+    _connecting(UNREACHABLE, "57P05", "idle for too long while it was set up: the process was frozen", when=_own),
     _connecting(UNREACHABLE, "08000 08001 08003 08004 08006", "closed during the handshake", when=_own),
     _connecting(UNREACHABLE, (_INTERFACE, _INTERNAL), "closed while the connection was being set up", text=_ENDED),
     _connecting(PERMANENT, "28000", "no entry in pg_hba.conf without TLS", text=_NOT_LET_IN_PLAIN, when=_without_tls),

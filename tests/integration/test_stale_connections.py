@@ -96,6 +96,30 @@ def test_the_first_fetch_and_the_first_insert_after_a_freeze_succeed(
     run(loop, main)
 
 
+async def test_a_freeze_while_a_connection_is_opened_costs_another_one(postgres: EmbeddedPostgres) -> None:
+    """The server has ended the new session for idling when the process goes on: no caller sees it."""
+    opened = []
+
+    async def connect(*arguments: object, **options: object) -> asyncpg.Connection:
+        opened.append(await asyncpg.connect(*arguments, **options))
+        if len(opened) == 1:
+            in_a_thread(lambda: asyncio.run(_end_of(opened[0].get_server_pid(), postgres.dsn())))
+        return opened[-1]
+
+    settings = {"idle_session_timeout": "250ms"}
+    async with ResilientPool(postgres.dsn(), connect=connect, server_settings=settings) as pool:
+        assert await pool.fetchval("SELECT 1") == 1
+    assert len(opened) >= 2
+
+
+async def _end_of(pid: int, dsn: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    async with asyncio.timeout(20):
+        while await connection.fetchval("SELECT count(*) FROM pg_stat_activity WHERE pid = $1", pid):
+            await asyncio.sleep(0.01)
+    await connection.close()
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_notification_that_waits_in_the_socket_is_not_taken_for_a_loss(postgres: EmbeddedPostgres, loop: str) -> None:
     """Something to read is no reason to close a healthy connection."""

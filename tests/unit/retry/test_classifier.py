@@ -103,6 +103,7 @@ CONNECTING = {
     "closed in the handshake": (loss(), "UNREACHABLE"),
     "reset in the handshake": (loss(ConnectionResetError()), "UNREACHABLE"),
     "shut down in the handshake": (loss(fatal("57P01")), "UNREACHABLE"),
+    "57P05 while being set up": (loss(fatal("57P05")), "UNREACHABLE"),
     "closed while being set up": (driver.InterfaceError("connection is closed"), "UNREACHABLE"),
     "half-way while being set up": (driver.InternalClientError("cannot switch to state 11; ..."), "UNREACHABLE"),
     "refused, then reset with the other TLS mode": (
