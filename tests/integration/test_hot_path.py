@@ -8,6 +8,7 @@ import sys
 
 import asyncpg
 import pytest
+from waiting import eventually
 
 from resilient_pool import ResilientPool
 from resilient_pool.testing import FaultProxy
@@ -51,6 +52,7 @@ async def test_happy_uses_create_no_task(dsn, use):
     async with ResilientPool(dsn) as pool:
         await pool.execute("CREATE TABLE IF NOT EXISTS hot_path (number int)")
         await use(pool, 0)
+        await eventually(lambda: pool.get_idle_size() == pool.get_size() and not pool._maintenance._background)
         loop.set_task_factory(factory)
         try:
             for number in range(CALLS):
