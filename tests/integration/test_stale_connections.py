@@ -85,6 +85,8 @@ def test_the_first_fetch_and_the_first_insert_after_a_freeze_succeed(
                     await asyncio.sleep(0)
                 in_a_thread(lambda: kill(postgres, proxy))
                 freeze(1.1 if kill is forget else 0.6)
+                while kill is not forget and proxy.connections:  # what happened behind it has not reached this side yet
+                    freeze(0.01)
                 assert await reader.fetchval("SELECT 41 + 1") == 42
                 assert await writer.execute("INSERT INTO frozen VALUES ($1)", 7) == "INSERT 0 1"
                 assert await reader.fetchval("SELECT count(*) FROM frozen") == 1
