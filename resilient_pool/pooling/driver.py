@@ -279,7 +279,7 @@ class DriverConnection:
     @property
     def is_cancelling(self) -> bool:
         """Whether the driver waits for the server to cancel a statement."""
-        return self.is_usable and bool(self.connection._protocol._is_cancelling())  # type: ignore[attr-defined] # noqa: SLF001
+        return self.is_usable and bool(self.protocol._is_cancelling() or self.connection._cancellations)  # type: ignore[attr-defined] # noqa: SLF001
 
     @property
     def is_at_rest(self) -> bool:
@@ -291,6 +291,7 @@ class DriverConnection:
             or connection._top_xact is not None  # noqa: SLF001
             or protocol.is_in_transaction()
             or protocol._is_cancelling()  # noqa: SLF001
+            or connection._cancellations  # noqa: SLF001
         )
 
     def socket_is_idle(self) -> bool:
@@ -332,25 +333,9 @@ class DriverConnection:
         """Wait until the server has confirmed a cancellation; hang up if that takes longer than `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                await self._wait_for_cancellation()
+                await wait_for_cancellation(self.connection)
         except TimeoutError:
             self.terminate()
-
-    async def _wait_for_cancellation(self) -> None:
-        connection: Any = self.connection
-        confirmed = asyncio.ensure_future(self.protocol._wait_for_cancellation())  # noqa: SLF001
-        try:
-            while not (await asyncio.wait([confirmed], timeout=_CANCEL_AGAIN))[0]:
-                if connection.is_closed():  # before asyncpg 0.32 a lost connection confirms nothing
-                    return
-                # It is waited for: a request that is still under way when the statement ends would cancel the next one.
-                sent = asyncio.get_running_loop().create_future()
-                connection._cancel_current_command(sent)  # noqa: SLF001
-                with contextlib.suppress(OSError):
-                    await sent
-            await confirmed
-        finally:
-            confirmed.cancel()
 
     async def restore(
         self, reset: Callable[[AnyConnection], Awaitable[None]] | None, seconds: float, *, watched: bool
@@ -371,14 +356,14 @@ class DriverConnection:
         self.session_info.clear()
         if not self._is_resettable:
             raise asyncpg.InterfaceError("the server does not say which role init= has left the session with")
-        if reset is None and not protocol._is_cancelling() and self._resets_in_one_query():  # noqa: SLF001
+        is_cancelling = protocol._is_cancelling() or connection._cancellations  # noqa: SLF001
+        if reset is None and not is_cancelling and self._resets_in_one_query():
             # What follows every write: the same, without a time limit of the driver's kind around it.
             await connection._reset()  # noqa: SLF001
             await self._send_reset(timeout=None if watched else seconds)
             return
         with anyio.fail_after(seconds):
-            if protocol._is_cancelling():  # noqa: SLF001
-                await self._wait_for_cancellation()
+            await wait_for_cancellation(connection)
             if reset is None and type(connection).reset is not asyncpg.Connection.reset:
                 await connection.reset(timeout=seconds)
                 return
@@ -715,6 +700,7 @@ class DriverConnection:
             return await asyncpg.Connection.execute(self.connection, command)
         try:
             async with asyncio.timeout(timeout):
+                await wait_for_cancellation(self.connection)
                 return await asyncpg.Connection.execute(self.connection, command)
         except TimeoutError:
             self.terminate()
@@ -1008,6 +994,40 @@ def draw_statement_names() -> None:
     client, that client's statement would run; a name that no other client has is an error before anything runs.
     """
     asyncpg.connection._uid = secrets.randbits(60)  # type: ignore[attr-defined] # noqa: SLF001
+
+
+async def wait_for_cancellation(connection: AnyConnection) -> None:
+    """Wait until the server has confirmed the cancellation that is pending, if one is, and ask again while it does not.
+
+    No request is under way afterwards: one that arrives late would cancel the next statement. So the connection is closed
+    if this is cancelled while one is, and if the cancellation cannot be confirmed any more.
+    """
+    inside: Any = connection
+    requests: set[asyncio.Future[None]] = inside._cancellations  # noqa: SLF001
+    if connection.is_closed() or not (inside._protocol._is_cancelling() or requests):  # noqa: SLF001
+        return
+    confirmed = asyncio.ensure_future(inside._protocol._wait_for_cancellation())  # noqa: SLF001
+    # It is not cancelled with this wait: before asyncpg 0.32 that cancels what all later operations wait for as well. Here
+    # it ends with the connection.
+    requests.add(confirmed)
+    confirmed.add_done_callback(requests.discard)
+    confirmed.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # if none waits for it any more
+    while not (await asyncio.wait([confirmed], timeout=_CANCEL_AGAIN))[0]:
+        if connection.is_closed():  # before asyncpg 0.32 a lost connection confirms nothing
+            return
+        sent = asyncio.get_running_loop().create_future()
+        inside._cancel_current_command(sent)  # noqa: SLF001
+        try:
+            with contextlib.suppress(OSError):
+                await sent
+        except asyncio.CancelledError:
+            connection.terminate()
+            raise
+    if confirmed.cancelled() or confirmed.exception() is not None:
+        connection.terminate()
+    # Another task may have asked as well, on a lease that was ended meanwhile.
+    while left := [request for request in requests if not request.done()]:
+        await asyncio.wait(left)
 
 
 def nothing_sent(error: BaseException, driver: DriverConnection) -> bool:

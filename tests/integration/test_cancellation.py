@@ -13,7 +13,7 @@ from cut import Cut
 from waiting import eventually
 
 from resilient_pool import BackoffPolicy, OutcomeUnknownError, ResilientPool
-from resilient_pool.testing import EmbeddedPostgres
+from resilient_pool.testing import EmbeddedPostgres, FaultProxy
 
 
 async def write(pool: ResilientPool) -> None:
@@ -194,25 +194,172 @@ async def wait_for(work):
     return await work
 
 
-@pytest.mark.parametrize("leased", [False, True], ids=["call", "lease"])
-async def test_a_request_to_cancel_that_overtakes_its_statement_is_sent_again(postgres, proxy, leased):
+@pytest.mark.parametrize("way", ["call", "lease", "attempt"])
+async def test_a_request_to_cancel_that_overtakes_its_statement_is_sent_again(postgres, proxy, way):
     """The server takes no notice of the first one: the statement would run to its end, and cost the pool its connection."""
     asleep = f"SELECT pg_sleep($1) /* {uuid.uuid4().hex} */"
-    running = "SELECT count(*) FROM pg_stat_activity WHERE query = $1 AND state = 'active'"
     async with postgres.admin() as admin, ResilientPool(proxy.dsn(postgres.dsn()), ssl=False, max_size=1) as pool:
-        async with pool.acquire() as lease:
-            pid = lease.get_server_pid()
-            await lease.fetchval(asleep, 0)
-            proxy.connection(pid).delay(0.2)
-            if not leased:
-                await pool.release(lease)
-            calling = asyncio.ensure_future((lease if leased else pool).fetchval(asleep, 60))
-            await asyncio.sleep(0.02)
+        await pool.fetchval(asleep, 0)
+        pid = await pool.fetchval("SELECT pg_backend_pid()")
+        held, accepted = asyncio.Event(), proxy.accepted
+
+        def hold() -> None:
+            proxy.connection(pid).blackhole()
+            held.set()
+
+        calling = asyncio.ensure_future(OVERTAKEN[way](pool, asleep, hold))
+        await held.wait()
+        await asyncio.sleep(0.02)
+        if way != "attempt":
             calling.cancel()
-            await eventually(lambda: admin.fetchval(running, asleep))
-            proxy.connection(pid).restore()
-            if leased:
-                assert await lease.fetchval("SELECT pg_backend_pid()") == pid
-            await eventually(lambda: pool.get_idle_size() == (not leased))
-            assert not await admin.fetchval(running, asleep)
+        await eventually(lambda: proxy.accepted > accepted and len(proxy.connections) == 1)
+        proxy.connection(pid).restore()
+        await eventually(calling.done)
+        assert calling.cancelled() or calling.result() == pid
+        await eventually(lambda: pool.get_idle_size() == 1)
+        assert not await admin.fetchval(RUNNING, asleep)
         assert await pool.fetchval("SELECT pg_backend_pid()") == pid
+
+
+RUNNING = "SELECT count(*) FROM pg_stat_activity WHERE query = $1 AND state = 'active'"
+
+
+async def overtaken_call(pool, asleep, hold):
+    hold()
+    await pool.fetchval(asleep, 60)
+
+
+async def overtaken_on_a_lease(pool, asleep, hold):
+    async with pool.acquire() as lease:
+        await lease.fetchval(asleep, 0)
+        hold()
+        with contextlib.suppress(asyncio.CancelledError):
+            await lease.fetchval(asleep, 60)
+        return await lease.fetchval("SELECT pg_backend_pid()")
+
+
+async def overtaken_attempt(pool, asleep, hold):
+    with pytest.raises(TimeoutError):
+        async for attempt in pool.transaction():
+            async with attempt as connection:
+                await connection.fetchval(asleep, 0)
+                hold()
+                await connection.fetchval(asleep, 60, timeout=0.02)
+    return await pool.fetchval("SELECT pg_backend_pid()")
+
+
+OVERTAKEN = {
+    "call": overtaken_call,
+    "lease": overtaken_on_a_lease,
+    "attempt": overtaken_attempt,
+}
+
+# It goes on until it is cancelled while the lock is free.
+STUBBORN = """
+    DO $$ BEGIN
+        LOOP
+            BEGIN
+                PERFORM pg_sleep(60);
+            EXCEPTION WHEN query_canceled THEN
+                EXIT WHEN pg_try_advisory_xact_lock_shared(5701);
+            END;
+        END LOOP;
+    END $$
+"""
+
+
+class Resent:
+    """A statement on a lease was cancelled, and the request that was sent again is held back; the statement has ended."""
+
+    def __init__(self, pool, lease, prepared, waiting, late) -> None:
+        self.pool, self.lease, self.prepared, self.waiting, self.late = pool, lease, prepared, waiting, late
+
+
+@pytest.fixture
+async def resent(postgres, proxy):
+    async with contextlib.AsyncExitStack() as stack:
+        late = stack.enter_context(FaultProxy(postgres.host, postgres.port))
+        admin = await stack.enter_async_context(postgres.admin())
+        pool = await stack.enter_async_context(ResilientPool(proxy.dsn(postgres.dsn()), ssl=False, max_size=1))
+        await admin.execute("SELECT pg_advisory_lock(5701)")
+        lease = await pool.acquire()
+        pid = await lease.fetchval("SELECT pg_backend_pid()")
+        prepared = await lease.prepare(ASLEEP)
+        calling = asyncio.ensure_future(lease.execute(STUBBORN))
+        await eventually(lambda: admin.fetchval(RUNNING, STUBBORN))
+        proxy.retarget(late.host, late.port)
+        calling.cancel()
+        waiting = asyncio.ensure_future(lease.fetchval("SELECT 1"))
+        await eventually(lambda: late.accepted >= 2 and not late.connections)
+        late.blackhole()
+        await eventually(lambda: any(not held.bytes_to_server for held in late.connections))
+        proxy.retarget(postgres.host, postgres.port)
+        await admin.execute("SELECT pg_advisory_unlock(5701)")
+        await admin.fetchval("SELECT pg_cancel_backend($1)", pid)
+        await eventually(lambda: admin.fetchval("SELECT state = 'idle' FROM pg_stat_activity WHERE pid = $1", pid))
+        yield Resent(pool, lease, prepared, waiting, late)
+
+
+ASLEEP = "SELECT pg_sleep($1), 'after a request that was sent again'"
+
+
+async def test_a_request_sent_again_for_a_caller_who_was_cancelled_cancels_no_later_statement(resent):
+    """It cannot be waited for by what goes to the driver directly, so the connection is closed."""
+    resent.waiting.cancel()
+    await asyncio.wait([resent.waiting])
+    asyncio.get_running_loop().call_later(0.1, resent.late.restore)
+    with pytest.raises(asyncpg.InterfaceError, match="closed"):
+        await resent.prepared.fetchval(0.3)
+    await resent.pool.release(resent.lease)
+    assert await resent.pool.fetchval("SELECT 1") == 1
+
+
+async def test_a_request_sent_again_on_a_lease_that_was_ended_meanwhile_cancels_neither_the_reset_nor_the_next_caller(
+    resent, postgres
+):
+    """The reset waits for it, though the server has confirmed the cancellation already."""
+    releasing = asyncio.ensure_future(resent.pool.release(resent.lease))
+    following = asyncio.ensure_future(resent.pool.fetchval(ASLEEP, 0.3))
+    async with postgres.admin() as admin:
+        with contextlib.suppress(TimeoutError):
+            await eventually(lambda: admin.fetchval(RUNNING, ASLEEP), 0.3)
+    resent.late.restore()
+    await following
+    await releasing
+    assert resent.pool.stats().discarded == {}
+    with pytest.raises(asyncpg.InterfaceError, match="released"):
+        await resent.waiting
+
+
+async def test_a_lease_whose_user_is_cancelled_again_while_a_cancellation_is_confirmed_works_on(postgres, proxy):
+    """Also with asyncpg before 0.32, which then raises CancelledError to a task that was not cancelled."""
+    async with ResilientPool(proxy.dsn(postgres.dsn()), ssl=False, max_size=1) as pool:
+        async with pool.acquire() as lease:
+            pid = await lease.fetchval("SELECT pg_backend_pid()")
+            proxy.delay(0.2)
+            for statement in ("SELECT pg_sleep(60)", "SELECT 1", "SELECT 2"):
+                calling = asyncio.ensure_future(lease.fetchval(statement))
+                await asyncio.sleep(0.03)
+                calling.cancel()
+                await asyncio.wait([calling])
+                assert calling.cancelled()
+            proxy.restore()
+            assert await lease.fetchval("SELECT pg_backend_pid()") == pid
+        assert await pool.fetchval("SELECT pg_backend_pid()") == pid
+
+
+async def test_a_lease_whose_request_to_cancel_is_refused_ends(postgres, proxy):
+    """What the statement still does is not known."""
+    async with ResilientPool(proxy.dsn(postgres.dsn()), ssl=False, max_size=1) as pool:
+        async with pool.acquire() as lease:
+            await lease.fetchval("SELECT 1")
+            calling = asyncio.ensure_future(lease.fetchval("SELECT pg_sleep(60)"))
+            await asyncio.sleep(0)
+            proxy.refuse()
+            calling.cancel()
+            await asyncio.wait([calling])
+            for _ in range(2):
+                with pytest.raises(asyncpg.InterfaceError, match="closed"):
+                    await lease.fetchval("SELECT 1")
+            proxy.accept()
+        assert await pool.fetchval("SELECT 1") == 1
