@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Generator
+from functools import partial
 from typing import Any, TypeAlias
 
 import asyncpg
 from asyncpg.cursor import Cursor, CursorFactory, CursorIterator
 from asyncpg.transaction import Transaction, TransactionState
 
-from resilient_pool.pooling.driver import AnyConnection
+from resilient_pool.pooling.driver import AnyConnection, wait_for_cancellation
 
 # What was cancelled is waited for by a caller whose time is up.
 _HASTE = 2.0
@@ -80,14 +81,12 @@ class LeaseTransaction(Transaction):
             if connection._top_xact is self:  # noqa: SLF001
                 if not self._is_over:
                     # It may have been begun all the same, and what follows on this lease is not to be part of it.
-                    await self._roll_back(self._undo_start(connection), error)
+                    await self._roll_back(partial(self._undo_start, connection), error)
                 # The driver would take the next one for a savepoint.
                 connection._top_xact = None  # noqa: SLF001
             raise
 
     async def _undo_start(self, connection: Any) -> None:
-        if connection._protocol._is_cancelling():  # noqa: SLF001
-            await connection._protocol._wait_for_cancellation()  # noqa: SLF001
         if not self._is_over and connection.is_in_transaction():
             await asyncpg.Connection.execute(connection, "ROLLBACK")
 
@@ -97,7 +96,7 @@ class LeaseTransaction(Transaction):
         elif self._is_over:
             self._managed = False
         else:
-            await self._roll_back(super().__aexit__(extype, ex, tb), ex)
+            await self._roll_back(partial(super().__aexit__, extype, ex, tb), ex)
 
     async def rollback(self) -> None:
         """Exit the transaction or savepoint block and roll back changes. With a connection that was lost, that has happened.
@@ -109,7 +108,7 @@ class LeaseTransaction(Transaction):
             # Raising would hide from `except: await transaction.rollback(); raise` what had been raised.
             self._state = TransactionState.ROLLEDBACK
             return
-        await self._roll_back(super().rollback(), None)
+        await self._roll_back(super().rollback, None)
 
     @property
     def _is_over(self) -> bool:
@@ -117,12 +116,14 @@ class LeaseTransaction(Transaction):
         released = self._connection._pool_release_ctr != self._con_release_ctr  # noqa: SLF001
         return released or bool(self._connection.is_closed())
 
-    async def _roll_back(self, rollback: Coroutine[Any, Any, None], error: BaseException | None) -> None:
+    async def _roll_back(self, rollback: Callable[[], Awaitable[None]], error: BaseException | None) -> None:
         answered = False
         limit = min(self._limit, _HASTE) if _is_cancellation(error) else self._limit
         try:
             async with asyncio.timeout(limit):
-                await rollback
+                if not self._is_over:  # it is another caller's then
+                    await wait_for_cancellation(self._connection)
+                await rollback()
             answered = True
         except Exception as trouble:
             # A refusal leaves the connection as it is. After a time-out it is not known what state it is in.

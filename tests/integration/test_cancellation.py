@@ -194,7 +194,7 @@ async def wait_for(work):
     return await work
 
 
-@pytest.mark.parametrize("way", ["call", "lease", "attempt"])
+@pytest.mark.parametrize("way", ["call", "lease", "transaction", "rollback", "cursor", "attempt"])
 async def test_a_request_to_cancel_that_overtakes_its_statement_is_sent_again(postgres, proxy, way):
     """The server takes no notice of the first one: the statement would run to its end, and cost the pool its connection."""
     asleep = f"SELECT pg_sleep($1) /* {uuid.uuid4().hex} */"
@@ -238,6 +238,32 @@ async def overtaken_on_a_lease(pool, asleep, hold):
         return await lease.fetchval("SELECT pg_backend_pid()")
 
 
+async def overtaken_transaction(pool, asleep, hold):
+    async with pool.acquire() as lease, lease.transaction():
+        await lease.fetchval(asleep, 0)
+        hold()
+        await lease.fetchval(asleep, 60)
+
+
+async def overtaken_before_a_rollback(pool, asleep, hold):
+    async with pool.acquire() as lease:
+        transaction = lease.transaction()
+        await transaction.start()
+        hold()
+        with contextlib.suppress(asyncio.CancelledError):
+            await lease.fetchval(asleep, 60)
+        await transaction.rollback()
+        return await lease.fetchval("SELECT pg_backend_pid()")
+
+
+async def overtaken_cursor(pool, asleep, hold):
+    async with pool.acquire() as lease, lease.transaction():
+        statement = await lease.prepare(asleep)
+        hold()
+        async for _ in statement.cursor(60):
+            pass
+
+
 async def overtaken_attempt(pool, asleep, hold):
     with pytest.raises(TimeoutError):
         async for attempt in pool.transaction():
@@ -251,6 +277,9 @@ async def overtaken_attempt(pool, asleep, hold):
 OVERTAKEN = {
     "call": overtaken_call,
     "lease": overtaken_on_a_lease,
+    "transaction": overtaken_transaction,
+    "rollback": overtaken_before_a_rollback,
+    "cursor": overtaken_cursor,
     "attempt": overtaken_attempt,
 }
 
