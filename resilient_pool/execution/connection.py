@@ -347,7 +347,11 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
                 self._tracker(sql)
             if self._interrupted:
                 await self._end_of_interruption(operation)
-            result = await execute(self._current_driver.connection)
+            try:
+                result = await execute(self._current_driver.connection)
+            except (asyncio.CancelledError, TimeoutError):
+                self._interrupted = True
+                raise
             if kept and self._keeps_session is None:
                 self._keeps_session = True
             return result
@@ -373,7 +377,7 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
         operation, sql, execute, arguments, *_ = asked
         kept, self._keeps_session = self._keeps_session, None if self._keeps_session else False
         leases = self._leases
-        started, execution, fresh = leases.begin_call(), None, None
+        started, execution, fresh, timed_out = leases.begin_call(), None, None, False
         try:
             while True:
                 failure, driver, queries = None, self._driver, 0
@@ -401,10 +405,11 @@ class ResilientConnection(Queries[RecordT], ConnectionProxy):
                 self._keeps_session = keeps_session or (sql is not None and self._leases.keeps_session[sql])
         except Exception as error:
             fresh = self._leases.is_untouched(execution, error, harmless=harmless)
+            timed_out = isinstance(error, TimeoutError)
             self._explain(operation, error)
             raise
         finally:
-            self._interrupted = fresh is None
+            self._interrupted = timed_out or fresh is None
             if fresh is False and self._state is _TRYING and self._entry is not None:
                 self._state = _USED
             elif self._state is _TRYING:

@@ -194,7 +194,7 @@ async def wait_for(work):
     return await work
 
 
-@pytest.mark.parametrize("way", ["call", "lease", "transaction", "rollback", "cursor", "attempt"])
+@pytest.mark.parametrize("way", ["call", "lease", "first use", "transaction", "rollback", "cursor", "attempt"])
 async def test_a_request_to_cancel_that_overtakes_its_statement_is_sent_again(postgres, proxy, way):
     """The server takes no notice of the first one: the statement would run to its end, and cost the pool its connection."""
     asleep = f"SELECT pg_sleep($1) /* {uuid.uuid4().hex} */"
@@ -210,7 +210,7 @@ async def test_a_request_to_cancel_that_overtakes_its_statement_is_sent_again(po
         calling = asyncio.ensure_future(OVERTAKEN[way](pool, asleep, hold))
         await held.wait()
         await asyncio.sleep(0.02)
-        if way != "attempt":
+        if way not in ("first use", "attempt"):
             calling.cancel()
         await eventually(lambda: proxy.accepted > accepted and len(proxy.connections) == 1)
         proxy.connection(pid).restore()
@@ -235,6 +235,14 @@ async def overtaken_on_a_lease(pool, asleep, hold):
         hold()
         with contextlib.suppress(asyncio.CancelledError):
             await lease.fetchval(asleep, 60)
+        return await lease.fetchval("SELECT pg_backend_pid()")
+
+
+async def overtaken_first_use(pool, asleep, hold):
+    async with pool.acquire() as lease:
+        hold()
+        with pytest.raises(TimeoutError):
+            await lease.fetchval(asleep, 60, timeout=0.02)
         return await lease.fetchval("SELECT pg_backend_pid()")
 
 
@@ -277,6 +285,7 @@ async def overtaken_attempt(pool, asleep, hold):
 OVERTAKEN = {
     "call": overtaken_call,
     "lease": overtaken_on_a_lease,
+    "first use": overtaken_first_use,
     "transaction": overtaken_transaction,
     "rollback": overtaken_before_a_rollback,
     "cursor": overtaken_cursor,
@@ -391,4 +400,40 @@ async def test_a_lease_whose_request_to_cancel_is_refused_ends(postgres, proxy):
                 with pytest.raises(asyncpg.InterfaceError, match="closed"):
                     await lease.fetchval("SELECT 1")
             proxy.accept()
+        assert await pool.fetchval("SELECT 1") == 1
+
+
+async def run_out_of_time(lease):
+    with pytest.raises(TimeoutError):
+        await lease.fetchval("SELECT pg_sleep(60)", timeout=0.05)
+
+
+async def cancel_preparing(lease):
+    await lease.fetchval("SELECT 1")
+    preparing = asyncio.ensure_future(lease.prepare("SELECT * FROM locked_for_long"))
+    await asyncio.sleep(0.05)
+    preparing.cancel()
+    await asyncio.wait([preparing])
+
+
+@pytest.mark.parametrize("leave_unfinished", [run_out_of_time, cancel_preparing])
+async def test_a_lease_waits_for_the_end_of_what_was_not_finished_within_the_limit_of_resets(
+    postgres, proxy, leave_unfinished
+):
+    """The driver would wait for ever when no request to cancel gets through."""
+    async with contextlib.AsyncExitStack() as stack:
+        admin = await stack.enter_async_context(postgres.admin())
+        pool = await stack.enter_async_context(
+            ResilientPool(proxy.dsn(postgres.dsn()), ssl=False, max_size=1, reset_timeout=0.3)
+        )
+        await admin.execute("CREATE TABLE locked_for_long (id int)")
+        stack.push_async_callback(admin.execute, "DROP TABLE locked_for_long")
+        await stack.enter_async_context(admin.transaction())
+        await admin.execute("LOCK TABLE locked_for_long")
+        async with pool.acquire() as lease, asyncio.timeout(10):
+            proxy.hang()
+            await leave_unfinished(lease)
+            with pytest.raises(asyncpg.InterfaceError, match="closed"):
+                await lease.fetchval("SELECT 1")
+        proxy.restore()
         assert await pool.fetchval("SELECT 1") == 1
