@@ -336,6 +336,7 @@ async def resent(postgres, proxy):
         await admin.fetchval("SELECT pg_cancel_backend($1)", pid)
         await eventually(lambda: admin.fetchval("SELECT state = 'idle' FROM pg_stat_activity WHERE pid = $1", pid))
         yield Resent(pool, lease, prepared, waiting, late)
+        pool.terminate()  # a test that fails leaves the lease
 
 
 ASLEEP = "SELECT pg_sleep($1), 'after a request that was sent again'"
