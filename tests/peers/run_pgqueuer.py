@@ -52,8 +52,7 @@ def main(folder: str) -> int:
         give_ours()
         leave_out_containers()
         os.chdir(folder)
-        modes = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"]
-        options = ["-p", "no:cacheprovider", *modes, "--rootdir=.", "-c", os.devnull, "-q"]
+        options = ["-p", "no:cacheprovider", "-o", "asyncio_mode=auto", "--rootdir=.", "-c", os.devnull, "-q"]
         return pytest.main([*options, *(f"test/test_{name}.py" for name in FILES.split())])
     finally:
         asyncio.run(server.close())
