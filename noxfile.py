@@ -17,6 +17,8 @@ TESTS = (
     "tests/integration/test_transaction_cancellation.py",
     "tests/integration/test_cancelled_at_random.py",
 )
+# As in the Makefile.
+IN_PARALLEL = ("--numprocesses", "2", "--dist", "loadfile")
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
@@ -46,4 +48,4 @@ def tests(session: nox.Session) -> None:
     session.install("--quiet", "--constraint", "constraints.txt", "hatchling")
     session.install("--quiet", "--constraint", "constraints.txt", "--no-build-isolation", ".[dev]")
     session.run("python", "-VV")
-    session.run("pytest", "--quiet", *(session.posargs or TESTS))
+    session.run("pytest", "--quiet", *IN_PARALLEL, *(session.posargs or TESTS))
